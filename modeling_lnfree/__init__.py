@@ -1,0 +1,24 @@
+"""LNFree: GPT language models without LayerNorm, and exact attention entropy of any Hub model (arXiv 2410.09637)."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .configuration_lnfree import LNFreeConfig
+from .metrics.attention_entropy.entropy import compute_attention_entropy, record_attention_entropy
+from .modeling_lnfree import LNFreeForCausalLM, LNFreeForSequenceClassification, LNFreeModel, LNFreePreTrainedModel
+
+
+# With the package installed, the Auto classes know the model type and no remote code is needed.
+AutoConfig.register("lnfree", LNFreeConfig)
+AutoModel.register(LNFreeConfig, LNFreeModel)
+AutoModelForCausalLM.register(LNFreeConfig, LNFreeForCausalLM)
+AutoModelForSequenceClassification.register(LNFreeConfig, LNFreeForSequenceClassification)
+
+__all__ = [
+    "LNFreeConfig",
+    "LNFreeForCausalLM",
+    "LNFreeForSequenceClassification",
+    "LNFreeModel",
+    "LNFreePreTrainedModel",
+    "compute_attention_entropy",
+    "record_attention_entropy",
+]

@@ -1,0 +1,260 @@
+# Copyright 2026 The LNFree Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LNFree configuration: decoder-only transformers with and without LayerNorm (arXiv 2410.09637)."""
+
+import difflib
+import re
+from dataclasses import field, fields
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+
+# What transformers itself passes to a config, or writes in a config.json, without declaring a field for it.
+_UNDECLARED_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "base_model_tp_plan",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "task_specific_params",
+    "tie_last_hidden_states",
+    "torch_dtype",
+}
+
+_VARIANT = re.compile(r"SM(?P<norm>\+LN)?\+(?P<act>G|R|LR(?P<slope>\d+(\.\d+)?|-layer|-global))(?P<no_final>-noLNf)?")
+
+
+@strict
+class LNFreeConfig(PreTrainedConfig):  # trf-ignore: TRF057 (see modeling_lnfree.py)
+    r"""
+    Configuration of an LNFree model. The defaults are the paper's GPT-2 without LayerNorm and with ReLU (`SM+R`,
+    arXiv 2410.09637), 124M parameters. The switches span the paper's two backbones: GPT-2 (learned positions,
+    sequential residual, tied embeddings) and Pythia / GPT-NeoX (rotary positions, parallel residual, untied embeddings).
+
+    Args:
+        vocab_size (`int`): number of tokens.
+        hidden_size (`int`): width of the residual stream.
+        intermediate_size (`int`, *optional*): width of the feed-forward layer; `4 * hidden_size` by default.
+        num_hidden_layers (`int`): number of blocks.
+        num_attention_heads (`int`): number of heads; has to divide `hidden_size`.
+        max_position_embeddings (`int`): context length. With learned positions it is a hard limit.
+        position_embedding_type (`str`): `"learned"` (GPT-2) or `"rotary"` (GPT-NeoX).
+        partial_rotary_factor (`float`): with rotary positions, the fraction of the head dimension that is rotated; the
+            rotated dimension `int(partial_rotary_factor * hidden_size / num_attention_heads)` has to be even.
+        rope_theta (`float`): with rotary positions, the base of the wavelengths.
+        parallel_residual (`bool`): `x + attn(norm(x)) + mlp(norm(x))` (GPT-NeoX) instead of one after the other (GPT-2).
+        tie_word_embeddings (`bool`): whether the output projection is the token embedding (GPT-2).
+        norm_type (`str`): the two norms of every block, `"none"` or `"layernorm"`.
+        final_norm_type (`str`): the norm before the output projection, `"layernorm"` (kept in the paper's LayerNorm-free
+            models too) or `"none"` (an identity under the same name).
+        layer_norm_eps (`float`): epsilon of the norms that are there.
+        hidden_act (`str`): `"gelu"` (erf, as in GPT-NeoX), `"gelu_pytorch_tanh"` (tanh, as in GPT-2), `"relu"` or
+            `"leaky_relu"`.
+        negative_slope (`float`, *optional*): slope of `"leaky_relu"` for negative inputs, 0.01 by default; where the
+            slope is learned, its initial value.
+        slope_sharing (`str`, *optional*): makes the slope of `"leaky_relu"` a parameter, one per `"layer"` or one
+            `"global"` parameter that all layers share. `None` keeps it fixed.
+        biased_projections (`list[str]`): which of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `up_proj` and `down_proj` have
+            a bias. The paper: query and key only; GPT-2 and GPT-NeoX themselves: all.
+        embedding_dropout, attention_dropout, hidden_dropout (`float`): dropout probability of the embeddings, the
+            attention weights, and the output of attention and feed-forward layer.
+        initializer_range (`float`): standard deviation of the initial weights; no extra scaling with depth.
+        classifier_dropout (`float`): dropout before the classification head.
+
+    Raises:
+        ValueError: for a combination that makes no model (also as `huggingface_hub`'s `StrictDataclassError`), and for
+            a field that does not exist.
+    """
+
+    model_type = "lnfree"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 1024
+    position_embedding_type: Literal["learned", "rotary"] = "learned"
+    partial_rotary_factor: float | int = 0.25
+    rope_theta: float | int = 10000.0
+    parallel_residual: bool = False
+    tie_word_embeddings: bool = True
+    norm_type: Literal["none", "layernorm"] = "none"
+    final_norm_type: Literal["layernorm", "none"] = "layernorm"
+    layer_norm_eps: float = 1e-5
+    hidden_act: Literal["gelu", "gelu_pytorch_tanh", "relu", "leaky_relu"] = "relu"
+    negative_slope: float | int | None = None
+    slope_sharing: Literal["layer", "global"] | None = None
+    biased_projections: list[str] = field(default_factory=lambda: ["q_proj", "k_proj"])
+    embedding_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    classifier_dropout: float | int = 0.0
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown_fields(kwargs)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.negative_slope is None and self.hidden_act == "leaky_relu":
+            self.negative_slope = 0.01
+        super().__post_init__(**kwargs)
+
+    def _refuse_unknown_fields(self, kwargs):
+        # PreTrainedConfig accepts any keyword in silence, so a misspelt field would leave its default in place.
+        declared = [name for name in (f.name for f in fields(self)) if name != "transformers_version"]
+        generation = GenerationConfig._get_default_generation_params()
+        for key in kwargs:
+            if key.startswith("_") or key in _UNDECLARED_KEYS or key in generation:
+                continue
+            nearest = difflib.get_close_matches(key, declared, n=1)
+            # A config.json (it names its transformers version) may hold keys that later versions or other tools added.
+            if self.transformers_version is not None and not nearest:
+                continue
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; its fields are {', '.join(declared)}"
+            raise ValueError(f"LNFreeConfig has no field {key!r} (got {key}={kwargs[key]!r}){hint}")
+
+    def validate_sizes(self):
+        """Sizes are positive, and the heads divide the width."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be divisible by num_attention_heads, got hidden_size={self.hidden_size} and "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+
+    def validate_probabilities(self):
+        """Dropout probabilities lie in [0, 1); the scale of the initial weights is not negative."""
+        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
+
+    def validate_positions(self):
+        """The rotated part of a head is even and not empty."""
+        if self.position_embedding_type != "rotary":
+            return
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ValueError(f"partial_rotary_factor must be in (0, 1], got {self.partial_rotary_factor}")
+        if self.rotary_dim == 0 or self.rotary_dim % 2:
+            raise ValueError(
+                f"the rotary dimension int(partial_rotary_factor * head dimension) must be even and at least 2, got "
+                f"{self.rotary_dim} from partial_rotary_factor={self.partial_rotary_factor} and a head dimension of "
+                f"{self.hidden_size // self.num_attention_heads}"
+            )
+
+    def validate_activation(self):
+        """Options of the negative slope go with the leaky ReLU only."""
+        if self.hidden_act == "leaky_relu":
+            return
+        for name in ("negative_slope", "slope_sharing"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is an option of hidden_act='leaky_relu'; hidden_act={self.hidden_act!r} has no negative "
+                    f"slope, got {name}={getattr(self, name)!r}"
+                )
+
+    def validate_biases(self):
+        """Biases are named by projection."""
+        for name in self.biased_projections:
+            if name not in PROJECTIONS:
+                raise ValueError(f"biased_projections must be a list from {', '.join(PROJECTIONS)}; got {name!r}")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of a head."""
+        return int(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
+
+    @property
+    def variant(self) -> str:
+        """
+        The variant in the paper's notation: `SM+LN+G`, `SM+LN+R`, `SM+G`, `SM+R`, with `LR` for the leaky ReLU
+        (`SM+LR0.01` fixed, `SM+LR-layer` and `SM+LR-global` learned), and `-noLNf` where the final norm is removed.
+        """
+        activation = {"relu": "R", "leaky_relu": "LR"}.get(self.hidden_act, "G")
+        if self.hidden_act == "leaky_relu":
+            activation += f"-{self.slope_sharing}" if self.slope_sharing else f"{self.negative_slope:g}"
+        norm = "+LN" if self.norm_type == "layernorm" else ""
+        return f"SM{norm}+{activation}" + ("" if self.final_norm_type == "layernorm" else "-noLNf")
+
+    @property
+    def backbone(self) -> str:
+        """`"gpt2"`, `"pythia"`, or `"custom"` for a mixture of the two."""
+        switches = (self.position_embedding_type, self.parallel_residual, self.tie_word_embeddings)
+        return {("learned", False, True): "gpt2", ("rotary", True, False): "pythia"}.get(switches, "custom")
+
+    @classmethod
+    def from_variant(cls, variant: str, **kwargs) -> "LNFreeConfig":
+        """
+        The configuration of a variant in the paper's notation (see `variant`); `kwargs` are further fields. `G` stands
+        for the backbone's own GELU: tanh with learned positions (GPT-2), erf with rotary ones (GPT-NeoX).
+
+        Raises:
+            ValueError: if `variant` is not in the paper's notation, or `kwargs` contradict it.
+        """
+        match = _VARIANT.fullmatch(variant)
+        if match is None:
+            raise ValueError(
+                "variant must be SM+[LN+]ACT[-noLNf] with ACT one of G, R, LR<slope>, LR-layer and LR-global, for "
+                f"example SM+LN+G, SM+R or SM+LR0.01; got {variant!r}"
+            )
+        gelu = "gelu" if kwargs.get("position_embedding_type") == "rotary" else "gelu_pytorch_tanh"
+        named = {
+            "norm_type": "layernorm" if match["norm"] else "none",
+            "final_norm_type": "none" if match["no_final"] else "layernorm",
+            "hidden_act": {"G": gelu, "R": "relu"}.get(match["act"], "leaky_relu"),
+        }
+        if match["slope"] in ("-layer", "-global"):
+            named["slope_sharing"] = match["slope"][1:]
+        elif match["slope"]:
+            named["negative_slope"] = float(match["slope"])
+        config = cls(**{**named, **kwargs})
+        if config.variant != variant:
+            raise ValueError(f"these fields make {config.variant}, not variant={variant!r}: {kwargs}")
+        return config
+
+
+__all__ = ["LNFreeConfig"]
