@@ -13,6 +13,12 @@ AutoModel.register(LNFreeConfig, LNFreeModel)
 AutoModelForCausalLM.register(LNFreeConfig, LNFreeForCausalLM)
 AutoModelForSequenceClassification.register(LNFreeConfig, LNFreeForSequenceClassification)
 
+# `save_pretrained` and `push_to_hub` carry the model's code along, for those who have no package.
+LNFreeConfig.register_for_auto_class()
+LNFreeModel.register_for_auto_class("AutoModel")
+LNFreeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LNFreeForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
 __all__ = [
     "LNFreeConfig",
     "LNFreeForCausalLM",

@@ -24,6 +24,14 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
+# Every save names all classes, not only the one that was saved, so that each Auto class loads what a fine-tuning wrote.
+AUTO_MAP = {
+    "AutoConfig": "configuration_lnfree.LNFreeConfig",
+    "AutoModel": "modeling_lnfree.LNFreeModel",
+    "AutoModelForCausalLM": "modeling_lnfree.LNFreeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_lnfree.LNFreeForSequenceClassification",
+}
+
 # What transformers itself passes to a config, or writes in a config.json, without declaring a field for it.
 _UNDECLARED_KEYS = {
     "attn_implementation",
@@ -137,7 +145,7 @@ class LNFreeConfig(PreTrainedConfig):  # trf-ignore: TRF057 (see modeling_lnfree
             self.intermediate_size = 4 * self.hidden_size
         if self.negative_slope is None and self.hidden_act == "leaky_relu":
             self.negative_slope = 0.01
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{**kwargs, "auto_map": dict(AUTO_MAP)})
 
     def _refuse_unknown_fields(self, kwargs):
         # PreTrainedConfig accepts any keyword in silence, so a misspelt field would leave its default in place.

@@ -155,7 +155,9 @@ class LNFreeMLP(nn.Module):
 
     def __init__(self, config: LNFreeConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias="up_proj" in config.biased_projections)
+        self.up_proj = nn.Linear(
+            config.hidden_size, config.intermediate_size, bias="up_proj" in config.biased_projections
+        )
         self.act_fn = LNFreeLeakyReLU(config) if config.hidden_act == "leaky_relu" else ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(
             config.intermediate_size, config.hidden_size, bias="down_proj" in config.biased_projections

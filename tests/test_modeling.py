@@ -1,0 +1,564 @@
+"""The model against code that no one here wrote (GPT-2, GPT-NeoX), against a naive float64 forward, and against itself."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, LNFreeForSequenceClassification, LNFreeModel
+from modeling_lnfree.configuration_lnfree import PROJECTIONS
+
+from .conftest import every_backbone, every_variant, random_ids, tiny_config, tiny_model
+
+
+def greedy(model, input_ids, **kwargs):
+    return model.generate(input_ids, max_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------ parity with other code
+
+
+def randomised(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model.eval()
+
+
+def test_sm_ln_g_logits_and_generation_match_gpt2():
+    theirs = randomised(
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+        )
+    )
+    ours = tiny_model("SM+LN+G", biased_projections=list(PROJECTIONS))
+    state = {}
+    for name, tensor in theirs.transformer.state_dict().items():
+        name = name.replace("wte.", "embed_tokens.").replace("wpe.", "embed_positions.").replace("ln_f.", "norm.")
+        name = name.replace("h.", "layers.", 1) if name.startswith("h.") else name
+        name = name.replace("ln_1", "input_layernorm").replace("ln_2", "post_attention_layernorm")
+        name = (
+            name.replace("attn.c_proj", "self_attn.o_proj")
+            .replace("c_fc", "up_proj")
+            .replace("mlp.c_proj", "mlp.down_proj")
+        )
+        tensor = tensor.T if "proj.weight" in name or "c_attn.weight" in name else tensor
+        if "c_attn" in name:
+            for part, projection in zip(tensor.chunk(3), ("q_proj", "k_proj", "v_proj"), strict=True):
+                state["model." + name.replace("attn.c_attn", f"self_attn.{projection}")] = part.contiguous()
+        else:
+            state["model." + name] = tensor.contiguous()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    ours.load_state_dict(state)
+    input_ids = random_ids(2, 37)
+    torch.testing.assert_close(ours(input_ids).logits, theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
+    assert greedy(ours, input_ids).equal(greedy(theirs, input_ids, eos_token_id=None))
+
+
+def test_sm_ln_g_logits_and_generation_match_gpt_neox():
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    theirs = randomised(
+        GPTNeoXForCausalLM(
+            GPTNeoXConfig(**sizes, max_position_embeddings=64, rope_parameters=rope, bos_token_id=0, eos_token_id=0)
+        )
+    )
+    ours = tiny_model("SM+LN+G", "pythia", biased_projections=list(PROJECTIONS))
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        name = (
+            name.replace("gpt_neox.", "model.").replace("embed_out.", "lm_head.").replace("embed_in.", "embed_tokens.")
+        )
+        name = name.replace("final_layer_norm.", "norm.").replace("attention.dense", "self_attn.o_proj")
+        name = name.replace("dense_h_to_4h", "up_proj").replace("dense_4h_to_h", "down_proj")
+        if "query_key_value" in name:
+            # (heads, q/k/v, head_dim, ...)
+            for part, projection in zip(
+                tensor.view(4, 3, 8, -1).unbind(1), ("q_proj", "k_proj", "v_proj"), strict=True
+            ):
+                part = part.reshape(32, -1) if name.endswith("weight") else part.flatten()
+                state[name.replace("attention.query_key_value", f"self_attn.{projection}")] = part
+        else:
+            state[name] = tensor
+    ours.load_state_dict(state)
+    input_ids = random_ids(2, 37)
+    torch.testing.assert_close(ours(input_ids).logits, theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
+    assert greedy(ours, input_ids).equal(greedy(theirs, input_ids, eos_token_id=None))
+
+
+def naive_logits(model: LNFreeForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
+    """A plain float64 forward, token by token and head by head, written from the paper's description."""
+    config = model.config
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+    def linear(x, name):
+        y = x @ weights[f"{name}.weight"].T
+        return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
+
+    def norm(x, name):
+        if f"{name}.weight" not in weights:
+            return x
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.pow(2).mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
+        return centred / scale * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def activation(x, layer):
+        if config.hidden_act == "gelu":
+            return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+        if config.hidden_act == "gelu_pytorch_tanh":
+            return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+        slope = config.negative_slope or 0.0
+        if config.slope_sharing is not None:
+            slopes = weights["model.negative_slope"]
+            slope = slopes[layer if config.slope_sharing == "layer" else 0]
+        return torch.where(x > 0, x, slope * x)
+
+    def rotate(vector, position):
+        half = config.rotary_dim // 2
+        out = vector.clone()
+        for i in range(half):
+            angle = torch.tensor(position / config.rope_theta ** (2 * i / config.rotary_dim), dtype=torch.float64)
+            a, b = vector[i], vector[i + half]
+            out[i], out[i + half] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        return out
+
+    def attention(x, name):
+        heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        q, k, v = (linear(x, f"{name}.{p}_proj").view(len(x), heads, width) for p in "qkv")
+        if config.position_embedding_type == "rotary":
+            q, k = (torch.stack([torch.stack([rotate(h, t) for h in row]) for t, row in enumerate(s)]) for s in (q, k))
+        out = torch.zeros_like(q)
+        for t in range(len(x)):
+            for h in range(heads):
+                scores = (k[: t + 1, h] @ q[t, h]) / width**0.5
+                out[t, h] = (scores.exp() / scores.exp().sum()) @ v[: t + 1, h]
+        return linear(out.flatten(1), f"{name}.o_proj")
+
+    logits = []
+    for row in input_ids:
+        x = weights["model.embed_tokens.weight"][row]
+        if config.position_embedding_type == "learned":
+            x = x + weights["model.embed_positions.weight"][: len(row)]
+        for layer in range(config.num_hidden_layers):
+            name = f"model.layers.{layer}"
+            attended = x + attention(norm(x, f"{name}.input_layernorm"), f"{name}.self_attn")
+            source = norm(x if config.parallel_residual else attended, f"{name}.post_attention_layernorm")
+            hidden = activation(linear(source, f"{name}.mlp.up_proj"), layer)
+            x = attended + linear(hidden, f"{name}.mlp.down_proj")
+        logits.append(norm(x, "model.norm") @ weights["lm_head.weight"].T)
+    return torch.stack(logits)
+
+
+@every_variant
+@every_backbone
+def test_logits_match_a_naive_float64_forward(variant, backbone):
+    slope = {"negative_slope": 0.3} if "LR-" in variant else {}
+    model = tiny_model(variant, backbone, initializer_range=0.1, **slope)
+    if model.config.slope_sharing == "layer":
+        model.model.negative_slope.data = torch.tensor([0.3, -0.2, 0.7])
+    input_ids = random_ids(2, 13)
+    torch.testing.assert_close(model(input_ids).logits.double(), naive_logits(model, input_ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.double()(input_ids).logits, naive_logits(model, input_ids), atol=1e-6, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ what LN-free means
+
+
+@pytest.mark.parametrize("variant", ["SM+G", "SM+R", "SM+LR-layer", "SM+LR-global", "SM+R-noLNf"])
+@every_backbone
+def test_ln_free_graph_has_no_norm_but_the_final_one(variant, backbone):
+    model = tiny_model(variant, backbone)
+    graph = torch.export.export(model, (random_ids(1, 8),), {"use_cache": False}).graph
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    norms = [t for t in targets if any(word in t for word in ("norm", "rsqrt", "var", "std", "mean"))]
+    assert len(norms) == (0 if variant.endswith("-noLNf") else 1), norms
+    names = [name for name, _ in model.named_parameters() if "norm" in name]
+    assert names == ([] if variant.endswith("-noLNf") else ["model.norm.weight", "model.norm.bias"])
+    assert not any(isinstance(module, torch.nn.LayerNorm) for module in model.model.layers.modules())
+
+
+def test_ln_graph_has_two_norms_a_block_and_the_final_one():
+    graph = torch.export.export(tiny_model("SM+LN+R"), (random_ids(1, 8),), {"use_cache": False}).graph
+    assert sum("layer_norm" in str(node.target) for node in graph.nodes) == 2 * 3 + 1
+
+
+@pytest.mark.parametrize("biased", [[], ["q_proj", "k_proj"], ["v_proj", "down_proj"], list(PROJECTIONS)], ids=len)
+def test_what_has_no_bias_has_no_bias_parameter(biased):
+    model = tiny_model("SM+R-noLNf", biased_projections=biased)
+    found = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert found == set(biased)
+
+
+def test_global_slope_is_one_parameter_that_every_layer_moves():
+    model = tiny_model("SM+LR-global")
+    assert model.model.negative_slope.shape == (1,)
+    input_ids = random_ids(2, 9)
+    model(input_ids, labels=input_ids).loss.backward()
+    together = model.model.negative_slope.grad.clone()
+    layered = tiny_model("SM+LR-layer")
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "model.negative_slope"}
+    layered.load_state_dict({**state, "model.negative_slope": model.model.negative_slope.detach().repeat(3)})
+    layered(input_ids, labels=input_ids).loss.backward()
+    assert layered.model.negative_slope.grad.abs().min() > 0
+    torch.testing.assert_close(together, layered.model.negative_slope.grad.sum()[None])
+
+
+@every_variant
+@every_backbone
+def test_initial_weights_follow_the_paper(variant, backbone):
+    model = LNFreeForCausalLM(tiny_config(variant, backbone, hidden_size=128, vocab_size=1000, initializer_range=0.02))
+    for name, parameter in model.named_parameters():
+        if name.endswith("negative_slope"):
+            assert (parameter == 0.01).all()
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            # down_proj and o_proj too: no scaling of residual projections with depth
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+
+
+# ------------------------------------------------------------------------------------------ saving and loading
+
+
+@every_variant
+@every_backbone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_save_and_load_are_equal(tmp_path, variant, backbone, dtype):
+    model = tiny_model(variant, backbone).to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded, info = LNFreeForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert loaded.dtype == dtype
+    for (name, ours), (other, theirs) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other and ours.equal(theirs), name
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (backbone == "gpt2")
+    input_ids = random_ids(2, 11)
+    assert loaded(input_ids).logits.equal(model(input_ids).logits)
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.suffix not in (".json", ".py")) == [
+        ".safetensors"
+    ]
+
+
+def test_partly_missing_weights_keep_what_was_loaded(tmp_path):
+    model = tiny_model("SM+LR-layer")
+    state = model.state_dict()
+    del state["model.layers.1.self_attn.q_proj.weight"], state["lm_head.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded, info = LNFreeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"model.layers.1.self_attn.q_proj.weight"}
+    for name, tensor in loaded.state_dict().items():
+        if name not in info["missing_keys"]:
+            assert tensor.equal(model.state_dict()[name]), name
+
+
+def test_body_loads_from_the_head_and_the_head_from_the_body(tmp_path):
+    model = tiny_model("SM+R", "pythia")
+    model.save_pretrained(tmp_path / "head")
+    body = LNFreeModel.from_pretrained(tmp_path / "head").eval()
+    input_ids = random_ids(1, 7)
+    assert body(input_ids).last_hidden_state.equal(model.model(input_ids).last_hidden_state)
+    body.save_pretrained(tmp_path / "body")
+    head = LNFreeForCausalLM.from_pretrained(tmp_path / "body")
+    assert head.model.layers[2].mlp.up_proj.weight.equal(model.model.layers[2].mlp.up_proj.weight)
+
+
+def test_resized_embeddings_stay_tied_and_work():
+    model = tiny_model("SM+R")
+    model.resize_token_embeddings(120)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model(random_ids(1, 5, vocab_size=120)).logits.shape == (1, 5, 120)
+
+
+# ------------------------------------------------------------------------------------------ attention, cache, generate
+
+
+@every_backbone
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_attention_implementations_agree(backbone, padding):
+    model = tiny_model("SM+R", backbone)
+    input_ids, mask = random_ids(2, 17), torch.ones(2, 17, dtype=torch.long)
+    if padding != "none":
+        mask[0, slice(0, 5) if padding == "left" else slice(12, 17)] = 0
+    outputs = {}
+    for implementation in ("eager", "sdpa", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            outputs[implementation] = model(input_ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(outputs["eager"], outputs["sdpa"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs["eager"], outputs["flex_attention"], atol=1e-5, rtol=1e-5)
+
+
+@every_backbone
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_later_token_changes_nothing_before_it(backbone, implementation):
+    model = tiny_model("SM+R", backbone, attn_implementation=implementation)
+    input_ids = random_ids(1, 12)
+    changed = input_ids.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 99
+    before, after = model(input_ids).logits, model(changed).logits
+    torch.testing.assert_close(before[:, :7], after[:, :7], atol=0, rtol=0)
+    assert (before[:, 7:] != after[:, 7:]).any(-1).all()
+
+
+@every_variant
+@every_backbone
+def test_cached_generation_equals_full_forwards(variant, backbone):
+    model = tiny_model(variant, backbone)
+    input_ids = random_ids(2, 9)
+    expected = input_ids
+    for _ in range(8):
+        next_token = model(expected, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, next_token], dim=1)
+    assert greedy(model, input_ids).equal(expected)
+    assert greedy(model, input_ids, use_cache=False).equal(expected)
+    assert greedy(model, input_ids, cache_implementation="static").equal(expected)
+
+
+@every_backbone
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cache_is_taken_under_both_its_names(backbone, name):
+    model = tiny_model("SM+R", backbone)
+    input_ids = random_ids(1, 10)
+    cache = DynamicCache(config=model.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 deprecates the older name
+        model(input_ids[:, :6], **{name: cache})
+        assert cache.get_seq_length() == 6
+        step = model(input_ids[:, 6:], **{name: cache}).logits
+    torch.testing.assert_close(step, model(input_ids).logits[:, 6:], atol=1e-5, rtol=1e-5)
+
+
+@every_backbone
+def test_beams_and_sampling_equal_those_without_a_cache(backbone):
+    model = tiny_model("SM+R", backbone)
+    input_ids = random_ids(2, 9)
+    kwargs = {"max_new_tokens": 6, "pad_token_id": 0}
+    beams = [model.generate(input_ids, num_beams=3, do_sample=False, use_cache=c, **kwargs) for c in (True, False)]
+    assert beams[0].equal(beams[1])
+    samples = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        samples.append(model.generate(input_ids, do_sample=True, top_k=20, use_cache=use_cache, **kwargs))
+    assert samples[0].equal(samples[1])
+
+
+@every_backbone
+def test_left_padded_generation_equals_unpadded(backbone):
+    model = tiny_model("SM+R", backbone)
+    short, long = random_ids(1, 5), random_ids(1, 9)
+    padded = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), short], dim=1), long])
+    mask = torch.ones_like(padded)
+    mask[0, :4] = 0
+    generated = greedy(model, padded, attention_mask=mask)
+    assert generated[:1, 4:].equal(greedy(model, short))
+    assert generated[1:].equal(greedy(model, long))
+
+
+@every_backbone
+def test_right_padding_does_not_reach_the_tokens(backbone):
+    model = tiny_model("SM+R", backbone)
+    input_ids = random_ids(1, 6)
+    padded = torch.cat([input_ids, torch.zeros(1, 3, dtype=torch.long)], dim=1)
+    mask = (torch.arange(9) < 6).long()[None]
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask).logits[:, :6], model(input_ids).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+@every_backbone
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+def test_packed_sequences_do_not_see_each_other(backbone, implementation):
+    model = tiny_model("SM+R", backbone, attn_implementation=implementation)
+    first, second = random_ids(1, 7), random_ids(1, 10)
+    position_ids = torch.cat([torch.arange(7), torch.arange(10)])[None]
+    with torch.no_grad():
+        packed = model(torch.cat([first, second], dim=1), position_ids=position_ids, use_cache=False).logits
+        torch.testing.assert_close(packed[:, :7], model(first).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed[:, 7:], model(second).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_kwargs_reach_the_attention_function():
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    seen = []
+
+    def attention(module, *args, **kwargs):
+        seen.append((module.layer_idx, kwargs.pop("own_keyword"), kwargs["position_ids"].shape))
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("own_attention", attention)
+    model = tiny_model("SM+R")
+    model.set_attn_implementation("own_attention")
+    model(random_ids(1, 5), own_keyword=7, use_cache=False)
+    assert seen == [(layer, 7, (1, 5)) for layer in range(3)]
+
+
+# ------------------------------------------------------------------------------------------ inputs and outputs
+
+
+@every_backbone
+def test_inputs_embeds_equal_input_ids(backbone):
+    model = tiny_model("SM+R", backbone)
+    input_ids = random_ids(2, 8)
+    embeds = model.get_input_embeddings()(input_ids)
+    assert model(inputs_embeds=embeds).logits.equal(model(input_ids).logits)
+    assert greedy(model, None, inputs_embeds=embeds).equal(greedy(model, input_ids)[:, 8:])
+    for kwargs in ({}, {"input_ids": input_ids, "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(**kwargs)
+
+
+@every_backbone
+def test_hidden_states_and_attentions(backbone):
+    model = tiny_model("SM+R", backbone, attn_implementation="eager")
+    input_ids = random_ids(2, 8)
+    outputs = model(input_ids, output_hidden_states=True, output_attentions=True)
+    assert [state.shape for state in outputs.hidden_states] == [(2, 8, 32)] * 4
+    assert model.lm_head(outputs.hidden_states[-1]).equal(outputs.logits)
+    assert [attention.shape for attention in outputs.attentions] == [(2, 4, 8, 8)] * 3
+    for attention in outputs.attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 8))
+        assert attention.triu(1).abs().max() == 0
+    as_tuple = model(input_ids, return_dict=False)
+    assert as_tuple[0].equal(outputs.logits)
+
+
+def test_logits_to_keep():
+    model = tiny_model("SM+R")
+    input_ids = random_ids(2, 8)
+    every = model(input_ids).logits
+    torch.testing.assert_close(model(input_ids, logits_to_keep=3).logits, every[:, -3:])
+    torch.testing.assert_close(model(input_ids, logits_to_keep=torch.tensor([1, 5])).logits, every[:, [1, 5]])
+
+
+def test_sequence_past_the_learned_positions_is_a_clear_error():
+    model = tiny_model("SM+R")
+    with pytest.raises(ValueError, match="position 64 is past the learned positions.*max_position_embeddings=64"):
+        model(random_ids(1, 65))
+    assert tiny_model("SM+R", "pythia")(random_ids(1, 65)).logits.shape == (1, 65, 99)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@every_variant
+@every_backbone
+def test_gradient_checkpointing_gives_equal_gradients(variant, backbone):
+    model = tiny_model(variant, backbone, embedding_dropout=0.0).train()
+    checkpointed = copy.deepcopy(model)
+    # renamed in transformers 5.24
+    enable = getattr(checkpointed, "activation_checkpointing_enable", None) or checkpointed.gradient_checkpointing_enable
+    enable()
+    input_ids = random_ids(2, 9)
+    for each in (model, checkpointed):
+        each(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(theirs.grad, ours.grad, msg=name)
+
+
+@every_backbone
+def test_accumulated_gradients_equal_one_large_batch(backbone):
+    model = tiny_model("SM+R", backbone)
+    input_ids = random_ids(8, 9)
+    labels = input_ids.clone()
+    labels[:3, 4:] = -100  # micro-batches with different token counts
+    model(input_ids, labels=labels).loss.backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    count = (labels[:, 1:] != -100).sum()
+    for ids, part in zip(input_ids.split(2), labels.split(2), strict=True):
+        model(ids, labels=part, num_items_in_batch=count).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_loss_is_the_mean_nll_of_the_next_token():
+    model = tiny_model("SM+R")
+    input_ids = random_ids(2, 9)
+    log_probs = model(input_ids).logits.double().log_softmax(-1)
+    expected = -log_probs[:, :-1].gather(-1, input_ids[:, 1:, None]).mean()
+    assert model(input_ids, labels=input_ids).loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-global"])
+@every_backbone
+def test_compiles_as_one_graph_with_equal_results(variant, backbone):
+    model = tiny_model(variant, backbone)
+    input_ids = random_ids(2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(input_ids, labels=input_ids, use_cache=False).loss, model(input_ids, labels=input_ids).loss
+    )
+
+
+@every_backbone
+def test_dropout_acts_where_the_config_says(backbone):
+    input_ids = random_ids(1, 9)
+    for name in ("embedding_dropout", "hidden_dropout", "attention_dropout"):
+        rates = {"embedding_dropout": 0.0, name: 0.5}
+        model = tiny_model("SM+R", backbone, **rates).train()
+        assert not model(input_ids).logits.equal(model(input_ids).logits), name
+        model.eval()
+        assert model(input_ids).logits.equal(model(input_ids).logits), name
+
+
+# ------------------------------------------------------------------------------------------ classification
+
+
+@every_variant
+@every_backbone
+def test_classifies_by_the_last_token_that_is_not_padding(variant, backbone):
+    model = LNFreeForSequenceClassification(tiny_config(variant, backbone, num_labels=3, pad_token_id=0)).eval()
+    short, long = random_ids(1, 5), random_ids(1, 9)
+    expected = torch.cat([model(short).logits, model(long).logits])
+    pads = torch.zeros(1, 4, dtype=torch.long)
+    for side in ("left", "right"):
+        padded = torch.cat([torch.cat([pads, short] if side == "left" else [short, pads], dim=1), long])
+        mask = (padded != 0).long()
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = model(padded, attention_mask=mask, position_ids=position_ids).logits
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        if side == "right":
+            torch.testing.assert_close(model(padded).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_classification_losses_match_torch():
+    input_ids = random_ids(4, 6)
+    mask = torch.ones_like(input_ids)
+    classes, values = torch.tensor([0, 1, 2, 1]), torch.randn(4, 1)
+    model = LNFreeForSequenceClassification(tiny_config(num_labels=3)).eval()
+    output = model(input_ids, attention_mask=mask, labels=classes)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, classes))
+    model = LNFreeForSequenceClassification(tiny_config(num_labels=1, problem_type="regression")).eval()
+    output = model(input_ids, attention_mask=mask, labels=values)
+    torch.testing.assert_close(output.loss, F.mse_loss(output.logits.squeeze(), values.squeeze()))
+
+
+def test_batch_without_any_sign_of_padding_is_refused():
+    model = LNFreeForSequenceClassification(tiny_config(num_labels=3))
+    with pytest.raises(ValueError, match="2 sequences need an attention_mask.*pad_token_id=None"):
+        model(random_ids(2, 6))
+
+
+def test_installed_package_registers_the_type(tmp_path):
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    tiny_model("SM+R").save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LNFreeForCausalLM
+    assert type(AutoModel.from_pretrained(tmp_path)) is LNFreeModel
+    assert type(AutoModelForCausalLM.from_config(LNFreeConfig(vocab_size=9, num_hidden_layers=1))) is LNFreeForCausalLM
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the score head is new
+        assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is LNFreeForSequenceClassification

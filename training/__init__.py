@@ -1,0 +1,1 @@
+"""The laboratory: train, compare and export LNFree variants."""

@@ -1,0 +1,210 @@
+"""Finished runs -> the paper's table (Markdown and JSON), heat maps of attention entropy, curves over training."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from .callbacks import read_records
+from .recipe import RecipeError
+from .train import RESULTS, read_results, write_atomically
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
+
+
+PAPERS_ORDER = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
+RANGES = ["[0, max/4)", "[max/4, max/2)", "[max/2, 3max/4)", "[3max/4, max]"]
+
+
+def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
+    """
+    Compares the finished runs below a folder and writes `report.md`, `comparison.json`, `heat_maps.png` and `curves.png`.
+
+    Args:
+        runs_dir: folder whose subfolders are runs.
+        output: folder of the report; `runs_dir/report` by default.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        RecipeError: if there is no finished run.
+    """
+    runs_dir = Path(runs_dir)
+    folders = sorted(path.parent for path in runs_dir.glob("*/recipe.yaml"))
+    runs = [{"folder": folder, **read_results(folder)} for folder in folders if (folder / RESULTS).is_file()]
+    unfinished = [folder.name for folder in folders if not (folder / RESULTS).is_file()]
+    if not runs:
+        raise RecipeError(f"no finished run in {runs_dir}: none of its subfolders has a {RESULTS}")
+    runs.sort(key=lambda run: (_setting(run), _order(run["variant"]), run["seed"]))
+    groups = [_compare_group(list(group)) for _, group in groupby(runs, key=_setting)]
+
+    output = Path(output) if output is not None else runs_dir / "report"
+    output.mkdir(parents=True, exist_ok=True)
+    plot_heat_maps(runs, output / "heat_maps.png")
+    plot_curves(runs, output / "curves.png")
+    write_atomically(output / "comparison.json", json.dumps({"groups": groups, "unfinished": unfinished}, indent=1))
+    report = _markdown(groups, unfinished)
+    write_atomically(output / "report.md", report)
+    print(report)
+    print(f"report: {output / 'report.md'}")
+    return output / "report.md"
+
+
+def _setting(run: dict[str, Any]) -> tuple:
+    """Runs are compared with each other within one setting."""
+    return run["backbone"], run["block_size"], run["dataset"], run["train_tokens"], run["parameters"] // 10**8
+
+
+def _order(variant: str) -> tuple:
+    return (PAPERS_ORDER.index(variant) if variant in PAPERS_ORDER else len(PAPERS_ORDER), variant)
+
+
+def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of one setting; changes are against SM+LN+G of the same seed."""
+    perplexity = {(run["variant"], run["seed"]): run["perplexity"] for run in runs}
+    rows = []
+    for run in runs:
+        baseline = perplexity.get(("SM+LN+G", run["seed"]))
+        entropy = np.array(run["attention_entropy"]["entropy"])  # (layers, heads)
+        rows.append(
+            {
+                "variant": run["variant"],
+                "seed": run["seed"],
+                "perplexity": run["perplexity"],
+                "change_percent": None if baseline is None else 100 * (run["perplexity"] / baseline - 1),
+                "eval_tokens": run["eval_tokens"],
+                "parameters": run["parameters"],
+                "entropy_by_layer": entropy.mean(1).tolist(),
+                "max_entropy": float(np.mean(run["attention_entropy"]["max_entropy"])),
+                "head_distribution": run["attention_entropy"]["head_distribution"],
+                "nan_count": sum(run["attention_entropy"]["nan_count"]),
+            }
+        )
+    headline = [
+        {
+            "seed": seed,
+            "relu_against_gelu_percent": 100 * (perplexity["SM+R", seed] / perplexity["SM+G", seed] - 1),
+        }
+        for seed in sorted({run["seed"] for run in runs})
+        if ("SM+R", seed) in perplexity and ("SM+G", seed) in perplexity
+    ]
+    first = runs[0]
+    setting = {key: first[key] for key in ("backbone", "block_size", "dataset", "train_tokens")}
+    return {**setting, "rows": rows, "headline": headline}
+
+
+def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
+    lines = ["# LNFree: comparison of the variants", ""]
+    for group in groups:
+        rows = group["rows"]
+        lines += [
+            f"## {group['backbone']}, T={group['block_size']}, {group['dataset']}, {group['train_tokens']:,} training tokens",
+            "",
+            "| configuration | seed | perplexity | change | evaluation tokens | parameters | NaNs | "
+            + " | ".join(f"heads in {name}" for name in RANGES)
+            + " |",
+            "|---" * (7 + len(RANGES)) + "|",
+        ]
+        for row in rows:
+            change = "" if row["change_percent"] is None else f"{row['change_percent']:+.2f} %"
+            shares = " | ".join(f"{100 * share:.0f} %" for share in row["head_distribution"])
+            lines.append(
+                f"| {row['variant']} | {row['seed']} | {row['perplexity']:.3f} | {change} | {row['eval_tokens']:,} | "
+                f"{row['parameters']:,} | {row['nan_count']} | {shares} |"
+            )
+        for headline in group["headline"]:
+            lines += [
+                "",
+                f"Without LayerNorm, ReLU against GELU (SM+R against SM+G, seed {headline['seed']}): "
+                f"{headline['relu_against_gelu_percent']:+.2f} % perplexity.",
+            ]
+        layers = max(len(row["entropy_by_layer"]) for row in rows)
+        lines += [
+            "",
+            f"Mean attention entropy by layer over the evaluation part, in nats; the largest a causal head can reach at "
+            f"T={group['block_size']} is {rows[0]['max_entropy']:.3f}:",
+            "",
+            "| configuration | seed | " + " | ".join(f"layer {layer}" for layer in range(layers)) + " |",
+            "|---" * (2 + layers) + "|",
+        ]
+        for row in rows:
+            values = " | ".join(f"{value:.2f}" for value in row["entropy_by_layer"])
+            lines.append(f"| {row['variant']} | {row['seed']} | {values} |")
+        lines.append("")
+    lines += ["![attention entropy by layer and head](heat_maps.png)", "", "![curves over training](curves.png)", ""]
+    if unfinished:
+        lines += [f"Not finished, and left out: {', '.join(unfinished)}.", ""]
+    return "\n".join(lines)
+
+
+def _title(run: dict[str, Any]) -> str:
+    return f"{run['variant']}\n{run['backbone']}, T={run['block_size']}, seed {run['seed']}"
+
+
+def plot_heat_maps(runs: list[dict[str, Any]], path: Path):
+    """Attention entropy by layer and head, a panel a run, on one scale from 0 to the largest reachable entropy."""
+    columns = min(len(runs), 4)
+    rows = -(-len(runs) // columns)
+    limit = max(np.max(run["attention_entropy"]["max_entropy"]) for run in runs)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.1 * columns + 1, 3.4 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(runs) :]:
+        axis.set_visible(False)
+    for axis, run in zip(axes.flat, runs, strict=False):
+        entropy = np.array(run["attention_entropy"]["entropy"])
+        image = axis.imshow(entropy, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
+        axis.set_title(_title(run), fontsize=10)
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        axis.set_xticks(range(entropy.shape[1]))
+        axis.set_yticks(range(entropy.shape[0]))
+        if entropy.size <= 64:
+            for (layer, head), value in np.ndenumerate(entropy):
+                colour = "black" if value > 0.6 * limit else "white"
+                axis.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    figure.colorbar(image, ax=axes, label="attention entropy (nats)", shrink=0.9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_curves(runs: list[dict[str, Any]], path: Path):
+    """Training loss of all runs in one panel, then the mean entropy of each layer over the steps, a panel a run."""
+    columns = min(len(runs), 4)
+    rows = -(-len(runs) // columns)
+    figure = plt.figure(figsize=(3.1 * columns + 1, 3.6 + 2.9 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.3] + [1] * rows)
+    loss_axis = figure.add_subplot(grid[0, :])
+    smallest = np.inf
+    for run in runs:
+        log = json.loads((run["folder"] / "log_history.json").read_text(encoding="utf-8"))
+        steps, losses = zip(*((entry["step"], entry["loss"]) for entry in log if "loss" in entry), strict=True)
+        loss_axis.plot(steps, losses, label=_title(run).replace("\n", ", "), linewidth=1.2)
+        smallest = min(smallest, min(losses))
+        # the first steps, from a uniform prediction, would squeeze the rest
+        loss_axis.set_ylim(smallest - 0.2, smallest + 3)
+    loss_axis.set(xlabel="step", ylabel="training loss (nats per token)", title="Training loss")
+    loss_axis.legend(fontsize=8, ncols=2)
+    loss_axis.grid(alpha=0.3)
+    limit = max(np.max(run["attention_entropy"]["max_entropy"]) for run in runs)
+    for index, run in enumerate(runs):
+        axis = figure.add_subplot(grid[1 + index // columns, index % columns])
+        records = read_records(run["folder"] / "attention_entropy.jsonl")
+        by_layer = np.array([np.mean(record["entropy"], axis=1) for record in records])  # (records, layers)
+        colours = plt.get_cmap("plasma")(np.linspace(0, 0.9, by_layer.shape[1]))
+        for layer, colour in enumerate(colours):
+            axis.plot([r["step"] for r in records], by_layer[:, layer], color=colour, label=f"layer {layer}", lw=1.2)
+        axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
+        axis.set(ylim=(0, 1.05 * limit), xlabel="step", ylabel="entropy (nats)")
+        axis.set_title(_title(run), fontsize=10)
+        axis.grid(alpha=0.3)
+        if index == 0:
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,179 @@
+"""
+A recipe: flat `key: value` lines of YAML, which `key=value` on the command line overrides.
+
+Its keys are the fields of `DataArguments` below, of `LNFreeConfig` (the model) and of transformers' `TrainingArguments`
+(everything about the optimisation), under the names that they have there.
+"""
+
+import difflib
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import StrictDataclassError
+from transformers import TrainingArguments
+
+from modeling_lnfree import LNFreeConfig
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+class RecipeError(ValueError):
+    """A recipe that a person has to mend; its message is one line for them."""
+
+
+@dataclass
+class DataArguments:
+    """What is trained on, and what is measured on the way; the fields that neither the model nor the Trainer has."""
+
+    variant: str = field(default="SM+R", metadata={"help": "the paper's notation: SM+LN+G, SM+LN+R, SM+G, SM+R, ..."})
+    dataset: str = field(
+        default="stdlib",
+        metadata={
+            "help": "'stdlib' (the Python source of this interpreter's standard library), a Hub id, or a local file"
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration (subset) of the dataset"})
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "evaluation data; None: the dataset's own validation or test split, else a part held out by hash"
+        },
+    )
+    eval_fraction: float = field(default=0.05, metadata={"help": "share of the documents held out by hash"})
+    text_column: str = field(default="content", metadata={"help": "column of the dataset that holds the text"})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder; None: a byte-level BPE of vocab_size trained on the train part"},
+    )
+    block_size: int = field(default=128, metadata={"help": "the paper's T: tokens in a training sequence"})
+    entropy_steps: int = field(default=100, metadata={"help": "steps between two measurements on the probe batch"})
+    entropy_sequences: int = field(default=32, metadata={"help": "sequences of the probe batch"})
+    decay_slopes: bool = field(
+        default=False,
+        metadata={"help": "weight decay on learned negative slopes too, as in the paper's published code"},
+    )
+
+
+DATA_FIELDS = {f.name for f in fields(DataArguments)}
+TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
+MODEL_FIELDS = {f.name for f in fields(LNFreeConfig)} - TRAINING_FIELDS - {"transformers_version", "architectures"}
+
+
+@dataclass
+class Recipe:
+    """A checked recipe: `data`, the `model`'s fields and the `training` arguments' fields."""
+
+    data: DataArguments
+    model: dict[str, Any]
+    training: dict[str, Any]
+
+    def build_config(self, **overrides) -> LNFreeConfig:
+        """The model's configuration; `overrides` are fields known later, such as the tokenizer's."""
+        named = {"max_position_embeddings": self.data.block_size, **self.model, **overrides}
+        return LNFreeConfig.from_variant(self.data.variant, **named)
+
+    @property
+    def name(self) -> str:
+        """The run's name, from its configuration: `gpt2-sm-r-t128-seed1337`."""
+        config = self.build_config()
+        variant = config.variant.lower().replace("+", "-")
+        return f"{config.backbone}-{variant}-t{self.data.block_size}-seed{self.training['seed']}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat recipe, with every default of `DataArguments` written out."""
+        return {**asdict(self.data), **self.model, **self.training}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """
+    Reads and checks a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` strings that replace its values; the value is read as YAML.
+
+    Raises:
+        RecipeError: for an unknown key (it names the nearest known one), a value of the wrong type, a model that the
+            configuration refuses, and checkpoints that could not be resumed exactly.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe {path} must be lines of 'key: value', got {type(values).__name__}")
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise RecipeError(f"an override must be key=value, got {override!r}")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"the value of {override!r} is not YAML") from None
+    return build_recipe(values)
+
+
+def build_recipe(values: dict[str, Any]) -> Recipe:
+    """Checks a flat recipe given as a dictionary; see `load_recipe`."""
+    parts = {"data": {}, "model": {}, "training": {"seed": 1337}}
+    for key, value in values.items():
+        # YAML 1.1 reads 1e-3 as a string
+        if isinstance(value, str) and _NUMBER.fullmatch(value):
+            value = float(value)
+        for part, known in (("data", DATA_FIELDS), ("training", TRAINING_FIELDS), ("model", MODEL_FIELDS)):
+            if key in known:
+                parts[part][key] = value
+                break
+        else:
+            nearest = difflib.get_close_matches(
+                str(key), DATA_FIELDS | MODEL_FIELDS | TRAINING_FIELDS, n=1, cutoff=0.0
+            )
+            raise RecipeError(f"unknown key {key!r} in the recipe; the nearest known one is {nearest[0]!r}")
+    for part, owner in (("data", DataArguments), ("training", TrainingArguments)):
+        hints = get_type_hints(owner)
+        for key, value in parts[part].items():
+            # an integer is a float to everybody but a type checker
+            checked = float(value) if type(value) is int and hints[key] is float else value
+            try:
+                type_validator(key, checked, hints[key])
+            except TypeError as error:
+                raise RecipeError(f"recipe: {error}") from None
+    recipe = Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
+    try:
+        recipe.build_config()
+    except (ValueError, StrictDataclassError) as error:
+        raise RecipeError(" ".join(str(error).split())) from None
+
+    data, training = recipe.data, recipe.training
+    for name in ("block_size", "entropy_steps", "entropy_sequences"):
+        if getattr(data, name) < 1:
+            raise RecipeError(f"{name} must be at least 1, got {getattr(data, name)}")
+    if not 0 < data.eval_fraction < 1:
+        raise RecipeError(f"eval_fraction must be in (0, 1), got {data.eval_fraction}")
+    if data.tokenizer is None and recipe.model.get("vocab_size", 0) < 258:
+        raise RecipeError(
+            "a recipe without a tokenizer trains one, and needs a vocab_size of at least 258 (256 bytes and 2 special "
+            f"tokens), got {recipe.model.get('vocab_size')}"
+        )
+    if data.block_size > recipe.build_config().max_position_embeddings:
+        raise RecipeError(
+            f"block_size={data.block_size} is longer than max_position_embeddings="
+            f"{recipe.model['max_position_embeddings']}"
+        )
+    save_steps, logging_steps = training.get("save_steps", 500), training.get("logging_steps", 500)
+    if training.get("save_strategy", "steps") == "steps" and save_steps % logging_steps:
+        # the loss summed since the last log is not part of a checkpoint
+        raise RecipeError(
+            f"save_steps must be a multiple of logging_steps, got save_steps={save_steps} and "
+            f"logging_steps={logging_steps}"
+        )
+    training.setdefault("output_dir", f"runs/{recipe.name}")
+    return recipe

@@ -1,0 +1,225 @@
+"""
+Recipe -> Trainer -> finished run. Plainly or by a launcher:
+
+    python -m training.train training/recipes/quick.yaml variant=SM+R
+    torchrun --nproc_per_node 2 -m training.train training/recipes/quick.yaml variant=SM+R
+
+A run's folder holds `recipe.yaml`, the last checkpoints, `attention_entropy.jsonl` (and `negative_slope.jsonl`) with what
+was measured on the way, and once it is finished `model/`, `log_history.json` and `results.json`, in this order.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
+
+from .callbacks import AttentionEntropyCallback, BriefProgressCallback, NegativeSlopeCallback
+from .data import load_documents, load_tokenizer, tokenize_blocks
+from .recipe import Recipe, RecipeError, load_recipe
+
+
+RESULTS, ASIDE = "results.json", ".incomplete"
+
+
+class LNFreeTrainer(Trainer):
+    """
+    The Trainer, with checkpoints that are whole or not there, perplexity beside the evaluation loss, and no weight decay
+    on learned negative slopes unless `decay_slopes` asks for it.
+    """
+
+    def __init__(self, *args, decay_slopes: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.decay_slopes = decay_slopes
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if self.decay_slopes or not name.endswith("negative_slope")]
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(logs["eval_loss"])
+        super().log(logs, *args, **kwargs)
+
+    def _get_output_dir(self, trial):
+        return os.path.join(super()._get_output_dir(trial), ASIDE)
+
+    def _save_checkpoint(self, model, trial):
+        # Written aside, then renamed: a run killed in the middle finds only whole checkpoints.
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            os.replace(os.path.join(self._get_output_dir(trial), name), os.path.join(self.args.output_dir, name))
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+
+def train(recipe: Recipe) -> Path:
+    """
+    Trains what the recipe says, or goes on from the run's last checkpoint; a finished run is left as it is.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        RecipeError: for data that cannot be had, and for a folder that holds a run of another recipe.
+    """
+    run_dir = Path(recipe.training["output_dir"])
+    _claim(run_dir, recipe)
+    if (run_dir / RESULTS).is_file():
+        print(f"{run_dir} is finished: perplexity {read_results(run_dir)['perplexity']:.3f}")
+        return run_dir
+
+    # The Trainer counts tokens, and times, from its own start; nothing before it is training.
+    arguments = TrainingArguments(**{"logging_nan_inf_filter": False, **recipe.training})
+    with arguments.main_process_first(desc="data preparation"):
+        documents = load_documents(recipe.data, arguments.seed)
+        tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
+        blocks = tokenize_blocks(documents, tokenizer, recipe.data)
+
+    set_seed(arguments.seed)
+    model = LNFreeForCausalLM(
+        recipe.build_config(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    trainer = LNFreeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["eval"],
+        data_collator=_collate,
+        processing_class=tokenizer,
+        decay_slopes=recipe.data.decay_slopes,
+    )
+    if trainer.callback_handler.remove_callback(ProgressCallback) is None and not arguments.disable_tqdm:
+        trainer.add_callback(BriefProgressCallback)
+    probe = blocks["eval"][: recipe.data.entropy_sequences]["input_ids"]
+    probe = torch.tensor_split(probe, arguments.world_size)[arguments.process_index]
+    every = recipe.data.entropy_steps
+    trainer.add_callback(AttentionEntropyCallback(probe, every, run_dir / "attention_entropy.jsonl", trainer.log))
+    if model.config.slope_sharing is not None:
+        trainer.add_callback(NegativeSlopeCallback(every, run_dir / "negative_slope.jsonl", trainer.log))
+
+    checkpoint = get_last_checkpoint(run_dir)
+    runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    with torch.no_grad(), record_attention_entropy(model) as record:
+        metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        # a resumed run has forgotten how long it took before
+        _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None)
+    return run_dir
+
+
+def read_results(run_dir: str | Path) -> dict[str, Any]:
+    """
+    The results of a finished run.
+
+    Raises:
+        RecipeError: if the folder holds none.
+    """
+    path = Path(run_dir) / RESULTS
+    if not path.is_file():
+        raise RecipeError(f"{run_dir} is not a finished run: it has no {RESULTS}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    input_ids = torch.stack([row["input_ids"] for row in rows])  # (batch, T)
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def _claim(run_dir: Path, recipe: Recipe):
+    """Writes the recipe into the run's folder, or checks that the folder is of this very recipe."""
+    path = run_dir / "recipe.yaml"
+    ours = recipe.to_dict()
+    if path.is_file():
+        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise RecipeError(
+                    f"{run_dir} holds a run with {key}={theirs.get(key)!r}, this recipe has {ours.get(key)!r}; "
+                    "name another output_dir"
+                )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+        write_atomically(path, yaml.safe_dump(ours, sort_keys=False))
+    except OSError as error:
+        raise RecipeError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
+
+
+def write_atomically(path: Path, text: str):
+    """Writes a text file that is whole or not there."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _finish(run_dir: Path, recipe: Recipe, trainer: LNFreeTrainer, metrics: dict[str, float], record, runtime: float | None):
+    """Writes the model, the log and, last, the results that mark the run as finished."""
+    model, state, arguments = trainer.model, trainer.state, trainer.args
+    model.config.use_cache = True  # the Trainer switches it off for training
+    model.save_pretrained(run_dir / ASIDE / "model")
+    trainer.processing_class.save_pretrained(run_dir / ASIDE / "model")
+    shutil.rmtree(run_dir / "model", ignore_errors=True)
+    os.replace(run_dir / ASIDE / "model", run_dir / "model")
+    shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+    write_atomically(run_dir / "log_history.json", json.dumps(state.log_history, indent=1))
+
+    block_size = recipe.data.block_size
+    tokens_per_step = (
+        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size * block_size
+    )
+    results = {
+        "variant": model.config.variant,
+        "backbone": model.config.backbone,
+        "block_size": block_size,
+        "seed": arguments.seed,
+        "dataset": recipe.data.dataset,
+        "perplexity": math.exp(metrics["eval_loss"]),
+        "eval_loss": metrics["eval_loss"],
+        "eval_tokens": len(trainer.eval_dataset) * (block_size - 1),
+        "train_steps": state.global_step,
+        "train_tokens": state.global_step * tokens_per_step,
+        "train_seconds": runtime,
+        "parameters": model.num_parameters(),
+        "attention_entropy": {
+            "entropy": record.entropy.tolist(),
+            "max_entropy": record.max_entropy.tolist(),
+            "head_distribution": record.head_distribution.tolist(),
+            "nan_count": record.nan_count.sum(-1).tolist(),
+        },
+        "recipe": recipe.to_dict(),
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
+        },
+    }
+    write_atomically(run_dir / RESULTS, json.dumps(results, indent=1))
+    print(f"{run_dir} is finished: {results['variant']}, perplexity {results['perplexity']:.3f}")
+
+
+if __name__ == "__main__":
+    try:
+        train(load_recipe(sys.argv[1], sys.argv[2:]))
+    except RecipeError as error:
+        sys.exit(f"lnfree train: error: {error}")
