@@ -18,13 +18,18 @@ import re
 from dataclasses import field, fields
 from typing import Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import GenerationConfig, PreTrainedConfig
 
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18):
+    raise ImportError(
+        f"LNFree models need transformers 5.18 or newer, found {transformers.__version__}: pip install -U transformers"
+    )
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
-# Every save names all classes, not only the one that was saved, so that each Auto class loads what a fine-tuning wrote.
+# Every save names all classes, not only the one that was saved: each Auto class loads what a fine-tuning wrote.
 AUTO_MAP = {
     "AutoConfig": "configuration_lnfree.LNFreeConfig",
     "AutoModel": "modeling_lnfree.LNFreeModel",
@@ -54,11 +59,12 @@ _VARIANT = re.compile(r"SM(?P<norm>\+LN)?\+(?P<act>G|R|LR(?P<slope>\d+(\.\d+)?|-
 
 
 @strict
-class LNFreeConfig(PreTrainedConfig):  # trf-ignore: TRF057 (see modeling_lnfree.py)
+class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see modeling_lnfree.py)
     r"""
     Configuration of an LNFree model. The defaults are the paper's GPT-2 without LayerNorm and with ReLU (`SM+R`,
     arXiv 2410.09637), 124M parameters. The switches span the paper's two backbones: GPT-2 (learned positions,
-    sequential residual, tied embeddings) and Pythia / GPT-NeoX (rotary positions, parallel residual, untied embeddings).
+    sequential residual, tied embeddings) and Pythia / GPT-NeoX (rotary positions, parallel residual, untied
+    embeddings).
 
     Args:
         vocab_size (`int`): number of tokens.
@@ -71,11 +77,11 @@ class LNFreeConfig(PreTrainedConfig):  # trf-ignore: TRF057 (see modeling_lnfree
         partial_rotary_factor (`float`): with rotary positions, the fraction of the head dimension that is rotated; the
             rotated dimension `int(partial_rotary_factor * hidden_size / num_attention_heads)` has to be even.
         rope_theta (`float`): with rotary positions, the base of the wavelengths.
-        parallel_residual (`bool`): `x + attn(norm(x)) + mlp(norm(x))` (GPT-NeoX) instead of one after the other (GPT-2).
+        parallel_residual (`bool`): `x + attn(norm(x)) + mlp(norm(x))` (GPT-NeoX), not one after the other (GPT-2).
         tie_word_embeddings (`bool`): whether the output projection is the token embedding (GPT-2).
         norm_type (`str`): the two norms of every block, `"none"` or `"layernorm"`.
-        final_norm_type (`str`): the norm before the output projection, `"layernorm"` (kept in the paper's LayerNorm-free
-            models too) or `"none"` (an identity under the same name).
+        final_norm_type (`str`): the norm before the output projection, `"layernorm"` (kept in the paper's LN-free models
+            too) or `"none"` (an identity under the same name).
         layer_norm_eps (`float`): epsilon of the norms that are there.
         hidden_act (`str`): `"gelu"` (erf, as in GPT-NeoX), `"gelu_pytorch_tanh"` (tanh, as in GPT-2), `"relu"` or
             `"leaky_relu"`.
@@ -83,8 +89,8 @@ class LNFreeConfig(PreTrainedConfig):  # trf-ignore: TRF057 (see modeling_lnfree
             slope is learned, its initial value.
         slope_sharing (`str`, *optional*): makes the slope of `"leaky_relu"` a parameter, one per `"layer"` or one
             `"global"` parameter that all layers share. `None` keeps it fixed.
-        biased_projections (`list[str]`): which of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `up_proj` and `down_proj` have
-            a bias. The paper: query and key only; GPT-2 and GPT-NeoX themselves: all.
+        biased_projections (`list[str]`): which of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `up_proj` and `down_proj`
+            have a bias. The paper: query and key only; GPT-2 and GPT-NeoX themselves: all.
         embedding_dropout, attention_dropout, hidden_dropout (`float`): dropout probability of the embeddings, the
             attention weights, and the output of attention and feed-forward layer.
         initializer_range (`float`): standard deviation of the initial weights; no extra scaling with depth.
@@ -150,7 +156,7 @@ class LNFreeConfig(PreTrainedConfig):  # trf-ignore: TRF057 (see modeling_lnfree
     def _refuse_unknown_fields(self, kwargs):
         # PreTrainedConfig accepts any keyword in silence, so a misspelt field would leave its default in place.
         declared = [name for name in (f.name for f in fields(self)) if name != "transformers_version"]
-        generation = GenerationConfig._get_default_generation_params()
+        generation = transformers.GenerationConfig._get_default_generation_params()
         for key in kwargs:
             if key.startswith("_") or key in _UNDECLARED_KEYS or key in generation:
                 continue

@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-LNFree: decoder-only transformers with and without LayerNorm (arXiv 2410.09637), on the GPT-2 and the GPT-NeoX backbone.
+LNFree: decoder-only transformers with and without LayerNorm (arXiv 2410.09637), on the GPT-2 and GPT-NeoX backbones.
 
 Shapes in the comments: B batch, T queries, S keys, D hidden size, H heads, d head dimension, F feed-forward width.
 
-Where mlinter's TRF057 is switched off: `auto_docstring` finds a model's name by its path inside transformers, and prints
-errors on the terminal of whoever loads it from anywhere else. The docstrings here are written by hand.
+Where mlinter's TRF057 is switched off: `auto_docstring` finds a model's name by its path inside transformers, and
+prints errors on the terminal of whoever loads it from anywhere else. The docstrings here are written by hand.
 """
 
 import inspect
@@ -288,9 +288,10 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
             input_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`): tokens; or `inputs_embeds`, not both.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_len + seq_len)`): 1 for tokens, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`): counted from the cache's length by
-                default. Positions that start again, with no mask and no cache, mark packed sequences that do not see each other.
+                default. Positions that start again, with no mask and no cache, mark packed sequences that do not see
+                each other.
             cache (`Cache`): keys and values of earlier tokens; `past_key_values` is its name before transformers 5.24.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, seq_len, hidden_size)`): embeddings in place of tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, seq_len, hidden_size)`): in place of tokens.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, and for a position that the
@@ -393,7 +394,7 @@ class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: 
             logits_to_keep (`int` or `torch.Tensor`): the last so many positions, or the positions (1-D); 0 keeps all.
 
         Returns:
-            `CausalLMOutputWithPast` with `loss` in nats per token and `logits` of shape `(batch_size, kept, vocab_size)`.
+            `CausalLMOutputWithPast` with `loss` in nats per token and `logits` `(batch_size, kept, vocab_size)`.
         """
         outputs = self.model(
             input_ids,
@@ -419,7 +420,7 @@ class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: 
 
 
 class LNFreeForSequenceClassification(LNFreePreTrainedModel):  # trf-ignore: TRF057
-    """The decoder with a linear head on the last token of each sequence that is not padding, on whichever side that is."""
+    """The decoder with a linear head on each sequence's last token that is not padding, on whichever side that is."""
 
     # The loss is a mean over sequences; the Trainer then divides by the accumulation steps itself.
     accepts_loss_kwargs = False

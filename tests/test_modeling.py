@@ -1,4 +1,4 @@
-"""The model against code that no one here wrote (GPT-2, GPT-NeoX), against a naive float64 forward, and against itself."""
+"""The model against code that no one here wrote (GPT-2, GPT-NeoX), a naive float64 forward, and itself."""
 
 import copy
 import warnings
@@ -459,8 +459,8 @@ def test_gradient_checkpointing_gives_equal_gradients(variant, backbone):
     model = tiny_model(variant, backbone, embedding_dropout=0.0).train()
     checkpointed = copy.deepcopy(model)
     # renamed in transformers 5.24
-    enable = getattr(checkpointed, "activation_checkpointing_enable", None) or checkpointed.gradient_checkpointing_enable
-    enable()
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(checkpointed, new if hasattr(checkpointed, new) else old)()
     input_ids = random_ids(2, 9)
     for each in (model, checkpointed):
         each(input_ids, labels=input_ids, use_cache=False).loss.backward()

@@ -1,4 +1,4 @@
-"""What is measured during training: one callback a quantity, each through the Trainer's log and into a file of the run."""
+"""What is measured during training: a callback a quantity, each through the Trainer's log and into a file."""
 
 import json
 import os

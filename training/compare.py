@@ -23,7 +23,7 @@ RANGES = ["[0, max/4)", "[max/4, max/2)", "[max/2, 3max/4)", "[3max/4, max]"]
 
 def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     """
-    Compares the finished runs below a folder and writes `report.md`, `comparison.json`, `heat_maps.png` and `curves.png`.
+    Compares the finished runs below a folder; writes `report.md`, `comparison.json`, `heat_maps.png`, `curves.png`.
 
     Args:
         runs_dir: folder whose subfolders are runs.
@@ -104,7 +104,8 @@ def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
     for group in groups:
         rows = group["rows"]
         lines += [
-            f"## {group['backbone']}, T={group['block_size']}, {group['dataset']}, {group['train_tokens']:,} training tokens",
+            f"## {group['backbone']}, T={group['block_size']}, {group['dataset']}, "
+            f"{group['train_tokens']:,} training tokens",
             "",
             "| configuration | seed | perplexity | change | evaluation tokens | parameters | NaNs | "
             + " | ".join(f"heads in {name}" for name in RANGES)
@@ -127,7 +128,7 @@ def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
         layers = max(len(row["entropy_by_layer"]) for row in rows)
         lines += [
             "",
-            f"Mean attention entropy by layer over the evaluation part, in nats; the largest a causal head can reach at "
+            f"Mean attention entropy by layer over the evaluation part, in nats; the largest of a causal head at "
             f"T={group['block_size']} is {rows[0]['max_entropy']:.3f}:",
             "",
             "| configuration | seed | " + " | ".join(f"layer {layer}" for layer in range(layers)) + " |",

@@ -122,6 +122,7 @@ def load_tokenizer(arguments: DataArguments, train: Dataset, vocab_size: int | N
                 bos_token=AddedToken(END_OF_TEXT, special=True),
                 eos_token=AddedToken(END_OF_TEXT, special=True),
                 pad_token=AddedToken(PAD, special=True),
+                model_input_names=["input_ids", "attention_mask"],
             )
             with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
                 tokenizer.save_pretrained(aside)

@@ -1,8 +1,8 @@
 """
 A recipe: flat `key: value` lines of YAML, which `key=value` on the command line overrides.
 
-Its keys are the fields of `DataArguments` below, of `LNFreeConfig` (the model) and of transformers' `TrainingArguments`
-(everything about the optimisation), under the names that they have there.
+Its keys are the fields of `DataArguments` below, of `LNFreeConfig` (the model) and of transformers'
+`TrainingArguments` (everything about the optimisation), under the names that they have there.
 """
 
 import difflib

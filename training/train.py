@@ -4,8 +4,8 @@ Recipe -> Trainer -> finished run. Plainly or by a launcher:
     python -m training.train training/recipes/quick.yaml variant=SM+R
     torchrun --nproc_per_node 2 -m training.train training/recipes/quick.yaml variant=SM+R
 
-A run's folder holds `recipe.yaml`, the last checkpoints, `attention_entropy.jsonl` (and `negative_slope.jsonl`) with what
-was measured on the way, and once it is finished `model/`, `log_history.json` and `results.json`, in this order.
+A run's folder holds `recipe.yaml`, the last checkpoints, `attention_entropy.jsonl` (and `negative_slope.jsonl`) with
+what was measured on the way, and once it is finished `model/`, `log_history.json` and `results.json`, in this order.
 """
 
 import importlib.metadata
@@ -35,8 +35,8 @@ RESULTS, ASIDE = "results.json", ".incomplete"
 
 class LNFreeTrainer(Trainer):
     """
-    The Trainer, with checkpoints that are whole or not there, perplexity beside the evaluation loss, and no weight decay
-    on learned negative slopes unless `decay_slopes` asks for it.
+    The Trainer, with checkpoints that are whole or not there, perplexity beside the evaluation loss, and no weight
+    decay on learned negative slopes unless `decay_slopes` asks for it.
     """
 
     def __init__(self, *args, decay_slopes: bool = False, **kwargs):
@@ -171,7 +171,9 @@ def write_atomically(path: Path, text: str):
     os.replace(aside, path)
 
 
-def _finish(run_dir: Path, recipe: Recipe, trainer: LNFreeTrainer, metrics: dict[str, float], record, runtime: float | None):
+def _finish(
+    run_dir: Path, recipe: Recipe, trainer: LNFreeTrainer, metrics: dict[str, float], record, runtime: float | None
+):
     """Writes the model, the log and, last, the results that mark the run as finished."""
     model, state, arguments = trainer.model, trainer.state, trainer.args
     model.config.use_cache = True  # the Trainer switches it off for training

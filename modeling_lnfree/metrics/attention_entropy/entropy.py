@@ -398,7 +398,7 @@ class AttentionEntropyRecord:
 
         number = visibility.number().expand_as(entropy)
         counted = number > 0
-        padded = self._padded(attention_mask, origin, entropy.shape[2])
+        padded = self._padded(attention_mask, origin, query)
         if padded is not None:
             counted = counted & ~padded[:, None]
         largest = (number + (sinks is not None)).log()
@@ -409,15 +409,19 @@ class AttentionEntropyRecord:
         self._totals[row] = self._totals[row] + total if len(self._totals[row]) else total
 
     def _padded(
-        self, attention_mask: Tensor | BlockMask | None, origin: _MaskOrigin | None, num_queries: int
+        self, attention_mask: Tensor | BlockMask | None, origin: _MaskOrigin | None, query: Tensor
     ) -> Tensor | None:
         """Which queries are padding, bool, `(batch, T)`, where any can be."""
         if attention_mask is None:
             return None
         if origin is not None:
             return origin.padded
-        # a mask that the model made or changed itself: the queries are the last tokens of the batch it was given
-        return None if self._padding_mask is None else ~self._padding_mask[:, -num_queries:].bool()
+        # a mask that the model made or changed itself: the queries are the last tokens of the batch that it was given
+        batch, _, num_queries, _ = query.shape
+        mask = self._padding_mask
+        if mask is None or mask.shape[0] != batch or mask.shape[1] < num_queries:
+            return None
+        return ~mask[:, -num_queries:].bool()
 
 
 def _see(

@@ -1,0 +1,61 @@
+"""Results of a run -> the model card of its export."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+TEMPLATE = Path(__file__).parent / "lnfree_card.md.jinja"
+CORPORA = {"stdlib": "Python source of the interpreter's standard library"}
+
+
+def build_card(name: str, config, results: dict[str, Any], folder: Path) -> ModelCard:
+    """
+    The card of an exported variant.
+
+    Args:
+        name: of the repository or folder.
+        config: the model's `LNFreeConfig`.
+        results: of the run, as `results.json` holds them.
+        folder: the export, whose `.py` files are listed with their hashes.
+    """
+    entropy = np.array(results["attention_entropy"]["entropy"])  # (layers, heads)
+    corpus = CORPORA.get(results["dataset"], results["dataset"])
+    evaluated = {
+        "task_type": "text-generation",
+        "dataset_type": results["dataset"],
+        "dataset_name": f"{corpus}, held-out documents",
+    }
+    card_data = ModelCardData(
+        language="code",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["lnfree", "code", "layernorm-free" if config.norm_type == "none" else "layernorm", results["variant"]],
+        datasets=None if results["dataset"] in CORPORA else [results["dataset"]],
+        model_name=name,
+        eval_results=[
+            EvalResult(**evaluated, metric_type="perplexity", metric_value=float(results["perplexity"])),
+            EvalResult(
+                **evaluated,
+                metric_type="attention_entropy",
+                metric_name="mean attention entropy (nats)",
+                metric_value=float(entropy.mean()),
+            ),
+        ],
+    )
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))}
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        name=name,
+        config=config,
+        results=results,
+        corpus=corpus,
+        entropy_by_layer=entropy.mean(1).tolist(),
+        max_entropy=float(np.mean(results["attention_entropy"]["max_entropy"])),
+        hashes=hashes,
+    )

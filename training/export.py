@@ -1,0 +1,92 @@
+"""A finished run -> a folder as the Hub wants it, loaded back by a clean process before it counts."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from model_cards.card import build_card
+from modeling_lnfree import LNFreeForCausalLM
+
+from .compare import plot_heat_maps
+from .recipe import RecipeError
+from .train import read_results
+
+
+LOAD_CHECK = Path(__file__).with_name("load_check.py")
+PROMPT = "def __init__(self"
+
+
+def export(run_dir: str | Path, out_dir: str | Path) -> Path:
+    """
+    Exports a finished run: safetensors, config with `auto_map`, the model's code, tokenizer, generation config, card,
+    heat map, recipe and results. A clean subprocess then loads it with `trust_remote_code=True`; its logits must be
+    the trained model's, bit by bit. Only then does the folder get its name.
+
+    Args:
+        run_dir: folder of the run.
+        out_dir: new folder, or one that an earlier export wrote.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        RecipeError: if the run is not finished, if `out_dir` holds anything else, or if the check fails.
+    """
+    run_dir, out_dir = Path(run_dir), Path(out_dir)
+    results = read_results(run_dir)
+    if out_dir.exists() and not (out_dir / "results.json").is_file() and (out_dir.is_file() or any(out_dir.iterdir())):
+        raise RecipeError(f"{out_dir} exists and is not an export; name a new folder")
+    # a local path is nobody else's business
+    del results["recipe"]["output_dir"]
+    model = LNFreeForCausalLM.from_pretrained(run_dir / "model", dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    name = out_dir.resolve().name
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{name}.") as aside:
+        folder = Path(aside) / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        plot_heat_maps([results], folder / "heat_map.png")
+        (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
+        build_card(name, model.config, results, folder).save(folder / "README.md")
+        prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+        generated = _check(folder, model, prompt)
+        if out_dir.exists():
+            os.replace(out_dir, Path(aside) / "earlier")
+        os.replace(folder, out_dir)
+    print(f"{out_dir}: loaded back in a clean process, logits equal bit by bit; it generates")
+    print(f"  {tokenizer.decode(generated[0])!r}")
+    return out_dir
+
+
+def _check(folder: Path, model: LNFreeForCausalLM, prompt: torch.Tensor) -> torch.Tensor:
+    """Loads the export in a clean process; returns what it generated."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(32, model.config.max_position_embeddings)
+    input_ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+    with tempfile.TemporaryDirectory() as outside:
+        inputs, outputs = Path(outside) / "inputs.safetensors", Path(outside) / "outputs.safetensors"
+        save_file({"input_ids": input_ids, "prompt": prompt}, inputs)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
+        # as many threads as here: the order of a sum depends on them
+        environment |= {"HF_HOME": outside, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [sys.executable, "-I", LOAD_CHECK, folder.resolve(), inputs, outputs]
+        run = subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True)
+        if run.returncode:
+            raise RecipeError(f"the export does not load in a clean process:\n{run.stderr.strip()}")
+        found = load_file(outputs)
+    if not found["logits"].equal(expected):
+        difference = (found["logits"] - expected).abs().max().item()
+        raise RecipeError(f"the exported model's logits differ from the trained model's by up to {difference:.3g}")
+    return found["generated"]
