@@ -80,8 +80,8 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         parallel_residual (`bool`): `x + attn(norm(x)) + mlp(norm(x))` (GPT-NeoX), not one after the other (GPT-2).
         tie_word_embeddings (`bool`): whether the output projection is the token embedding (GPT-2).
         norm_type (`str`): the two norms of every block, `"none"` or `"layernorm"`.
-        final_norm_type (`str`): the norm before the output projection, `"layernorm"` (kept in the paper's LN-free models
-            too) or `"none"` (an identity under the same name).
+        final_norm_type (`str`): the norm before the output projection, `"layernorm"` (kept in the paper's LN-free
+            models too) or `"none"` (an identity under the same name).
         layer_norm_eps (`float`): epsilon of the norms that are there.
         hidden_act (`str`): `"gelu"` (erf, as in GPT-NeoX), `"gelu_pytorch_tanh"` (tanh, as in GPT-2), `"relu"` or
             `"leaky_relu"`.
@@ -89,7 +89,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
             slope is learned, its initial value.
         slope_sharing (`str`, *optional*): makes the slope of `"leaky_relu"` a parameter, one per `"layer"` or one
             `"global"` parameter that all layers share. `None` keeps it fixed.
-        biased_projections (`list[str]`): which of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `up_proj` and `down_proj`
+        biased_projections (`list[str]`): which of q_proj, k_proj, v_proj, o_proj, up_proj and down_proj
             have a bias. The paper: query and key only; GPT-2 and GPT-NeoX themselves: all.
         embedding_dropout, attention_dropout, hidden_dropout (`float`): dropout probability of the embeddings, the
             attention weights, and the output of attention and feed-forward layer.

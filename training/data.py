@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import sys
 import sysconfig
@@ -145,13 +146,14 @@ def tokenize_blocks(
     Raises:
         RecipeError: if a part is too small for one block.
     """
+    backend = tokenizer.backend_tokenizer
     blocks = documents.map(
         _tokenize,
         batched=True,
         remove_columns=documents["train"].column_names,
         fn_kwargs={
-            # a string, since the hash of a tokenizer object changes with its use
-            "tokenizer_json": tokenizer.backend_tokenizer.to_str(),
+            # the cache's key must not depend on the truncation and padding of the tokenizer's last use
+            "tokenizer_json": json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}),
             "end_of_text": tokenizer.eos_token_id,
             "block_size": arguments.block_size,
             "text_column": arguments.text_column,

@@ -9,7 +9,7 @@ import difflib
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
@@ -141,21 +141,21 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         hints = get_type_hints(owner)
         for key, value in parts[part].items():
             # an integer is a float to everybody but a type checker
-            checked = float(value) if type(value) is int and hints[key] is float else value
+            takes_float = float in (hints[key], *get_args(hints[key]))
+            checked = float(value) if type(value) is int and takes_float else value
             try:
                 type_validator(key, checked, hints[key])
             except TypeError as error:
                 raise RecipeError(f"recipe: {error}") from None
     recipe = Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
-    try:
-        recipe.build_config()
-    except (ValueError, StrictDataclassError) as error:
-        raise RecipeError(" ".join(str(error).split())) from None
-
     data, training = recipe.data, recipe.training
     for name in ("block_size", "entropy_steps", "entropy_sequences"):
         if getattr(data, name) < 1:
             raise RecipeError(f"{name} must be at least 1, got {getattr(data, name)}")
+    try:
+        config = recipe.build_config()
+    except (ValueError, StrictDataclassError) as error:
+        raise RecipeError(" ".join(str(error).split())) from None
     if not 0 < data.eval_fraction < 1:
         raise RecipeError(f"eval_fraction must be in (0, 1), got {data.eval_fraction}")
     if data.tokenizer is None and recipe.model.get("vocab_size", 0) < 258:
@@ -163,10 +163,9 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             "a recipe without a tokenizer trains one, and needs a vocab_size of at least 258 (256 bytes and 2 special "
             f"tokens), got {recipe.model.get('vocab_size')}"
         )
-    if data.block_size > recipe.build_config().max_position_embeddings:
+    if data.block_size > config.max_position_embeddings:
         raise RecipeError(
-            f"block_size={data.block_size} is longer than max_position_embeddings="
-            f"{recipe.model['max_position_embeddings']}"
+            f"block_size={data.block_size} is longer than max_position_embeddings={config.max_position_embeddings}"
         )
     save_steps, logging_steps = training.get("save_steps", 500), training.get("logging_steps", 500)
     if training.get("save_strategy", "steps") == "steps" and save_steps % logging_steps:

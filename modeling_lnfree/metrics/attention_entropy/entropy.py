@@ -188,7 +188,8 @@ def _entropy(
                 entropy = logsumexp.detach() - scaling * torch.linalg.vecdot(query[:, :, rows].detach(), output)
             size = query_size[:, :, rows]
             number = block.number()
-            broken = ~size.isfinite() | (block.count(~key_size.isfinite(), heads) > 0) | (number == 0)
+            broken = ~(entropy.isfinite() & size.isfinite()) | (number == 0)
+            broken = broken | (block.count(~key_size.isfinite(), heads) > 0)
             entropies.append(entropy.clamp(min=0.0).masked_fill(broken, torch.nan))
             infinities.append(torch.where(size.isinf(), number, block.count(key_size.isinf(), heads)))
     return torch.cat(entropies, 2), torch.cat(infinities, 2)

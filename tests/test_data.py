@@ -1,0 +1,155 @@
+"""Data: no text in both parts, blocks that are the text again, one path for the embedded corpus and any dataset."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from training import data
+from training.recipe import DataArguments, RecipeError
+
+
+DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(200)]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"content": text}) + "\n" for text in DOCUMENTS))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def test_split_by_hash_is_whole_disjoint_and_stable(jsonl):
+    arguments = DataArguments(dataset=str(jsonl), eval_fraction=0.2)
+    parts = data.load_documents(arguments, seed=0)
+    train, held_out = set(parts["train"]["content"]), set(parts["eval"]["content"])
+    assert train | held_out == set(DOCUMENTS) and not train & held_out
+    assert 20 <= len(held_out) <= 60
+    # a document stays where it is, whatever else is there and in whatever order
+    jsonl.write_text("".join(json.dumps({"content": text}) + "\n" for text in reversed(DOCUMENTS[:100])))
+    again = data.load_documents(arguments, seed=1)
+    assert set(again["eval"]["content"]) == held_out & set(DOCUMENTS[:100])
+
+
+def test_order_follows_the_seed(jsonl):
+    arguments = DataArguments(dataset=str(jsonl))
+    orders = [list(data.load_documents(arguments, seed)["train"]["content"]) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_embedded_corpus_is_the_standard_library():
+    parts = data.load_documents(DataArguments(), seed=0)
+    texts = set(parts["train"]["content"]) | set(parts["eval"]["content"])
+    assert Path(json.__file__).read_text() in texts
+    assert len(texts) > 500 and not set(parts["train"]["content"]) & set(parts["eval"]["content"])
+
+
+def test_blocks_are_the_documents_again(jsonl):
+    arguments = DataArguments(dataset=str(jsonl), block_size=17)
+    documents = data.load_documents(arguments, seed=0)
+    tokenizer = data.load_tokenizer(arguments, documents["train"], 400)
+    blocks = data.tokenize_blocks(documents, tokenizer, arguments)
+    for name, part in documents.items():
+        ids = blocks[name]["input_ids"][:].flatten().tolist()
+        assert len(ids) == 17 * len(blocks[name])
+        whole = data.END_OF_TEXT.join(part["content"]) + data.END_OF_TEXT
+        assert whole.startswith(tokenizer.decode(ids[:-4]))
+        assert len(tokenizer(whole)["input_ids"]) - len(ids) < 17
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=8), st.integers(1, 9))
+def test_tokenised_blocks_hold_every_token_once_but_the_tail(texts, block_size):
+    tokenizer = _byte_tokenizer()
+    batch = {"content": texts}
+    blocks = data._tokenize(batch, tokenizer.to_str(), 1000, block_size, "content")["input_ids"]
+    expected = [token for text in texts for token in [*tokenizer.encode(text).ids, 1000]]
+    assert sum(blocks, []) == expected[: len(expected) // block_size * block_size]
+    assert all(len(block) == block_size for block in blocks)
+
+
+def _byte_tokenizer() -> Tokenizer:
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["x"], 256, show_progress=False)
+    return bpe._tokenizer
+
+
+def test_tokenizer_is_trained_once_and_round_trips(jsonl, monkeypatch):
+    arguments = DataArguments(dataset=str(jsonl))
+    train = data.load_documents(arguments, seed=0)["train"]
+    tokenizer = data.load_tokenizer(arguments, train, 400)
+    monkeypatch.setattr(data, "ByteLevelBPETokenizer", None)
+    again = data.load_tokenizer(arguments, train, 400)
+    text = "naïve = '→'  # \t\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert again(text) == tokenizer(text) and set(tokenizer(text)) == {"input_ids", "attention_mask"}
+    assert len(tokenizer) <= 400 and tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_second_call_reads_the_cache(jsonl, monkeypatch):
+    arguments = DataArguments(dataset=str(jsonl), block_size=16)
+    documents = data.load_documents(arguments, seed=0)
+    tokenizer = data.load_tokenizer(arguments, documents["train"], 400)
+    first = data.tokenize_blocks(documents, tokenizer, arguments)
+    tokenizer("use changes the state of a tokenizer", truncation=True, max_length=4)
+    second = data.tokenize_blocks(documents, tokenizer, arguments)
+    for name in first:
+        assert first[name].cache_files == second[name].cache_files != []
+
+
+def test_dataset_with_its_own_evaluation_part_and_a_tokenizer_by_name(tmp_path, jsonl):
+    arguments = DataArguments(dataset=str(jsonl))
+    tokenizer = data.load_tokenizer(arguments, data.load_documents(arguments, 0)["train"], 400)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    parts = DatasetDict({"train": DOCUMENTS[:150], "validation": DOCUMENTS[150:]})
+    for name, texts in parts.items():
+        Dataset.from_dict({"code": texts}).to_parquet(folder / f"{name}.parquet")
+    arguments = DataArguments(dataset=str(folder), text_column="code", tokenizer=str(tmp_path / "tokenizer"))
+    documents = data.load_documents(arguments, seed=0)
+    assert list(documents["eval"]["code"]) == DOCUMENTS[150:]
+    loaded = data.load_tokenizer(arguments, documents["train"], None)
+    assert loaded("def f") == AutoTokenizer.from_pretrained(tmp_path / "tokenizer")("def f")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset": "no/such/place"}, "dataset 'no/such/place' cannot be loaded"),
+        ({"text_column": "text"}, "text_column='text' is not a column.*content"),
+        ({"dataset": __file__}, "must end in one of .json"),
+    ],
+)
+def test_data_that_cannot_be_had(jsonl, arguments, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match=message):
+        data.load_documents(DataArguments(**{"dataset": str(jsonl), **arguments}), seed=0)
+
+
+def test_tokenizer_that_cannot_be_had(jsonl, tmp_path):
+    arguments = DataArguments(dataset=str(jsonl), tokenizer=str(tmp_path / "nothing"))
+    with pytest.raises(RecipeError, match="tokenizer .*nothing.* cannot be loaded"):
+        data.load_tokenizer(arguments, None, None)
+
+
+def test_part_smaller_than_a_block(jsonl):
+    arguments = DataArguments(dataset=str(jsonl), block_size=100_000)
+    documents = data.load_documents(arguments, seed=0)
+    tokenizer = data.load_tokenizer(arguments, documents["train"], 400)
+    with pytest.raises(RecipeError, match="fewer than block_size=100000 tokens"):
+        data.tokenize_blocks(documents, tokenizer, arguments)

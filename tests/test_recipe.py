@@ -1,0 +1,101 @@
+"""Recipes: every file parses, and what a person gets wrong is one line that names it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from training.recipe import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIELDS, RecipeError, build_recipe, load_recipe
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
+SMALLEST = {"vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+VARIANTS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "SM+LR0.01", "SM+LR0.1", "SM+LR-layer", "SM+LR-global"]
+
+
+def test_no_key_has_two_meanings():
+    assert not DATA_FIELDS & MODEL_FIELDS and not DATA_FIELDS & TRAINING_FIELDS and not MODEL_FIELDS & TRAINING_FIELDS
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_makes_every_variant(path, variant):
+    recipe = load_recipe(path, [f"variant={variant}"])
+    assert recipe.build_config().variant == variant
+    assert f"lnfree train training/recipes/{path.name}" in path.read_text().splitlines()[1]
+    arguments = TrainingArguments(**{**recipe.training, "fp16": False})
+    tokens = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * recipe.data.block_size
+    if path.stem.startswith(("gpt2", "pythia")):
+        # the paper's optimisation
+        assert tokens * arguments.max_steps == 65536 * 32000
+        assert (arguments.learning_rate, arguments.weight_decay, arguments.warmup_steps) == (0.001, 0.1, 0.05)
+        assert (arguments.max_grad_norm, arguments.adam_epsilon, arguments.seed) == (1.0, 1e-8, 1337)
+        assert recipe.training["fp16"] and recipe.build_config().initializer_range == 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "parameters"),
+    [
+        ("gpt2_t128", "gpt2", (12, 12, 768)),
+        ("pythia70m_t128", "pythia", (6, 8, 512)),
+        ("pythia70m_t256", "pythia", (6, 8, 512)),
+    ],
+)
+def test_papers_models(name, backbone, parameters):
+    config = load_recipe(RECIPES[0].with_name(f"{name}.yaml")).build_config()
+    assert config.backbone == backbone
+    assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == parameters
+    assert config.biased_projections == ["q_proj", "k_proj"] and config.embedding_dropout == 0.1
+    assert config.max_position_embeddings == int(name[-3:])
+
+
+def test_command_line_overrides_the_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**SMALLEST, "variant": "SM+G", "learning_rate": 0.1}))
+    recipe = load_recipe(path, ["variant=SM+R", "learning_rate=1e-3", "seed=7", "biased_projections=[v_proj]"])
+    assert recipe.data.variant == "SM+R"
+    assert recipe.training["learning_rate"] == 0.001
+    assert recipe.build_config().biased_projections == ["v_proj"]
+    assert recipe.training["output_dir"] == "runs/gpt2-sm-r-t128-seed7"
+
+
+WRONG = [
+    ({"learnin_rate": 1}, "unknown key 'learnin_rate'.*'learning_rate'"),
+    ({"hiden_size": 8}, "unknown key 'hiden_size'.*'hidden_size'"),
+    ({"variants": "SM+R"}, "unknown key 'variants'.*'variant'"),
+    ({"variant": "SM+X"}, "variant must be.*'SM\\+X'"),
+    ({"max_steps": "many"}, "max_steps.*int.*many"),
+    ({"learning_rate": "fast"}, "learning_rate.*float.*fast"),
+    ({"block_size": 12.5}, "block_size.*int"),
+    ({"block_size": 0}, "block_size must be at least 1, got 0"),
+    ({"eval_fraction": 1.5}, "eval_fraction must be in \\(0, 1\\), got 1.5"),
+    ({"hidden_size": 9}, "hidden_size must be divisible by num_attention_heads"),
+    ({"vocab_size": 100}, "vocab_size of at least 258.*got 100"),
+    ({"negative_slope": 0.1}, "negative_slope is an option of hidden_act='leaky_relu'"),
+    ({"block_size": 64, "max_position_embeddings": 32}, "block_size=64 is longer than max_position_embeddings=32"),
+    ({"save_steps": 15, "logging_steps": 10}, "save_steps must be a multiple of logging_steps.*15.*10"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG, ids=lambda v: "-".join(v) if isinstance(v, dict) else "")
+def test_wrong_recipe_is_one_clear_line(values, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        build_recipe({**SMALLEST, **values})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a\n- b", "key: value"), ("a: [", "not YAML"), (None, "cannot be read")]
+)
+def test_file_that_is_no_recipe(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_override_without_a_value():
+    with pytest.raises(RecipeError, match="key=value, got 'variant'"):
+        load_recipe(RECIPES[0], ["variant"])
