@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from modeling_lnfree import record_attention_entropy
 
@@ -103,12 +103,22 @@ class NegativeSlopeCallback(MeasurementCallback):
         return {"slopes": slopes}, {f"negative_slope/{index}": slope for index, slope in enumerate(slopes)}
 
 
+def _brief(logs: dict[str, float]) -> dict[str, float]:
+    brief = {key: value for key, value in logs.items() if "/" not in key or key == "attention_entropy/mean"}
+    return brief if set(brief) - {"epoch", "step"} else {}
+
+
 class BriefProgressCallback(ProgressCallback):
-    """The Trainer's progress bar; of the measurements it prints the means only."""
+    """The Trainer's progress bar; of the measurements it shows the mean only."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        brief = {
-            key: value for key, value in (logs or {}).items() if "/" not in key or key == "attention_entropy/mean"
-        }
-        if brief:
+        if brief := _brief(logs):
+            super().on_log(args, state, control, logs=brief, **kwargs)
+
+
+class BriefPrinterCallback(PrinterCallback):
+    """The Trainer's lines without a progress bar; of the measurements they hold the mean only."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if brief := _brief(logs):
             super().on_log(args, state, control, logs=brief, **kwargs)

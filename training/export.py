@@ -84,7 +84,7 @@ def _check(folder: Path, model: LNFreeForCausalLM, prompt: torch.Tensor) -> torc
         command = [sys.executable, "-I", LOAD_CHECK, folder.resolve(), inputs, outputs]
         run = subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True)
         if run.returncode:
-            raise RecipeError(f"the export does not load in a clean process:\n{run.stderr.strip()}")
+            raise RecipeError(f"the export does not load in a clean process: {run.stderr.strip().splitlines()[-1]}")
         found = load_file(outputs)
     if not found["logits"].equal(expected):
         difference = (found["logits"] - expected).abs().max().item()

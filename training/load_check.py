@@ -9,6 +9,7 @@ export itself.
 
 import sys
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +22,9 @@ def main(folder: str, inputs: str, outputs: str):
         sys.exit(f"the model's code is {type(model).__module__}, not the export's")
     given = load_file(inputs)
     logits = model(given["input_ids"]).logits.detach()
-    generated = model.generate(given["prompt"], max_new_tokens=24, do_sample=False)
+    prompt = given["prompt"][:, : model.config.max_position_embeddings // 2]
+    length = min(prompt.shape[1] + 24, model.config.max_position_embeddings)
+    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_length=length, do_sample=False)
     save_file({"logits": logits, "generated": generated}, outputs)
 
 

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
+from filelock import FileLock, Timeout
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
-from .callbacks import AttentionEntropyCallback, BriefProgressCallback, NegativeSlopeCallback
+from .callbacks import AttentionEntropyCallback, BriefPrinterCallback, BriefProgressCallback, NegativeSlopeCallback
 from .data import load_documents, load_tokenizer, tokenize_blocks
 from .recipe import Recipe, RecipeError, load_recipe
 
@@ -62,7 +63,7 @@ class LNFreeTrainer(Trainer):
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
             os.replace(os.path.join(self._get_output_dir(trial), name), os.path.join(self.args.output_dir, name))
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, use_mtime=True)
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
 
@@ -77,13 +78,16 @@ def train(recipe: Recipe) -> Path:
         RecipeError: for data that cannot be had, and for a folder that holds a run of another recipe.
     """
     run_dir = Path(recipe.training["output_dir"])
-    _claim(run_dir, recipe)
+    # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
+    if int(os.environ.get("RANK", 0)) == 0:
+        lock = _claim(run_dir, recipe)  # noqa: F841
     if (run_dir / RESULTS).is_file():
         print(f"{run_dir} is finished: perplexity {read_results(run_dir)['perplexity']:.3f}")
         return run_dir
 
-    # The Trainer counts tokens, and times, from its own start; nothing before it is training.
-    arguments = TrainingArguments(**{"logging_nan_inf_filter": False, **recipe.training})
+    # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
+    defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
+    arguments = TrainingArguments(**{**defaults, **recipe.training})
     with arguments.main_process_first(desc="data preparation"):
         documents = load_documents(recipe.data, arguments.seed)
         tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
@@ -107,8 +111,8 @@ def train(recipe: Recipe) -> Path:
         processing_class=tokenizer,
         decay_slopes=recipe.data.decay_slopes,
     )
-    if trainer.callback_handler.remove_callback(ProgressCallback) is None and not arguments.disable_tqdm:
-        trainer.add_callback(BriefProgressCallback)
+    trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
+    trainer.add_callback(BriefPrinterCallback if arguments.disable_tqdm else BriefProgressCallback)
     probe = blocks["eval"][: recipe.data.entropy_sequences]["input_ids"]
     probe = torch.tensor_split(probe, arguments.world_size)[arguments.process_index]
     every = recipe.data.entropy_steps
@@ -144,10 +148,18 @@ def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def _claim(run_dir: Path, recipe: Recipe):
-    """Writes the recipe into the run's folder, or checks that the folder is of this very recipe."""
+def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
+    """Locks the run's folder and writes the recipe into it, or checks that the folder is of this very recipe."""
     path = run_dir / "recipe.yaml"
     ours = recipe.to_dict()
+    lock = FileLock(run_dir / ".lock")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError(f"another process is training in {run_dir}") from None
+    except OSError as error:
+        raise RecipeError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
     if path.is_file():
         theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
         for key in sorted(ours.keys() | theirs.keys()):
@@ -156,12 +168,9 @@ def _claim(run_dir: Path, recipe: Recipe):
                     f"{run_dir} holds a run with {key}={theirs.get(key)!r}, this recipe has {ours.get(key)!r}; "
                     "name another output_dir"
                 )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
-        write_atomically(path, yaml.safe_dump(ours, sort_keys=False))
-    except OSError as error:
-        raise RecipeError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
+    shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+    write_atomically(path, yaml.safe_dump(ours, sort_keys=False))
+    return lock
 
 
 def write_atomically(path: Path, text: str):

@@ -1,0 +1,786 @@
+"""Attention entropy against float64 references: the definition for the function, eager attention maps for models."""
+
+import inspect
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    StaticCache,
+    T5EncoderModel,
+)
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    eager_mask,
+    flash_attention_mask,
+)
+
+from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module
+from modeling_lnfree.metrics.attention_entropy.entropy import compute_attention_entropy, record_attention_entropy
+from modeling_lnfree.metrics.attention_entropy.naive import naive_attention_entropy
+
+
+VOCAB_SIZE = 61
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+FAMILIES = {
+    "gpt2": {**SIZES, "attn_pdrop": 0.2},
+    "gpt_neox": SIZES,
+    "llama": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 5},
+    "gemma2": {**GROUPED, "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 2.0},
+    "qwen3": {**GROUPED, "head_dim": 8},
+    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi": {**GROUPED, "num_key_value_heads": 4},
+    "gpt_oss": {**GROUPED, "head_dim": 8, "sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "bert": SIZES,
+}
+# models whose softcap or sinks sdpa cannot apply
+EAGER_ONLY = {"gemma2", "gpt_oss"}
+
+
+def make_model(model_type, implementation="sdpa", **overrides):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**FAMILIES[model_type], **overrides})
+    factory = AutoModel if model_type == "bert" else AutoModelForCausalLM
+    model = factory.from_config(config, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # scores of ordinary size: heads that are neither uniform nor one-hot
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.normal_(std=0.4)
+            elif "sinks" in name or "bias" in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+def make_batch(padding, batch=3, length=13):
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(1, VOCAB_SIZE, (batch, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    if padding == "left":
+        attention_mask[0, :4], attention_mask[1, :9] = 0, 0
+    elif padding == "right":
+        attention_mask[0, -4:], attention_mask[1, -9:] = 0, 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def float64_maps(model, batch):
+    """Attention maps `(layers, batch, heads, T, S)` of the same weights in float64, by eager attention."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float64}
+    reference = type(model)._from_config(config, **options).eval()
+    reference.load_state_dict(model.state_dict())
+    # eager softmax is in float32, where the lowest float64 is minus infinity and a padded query becomes NaN
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = lambda **arguments: eager_mask(**{**arguments, "dtype": torch.float32})
+    with torch.no_grad():
+        maps = torch.stack(reference(**batch, output_attentions=True).attentions).double()
+    del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    if model.config.model_type == "gpt_oss":
+        # eager leaves out the sink, which is a key as well
+        maps = torch.cat([maps, (1 - maps.sum(-1, keepdim=True)).clamp(min=1e-30)], -1)
+    return maps
+
+
+def mean_of_queries(values, attention_mask):
+    """`(layers, batch, heads, T)` -> `(layers, heads)` over the queries that are not padding."""
+    real = attention_mask.bool()[None, :, None]
+    return torch.where(real, values, 0.0).sum((1, 3)) / real.sum()
+
+
+def random_states(batch, heads, kv_heads, num_queries, num_keys, head_dim, dtype=torch.float32, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, num_queries, head_dim, generator=generator, dtype=torch.float64)
+    key = torch.randn(batch, kv_heads, num_keys, head_dim, generator=generator, dtype=torch.float64)
+    return (scale * query).to(dtype), key.to(dtype)
+
+
+def random_mask(shape, seed=0):
+    """Bool mask in which every query sees some key."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(shape, generator=generator) < 0.5
+    mask[..., 0] = True
+    return mask
+
+
+# ---- compute_attention_entropy
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    num_queries=st.integers(1, 40),
+    num_past=st.integers(0, 20),
+    head_dim=st.sampled_from([1, 3, 8, 16, 17, 64]),
+    mask=st.sampled_from(["none", "causal", "bool", "bool per head", "causal and bool", "additive"]),
+    seed=st.integers(0, 2**16),
+)
+def test_entropy_matches_definition(batch, kv_heads, groups, num_queries, num_past, head_dim, mask, seed):
+    heads, num_keys = kv_heads * groups, num_queries + num_past
+    query, key = random_states(batch, heads, kv_heads, num_queries, num_keys, head_dim, seed=seed)
+    attention_mask = None
+    if "bool" in mask:
+        attention_mask = random_mask((batch, heads if "head" in mask else 1, num_queries, num_keys), seed)
+    elif mask == "additive":
+        attention_mask = torch.randn(1, heads, num_queries, num_keys, generator=torch.Generator().manual_seed(seed))
+        attention_mask[..., 1::3] = -torch.inf
+    arguments = {"scaling": head_dim**-0.5, "attention_mask": attention_mask, "is_causal": "causal" in mask}
+    entropy = compute_attention_entropy(query, key, **arguments)
+    assert entropy.shape == (batch, heads, num_queries) and entropy.dtype == torch.float32
+    assert (entropy >= 0).all()
+    # float32, scores of ordinary size
+    torch.testing.assert_close(entropy.double(), naive_attention_entropy(query, key, **arguments), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 127, 131, 257, 512])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (5, 1)], ids=["full", "grouped", "multi-query"])
+def test_causal_lengths_match_definition(length, heads, kv_heads):
+    query, key = random_states(2, heads, kv_heads, length, length, 32)
+    ours = compute_attention_entropy(query, key, scaling=32**-0.5, is_causal=True)
+    theirs = naive_attention_entropy(query, key, scaling=32**-0.5, is_causal=True)
+    torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=0)
+
+
+def test_large_scores_match_definition():
+    query, key = random_states(2, 4, 4, 131, 131, 64, scale=10.0)
+    ours = compute_attention_entropy(query, key, scaling=64**-0.5, is_causal=True)
+    theirs = naive_attention_entropy(query, key, scaling=64**-0.5, is_causal=True)
+    # scores ten times larger
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_common_offset_of_keys_costs_no_precision(masked):
+    query, key = random_states(2, 4, 2, 61, 61, 32)
+    # exactly representable, so that float32 itself loses nothing but the low bits of the keys
+    key = key.round(decimals=2) + 30.0
+    mask = None
+    if masked:
+        # hidden keys, such as the empty slots of a static cache, are not part of the mean
+        key[:, :, 20:] = 0.0
+        mask = (torch.arange(61) < 20).expand(1, 1, 61, 61)
+    arguments = {"scaling": 32**-0.5, "attention_mask": mask, "is_causal": not masked}
+    theirs = naive_attention_entropy(query, key, **arguments)
+    torch.testing.assert_close(compute_attention_entropy(query, key, **arguments).double(), theirs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("block_elements", [1, 2000, 2**22])
+@pytest.mark.parametrize("options", ["softcap", "sinks", "both", "bool", "bias", "bias and causal"])
+def test_blocks_match_definition(options, block_elements, monkeypatch):
+    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", block_elements)
+    query, key = random_states(2, 4, 2, 23, 29, 16, scale=3.0)
+    arguments = {"scaling": 0.25, "is_causal": "causal" in options}
+    if options in ("softcap", "both"):
+        arguments["softcap"] = 1.5
+    if options in ("sinks", "both"):
+        arguments["sinks"] = torch.tensor([-2.0, 0.0, 1.0, 3.0])
+    if options == "bool":
+        arguments["attention_mask"] = random_mask((2, 1, 1, 29))
+    if "bias" in options:
+        arguments["attention_mask"] = -0.3 * torch.arange(29.0).expand(1, 4, 1, 29)
+    ours = compute_attention_entropy(query, key, **arguments)
+    torch.testing.assert_close(ours.double(), naive_attention_entropy(query, key, **arguments), atol=2e-5, rtol=0)
+
+
+def test_half_precision_inputs_are_computed_in_float32():
+    query, key = random_states(1, 4, 2, 37, 37, 32, dtype=torch.bfloat16, scale=3.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = compute_attention_entropy(query, key, scaling=32**-0.5, is_causal=True)
+    theirs = naive_attention_entropy(query, key, scaling=32**-0.5, is_causal=True)
+    assert ours.dtype == torch.float32
+    # against float64 of the same bfloat16 inputs
+    torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=0)
+
+
+def test_extreme_heads_stay_in_range():
+    query, key = random_states(1, 2, 2, 64, 64, 16, scale=300.0)
+    query[:, 1] = 0.0
+    entropy = compute_attention_entropy(query, key, scaling=1.0, is_causal=True)
+    assert (entropy >= 0).all() and not entropy.isnan().any()
+    torch.testing.assert_close(entropy[0, 1], torch.arange(1, 65).float().log(), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("options", ["causal", "mask", "bias", "softcap and sinks"])
+def test_broken_keys_spoil_only_the_queries_that_see_them(options):
+    query, key = random_states(2, 4, 2, 17, 17, 16)
+    arguments = {"scaling": 0.25, "is_causal": True}
+    if options == "mask":
+        arguments["attention_mask"] = random_mask((2, 1, 17, 17))
+    elif options == "bias":
+        arguments["attention_mask"] = torch.randn(1, 4, 17, 17, generator=torch.Generator().manual_seed(0))
+    elif options == "softcap and sinks":
+        arguments |= {"softcap": 5.0, "sinks": torch.zeros(4)}
+    healthy = compute_attention_entropy(query, key, **arguments)
+    # a soft cap would turn the infinity of the definition into an ordinary score
+    key[0, 1, 11, 3], query[1, 0, 5, 2] = torch.nan, torch.nan if "softcap" in options else torch.inf
+    broken = naive_attention_entropy(query, key, **arguments).isnan()
+    assert broken[0, 2:].any() and not broken[0, :2].any() and not broken[:, :, :5].any() and broken[1, 0, 5]
+    expected = healthy.masked_fill(broken, torch.nan)
+    torch.testing.assert_close(
+        compute_attention_entropy(query, key, **arguments), expected, atol=2e-5, rtol=0, equal_nan=True
+    )
+
+
+def test_queries_that_see_no_key_are_nan():
+    query, key = random_states(1, 2, 2, 5, 5, 8)
+    mask = random_mask((1, 1, 5, 5))
+    mask[:, :, 2] = False
+    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    for attention_mask in (mask, additive):
+        entropy = compute_attention_entropy(query, key, scaling=1.0, attention_mask=attention_mask)
+        assert entropy[:, :, 2].isnan().all() and entropy.isnan().sum() == 2
+    # more queries than keys: the first ones come before every key
+    entropy = compute_attention_entropy(query, key[:, :, :3], scaling=1.0, is_causal=True)
+    assert entropy[:, :, :2].isnan().all() and entropy.isnan().sum() == 4
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(0, 4), (3, 0)])
+def test_empty_inputs(num_queries, num_keys):
+    query, key = random_states(2, 4, 2, num_queries, num_keys, 8)
+    entropy = compute_attention_entropy(query, key, scaling=1.0)
+    assert entropy.shape == (2, 4, num_queries) and entropy.isnan().all()
+
+
+def test_wrong_shapes_are_refused():
+    query, key = random_states(1, 4, 3, 5, 5, 8)
+    with pytest.raises(ValueError, match="heads must be a multiple of kv_heads, got 4 and 3"):
+        compute_attention_entropy(query, key, scaling=1.0)
+    with pytest.raises(ValueError, match=r"attention_mask must have 4 dimensions, got shape \(5, 5\)"):
+        compute_attention_entropy(query, key[:, :2], scaling=1.0, attention_mask=torch.ones(5, 5, dtype=torch.bool))
+
+
+GRADIENT_CASES = {
+    "causal": {"is_causal": True},
+    "mask": {"attention_mask": random_mask((2, 1, 7, 7))},
+    "no key": {"attention_mask": random_mask((2, 1, 7, 7)) & (torch.arange(7) != 3)[:, None]},
+    "bias": {"attention_mask": torch.linspace(-1, 1, 49).view(1, 1, 7, 7), "is_causal": True},
+    "softcap": {"is_causal": True, "softcap": 2.0},
+    "sinks": {"is_causal": True, "sinks": torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_gradient_matches_definition(case):
+    arguments = {"scaling": 0.4, **GRADIENT_CASES[case]}
+    states = random_states(2, 4, 2, 7, 7, 8, dtype=torch.float64)
+    query, key = (state.requires_grad_() for state in states)
+    weights = torch.linspace(0.5, 1.5, 7, dtype=torch.float64)
+
+    def loss(function):
+        return (function(query, key, **arguments) * weights).nansum()
+
+    ours = torch.autograd.grad(loss(compute_attention_entropy), (query, key))
+    if case != "no key":
+        # the definition's own gradient is NaN beside a query that sees no key
+        theirs = torch.autograd.grad(loss(naive_attention_entropy), (query, key))
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
+    assert torch.autograd.gradcheck(
+        lambda query, key: compute_attention_entropy(query, key, **arguments).nan_to_num(), (query, key)
+    )
+
+
+def test_float32_gradient_matches_definition():
+    query, key = (state.requires_grad_() for state in random_states(2, 4, 2, 67, 67, 32))
+    ours = torch.autograd.grad(compute_attention_entropy(query, key, scaling=0.2, is_causal=True).sum(), (query, key))
+    theirs = torch.autograd.grad(naive_attention_entropy(query, key, scaling=0.2, is_causal=True).sum(), (query, key))
+    # float32 against float64
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+class LargestOutput(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+def test_memory_grows_linearly_with_length(monkeypatch):
+    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2**14)
+    query, key = random_states(1, 4, 2, 1024, 1024, 8)
+    for options in ({"is_causal": True}, {"softcap": 3.0}, {"attention_mask": torch.ones(1, 1, 1, 1024).bool()}):
+        with LargestOutput() as largest:
+            compute_attention_entropy(query, key, scaling=1.0, **options)
+        # `expand` gives the mask its queries without memory
+        limit = 1024**2 if "attention_mask" in options else query.numel()
+        assert largest.elements <= limit
+
+
+# ---- record_attention_entropy
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_record_matches_eager_maps_in_float64(model_type, implementation, padding):
+    if implementation == "sdpa" and model_type in EAGER_ONLY:
+        pytest.skip("transformers has no sdpa for this model")
+    model, batch = make_model(model_type, implementation), make_batch(padding)
+    with torch.no_grad():
+        before = model(**batch)[0]
+        with record_attention_entropy(model) as record:
+            inside = model(**batch)[0]
+        after = model(**batch)[0]
+    assert torch.equal(before, inside) and torch.equal(before, after)
+
+    maps = float64_maps(model, batch)
+    expected = mean_of_queries(torch.special.entr(maps).sum(-1), batch["attention_mask"])
+    largest = mean_of_queries((maps > 0).sum(-1).log(), batch["attention_mask"])
+    # float32 models, eager softmax in float32
+    torch.testing.assert_close(record.entropy.double(), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(record.max_entropy.double(), largest.double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(record.normalized_entropy.double(), expected / largest, atol=2e-5, rtol=0)
+    assert record.entropy.shape == (2, 4) and record.entropy.device.type == "cpu"
+    assert record.num_queries == batch["attention_mask"].sum()
+    assert not record.nan_count.any() and not record.inf_count.any()
+    assert record.head_distribution.sum() == 1
+
+
+def test_max_entropy_is_the_mean_log_of_the_visible_keys():
+    model = make_model("gpt2")
+    with record_attention_entropy(model) as record, torch.no_grad():
+        model(torch.ones(2, 64, dtype=torch.long))
+    torch.testing.assert_close(record.max_entropy, torch.full((2, 4), math.lgamma(65) / 64), atol=1e-6, rtol=0)
+
+
+def test_head_distribution_counts_heads_by_quarters_of_their_maximum():
+    model = make_model("gpt2")
+    with record_attention_entropy(model) as record:
+        pass
+    one = torch.ones(4)
+    # normalised 0, 0.3, 0.5, 1 and 0.24, NaN, 0.76, 0.75
+    entropy = torch.tensor([[0.0, 0.6, 1.0, 2.0], [0.48, torch.nan, 1.52, 1.5]]).double()
+    record._totals = [torch.stack([row, 2 * one, 0 * one, 0 * one, one], -1) for row in entropy]
+    assert record.head_distribution.tolist() == [2 / 8, 1 / 8, 1 / 8, 3 / 8]
+
+
+def test_means_run_over_the_queries_of_all_forward_passes():
+    model = make_model("llama")
+    long, short = make_batch("none", batch=2, length=13), make_batch("left", batch=3, length=11)
+    separate = []
+    with torch.no_grad():
+        for batch in (long, short):
+            with record_attention_entropy(model) as record:
+                model(**batch)
+            separate.append(record.num_queries * record.entropy)
+        with record_attention_entropy(model) as record:
+            model(**long)
+            model(**short)
+    assert record.num_queries == 26 + 20
+    torch.testing.assert_close(record.entropy, sum(separate) / 46, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_nan_in_one_head_breaks_that_head_only(implementation):
+    model, batch = make_model("gpt2", implementation), make_batch("left")
+    with torch.no_grad():
+        # bias of the queries of head 2 in the last layer; heads have 8 channels
+        model.transformer.h[1].attn.c_attn.bias[2 * 8 + 3] = torch.nan
+        with record_attention_entropy(model) as record:
+            model(**batch)
+    broken = torch.zeros(2, 4, dtype=torch.bool)
+    broken[1, 2] = True
+    assert torch.equal(record.entropy.isnan(), broken)
+    assert torch.equal(record.normalized_entropy.isnan(), broken)
+    # all the keys that the 22 queries see, in sequences of 9, 4 and 13 tokens
+    assert record.nan_count[1, 2] == 9 * 10 / 2 + 4 * 5 / 2 + 13 * 14 / 2
+    assert record.nan_count.sum() == record.nan_count[1, 2] and not record.inf_count.any()
+    assert record.head_distribution.sum() == 7 / 8
+
+
+def test_infinite_scores_are_counted():
+    model = make_model("gpt2")
+    with torch.no_grad():
+        # keys come after the 32 channels of the queries
+        model.transformer.h[1].attn.c_attn.bias[32 + 3 * 8] = torch.inf
+        with record_attention_entropy(model) as record:
+            model(**make_batch("none", batch=2, length=7))
+    assert record.inf_count[1].tolist() == [0, 0, 0, 2 * 28]
+    assert record.entropy[1].isnan().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_training_step_is_unchanged_and_measured_before_dropout(implementation):
+    model, batch = make_model("gpt2", implementation, embd_pdrop=0.0, resid_pdrop=0.0).train(), make_batch("right")
+
+    def step():
+        torch.manual_seed(3)
+        model.zero_grad()
+        output = model(**batch, labels=batch["input_ids"])
+        output.loss.backward()
+        return output.loss, model.transformer.h[0].attn.c_attn.weight.grad.clone(), torch.get_rng_state()
+
+    plain = step()
+    with record_attention_entropy(model) as record:
+        measured = step()
+    assert all(torch.equal(*pair) for pair in zip(plain, measured, strict=True))
+    maps = float64_maps(model, batch)
+    expected = mean_of_queries(torch.special.entr(maps).sum(-1), batch["attention_mask"])
+    # the first layer's inputs have seen no dropout
+    torch.testing.assert_close(record.entropy[0].double(), expected[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_counts_queries_once(use_reentrant):
+    model, batch = make_model("llama").train(), make_batch("left")
+    with record_attention_entropy(model) as plain:
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    expected = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    model.zero_grad()
+    # renamed in transformers 5.24
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})
+    with record_attention_entropy(model) as record:
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert record.num_queries == plain.num_queries == batch["attention_mask"].sum()
+    assert torch.equal(record.entropy, plain.entropy)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight.grad, expected)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mistral", "gemma2"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_generation_measures_every_query_once(model_type, cache, padding):
+    model = make_model(model_type, "eager" if model_type in EAGER_ONLY else "sdpa")
+    batch = make_batch(padding, length=11)
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    plain = model.generate(**batch, **options)
+    with record_attention_entropy(model) as record:
+        tokens = model.generate(**batch, **options)
+    assert torch.equal(tokens, plain)
+    # the last token is never a query
+    whole = {
+        "input_ids": tokens[:, :-1],
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 5), value=1),
+    }
+    whole["position_ids"] = (whole["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with record_attention_entropy(model) as expected, torch.no_grad():
+        model(**whole)
+    assert record.num_queries == expected.num_queries == whole["attention_mask"].sum()
+    torch.testing.assert_close(record.entropy, expected.entropy, atol=2e-5, rtol=0)
+    torch.testing.assert_close(record.max_entropy, expected.max_entropy, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda config: StaticCache(config, max_cache_len=32)])
+def test_blocks_of_queries_against_a_cache(implementation, make_cache):
+    model, batch = make_model("qwen3", implementation), make_batch("none")
+    with record_attention_entropy(model) as record, torch.no_grad():
+        # renamed in transformers 5.24
+        name = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+        cache = {name: make_cache(config=model.config)}
+        for start, stop in ((0, 7), (7, 12), (12, 13)):
+            model(batch["input_ids"][:, start:stop], **cache)
+    with record_attention_entropy(model) as expected, torch.no_grad():
+        model(**batch)
+    assert record.num_queries == expected.num_queries
+    torch.testing.assert_close(record.entropy, expected.entropy, atol=2e-5, rtol=0)
+    torch.testing.assert_close(record.max_entropy, expected.max_entropy, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_sequences_match_separate_ones(implementation):
+    model, input_ids = make_model("llama", implementation), make_batch("none", batch=1)["input_ids"]
+    with torch.no_grad():
+        with record_attention_entropy(model) as packed:
+            # with a cache, transformers does not look for packed sequences
+            model(input_ids, position_ids=torch.cat([torch.arange(5), torch.arange(8)])[None], use_cache=False)
+        with record_attention_entropy(model) as separate:
+            model(input_ids[:, :5])
+            model(input_ids[:, 5:])
+    assert packed.num_queries == separate.num_queries == 13
+    torch.testing.assert_close(packed.entropy, separate.entropy, atol=2e-5, rtol=0)
+    torch.testing.assert_close(packed.max_entropy, separate.max_entropy, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("floating", [False, True])
+def test_masks_of_the_user(floating):
+    model, batch = make_model("llama"), make_batch("none")
+    mask = random_mask((3, 1, 13, 13)).tril()
+    if floating:
+        mask = torch.randn(3, 1, 13, 13, generator=torch.Generator().manual_seed(0)).masked_fill(~mask, -torch.inf)
+    batch["attention_mask"] = mask
+    with record_attention_entropy(model) as record, torch.no_grad():
+        model(**batch)
+    eager = {**batch, "attention_mask": mask if floating else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)}
+    expected = torch.special.entr(float64_maps(model, eager)).sum(-1).mean((1, 3))
+    torch.testing.assert_close(record.entropy.double(), expected, atol=2e-5, rtol=0)
+    assert record.num_queries == 3 * 13
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_of_masks_that_the_model_changes(implementation, padding):
+    model, batch = make_model("llama", implementation), make_batch(padding)
+    with torch.no_grad():
+        with record_attention_entropy(model) as expected:
+            model(**batch)
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}),
+                with_kwargs=True,
+            )
+        with record_attention_entropy(model) as record:
+            model(**batch)
+    assert record.num_queries == expected.num_queries
+    torch.testing.assert_close(record.entropy, expected.entropy, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_position_bias_is_part_of_the_scores(implementation, padding):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("t5", vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    model = T5EncoderModel._from_config(config, attn_implementation=implementation).eval()
+    batch = make_batch(padding)
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_()
+        with record_attention_entropy(model) as record:
+            model(**batch)
+    expected = mean_of_queries(torch.special.entr(float64_maps(model, batch)).sum(-1), batch["attention_mask"])
+    torch.testing.assert_close(record.entropy.double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.fixture
+def flash_on_cpu():
+    """An attention implementation with the arguments of flash attention, read here by other means."""
+
+    def attention(
+        module, query, key, value, attention_mask, scaling, sliding_window=None, position_ids=None, **kwargs
+    ):
+        positions = torch.arange(query.shape[2])
+        seen = positions <= positions[:, None]
+        if sliding_window is not None:
+            seen = seen & (positions > positions[:, None] - sliding_window)
+        if attention_mask is not None:
+            seen = seen & attention_mask[:, None, None].bool()
+        elif position_ids is not None:
+            first = (positions - position_ids)[0]
+            seen = seen & (first[:, None] == first)
+        arguments = {"attn_mask": seen, "scale": scaling, "enable_gqa": True}
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **arguments)
+        return output.nan_to_num().transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("flash_on_cpu", attention)
+    AttentionMaskInterface.register("flash_on_cpu", flash_attention_mask)
+    yield "flash_on_cpu"
+    del AttentionInterface._global_mapping["flash_on_cpu"]
+    del AttentionMaskInterface._global_mapping["flash_on_cpu"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("padding", ["none", "left", "right", "packed"])
+def test_arguments_of_flash_attention(model_type, padding, flash_on_cpu):
+    model, batch = make_model(model_type), make_batch(padding)
+    if padding == "packed":
+        position_ids = torch.cat([torch.arange(5), torch.arange(8)])[None]
+        batch = {"input_ids": batch["input_ids"][:1], "position_ids": position_ids, "use_cache": False}
+    with torch.no_grad():
+        with record_attention_entropy(model) as expected:
+            model(**batch)
+        model.config._attn_implementation = flash_on_cpu
+        with record_attention_entropy(model) as record:
+            model(**batch)
+    assert record.num_queries == expected.num_queries
+    torch.testing.assert_close(record.entropy, expected.entropy, atol=2e-5, rtol=0)
+    torch.testing.assert_close(record.max_entropy, expected.max_entropy, atol=1e-6, rtol=0)
+
+
+def test_no_interface_is_left_changed_after_an_exception():
+    model = make_model("llama")
+
+    def interfaces():
+        owners = (AttentionInterface, AttentionMaskInterface)
+        return [vars(owner).get(name) for owner in owners for name in ("get_interface", "__getitem__")]
+
+    before = interfaces()
+    with pytest.raises(RuntimeError, match="stop"), record_attention_entropy(model) as record:
+        model(**make_batch("none"))
+        raise RuntimeError("stop")
+    assert interfaces() == before and not model._forward_pre_hooks
+    assert record.num_queries == 39 and not record.entropy.isnan().any()
+
+
+def test_two_models_at_once_do_not_mix():
+    first, second = make_model("gpt2"), make_model("llama", "eager")
+    batch, other = make_batch("left"), make_batch("none", batch=1)
+    with torch.no_grad():
+        with record_attention_entropy(first) as alone:
+            first(**batch)
+        with record_attention_entropy(first) as outer, record_attention_entropy(second) as inner:
+            first(**batch)
+            second(**other)
+        with record_attention_entropy(second) as again:
+            first(**batch)
+            second(**other)
+    assert torch.equal(outer.entropy, alone.entropy) and torch.equal(inner.entropy, again.entropy)
+    assert (outer.num_queries, inner.num_queries) == (batch["attention_mask"].sum(), 13)
+
+
+def test_part_of_a_model():
+    model, batch = make_model("llama"), make_batch("none")
+    with torch.no_grad(), record_attention_entropy(model) as whole:
+        model(**batch)
+    with torch.no_grad(), record_attention_entropy(model.model.layers[1]) as record:
+        model(**batch)
+    assert whole.layer_names == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert record.layer_names == ["self_attn"]
+    assert torch.equal(record.entropy, whole.entropy[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype):
+    model, batch = make_model("llama").to(dtype), make_batch("left")
+    with torch.inference_mode(), record_attention_entropy(model) as record:
+        model(**batch)
+        model(**batch)
+    maps = float64_maps(model, batch)
+    expected = mean_of_queries(torch.special.entr(maps).sum(-1), batch["attention_mask"])
+    # queries and keys are rounded to the model's dtype
+    torch.testing.assert_close(record.entropy.double(), expected, atol=5e-2, rtol=0)
+    with record_attention_entropy(model) as once, torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        model(**batch)
+    assert record.num_queries == 2 * once.num_queries
+    torch.testing.assert_close(once.entropy, record.entropy, atol=5e-2, rtol=0)
+
+
+def test_a_single_token_has_no_normalized_entropy():
+    model = make_model("llama")
+    with record_attention_entropy(model) as record, torch.no_grad():
+        model(torch.ones(1, 1, dtype=torch.long))
+    assert record.num_queries == 1
+    assert torch.equal(record.entropy, torch.zeros(2, 4)) and torch.equal(record.max_entropy, torch.zeros(2, 4))
+    assert record.normalized_entropy.isnan().all()
+
+
+def test_nothing_measured_is_nan():
+    with record_attention_entropy(make_model("llama")) as record:
+        pass
+    assert record.num_queries == 0 and record.entropy.isnan().all()
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "falcon"])
+def test_models_beside_the_interface_are_refused_by_name(model_type):
+    config = AutoConfig.for_model(model_type, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    model = AutoModelForCausalLM.from_config(config)
+    reason = f"{type(model).__name__} computes its attention itself and not by the attention interface"
+    with pytest.raises(ValueError, match=reason), record_attention_entropy(model):
+        pass
+
+
+def test_encoder_decoders_are_refused_by_name():
+    config = AutoConfig.for_model("bart", vocab_size=VOCAB_SIZE, d_model=32, encoder_layers=1, decoder_layers=1)
+    model = AutoModel.from_config(config)
+    with pytest.raises(ValueError, match="BartModel is an encoder-decoder"), record_attention_entropy(model):
+        pass
+
+
+@pytest.mark.slow  # flex attention is compiled
+# raised inside torch.compile, and by the way transformers calls it
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_flex_attention(padding):
+    model, batch = make_model("llama"), make_batch(padding)
+    with torch.no_grad():
+        with record_attention_entropy(model) as expected:
+            model(**batch)
+        model.set_attn_implementation("flex_attention")
+        before = model(**batch).logits
+        with record_attention_entropy(model) as record:
+            inside = model(**batch).logits
+    assert torch.equal(before, inside)
+    assert record.num_queries == expected.num_queries
+    torch.testing.assert_close(record.entropy, expected.entropy, atol=2e-5, rtol=0)
+
+
+def _measure_half_a_batch(rank, store, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, batch = make_model("llama"), make_batch("left", batch=4)
+    half = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch.items()}
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    with record_attention_entropy(parallel) as record:
+        parallel(**half)
+    with record_attention_entropy(parallel, reduce=False) as alone:
+        parallel(**half)
+    torch.save((record.entropy, record.num_queries, alone.num_queries), f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow  # each process imports transformers
+def test_two_processes_see_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(_measure_half_a_batch, args=(tmp_path / "store", tmp_path), nprocs=2)
+    model, batch = make_model("llama"), make_batch("left", batch=4)
+    with record_attention_entropy(model) as expected, torch.no_grad():
+        model(**batch)
+    for rank, num_queries in enumerate((9 + 4, 13 + 13)):
+        entropy, reduced, alone = torch.load(tmp_path / f"{rank}.pt")
+        assert (reduced, alone) == (expected.num_queries, num_queries)
+        torch.testing.assert_close(entropy, expected.entropy, atol=1e-6, rtol=0)
+
+
+LONG_CONTEXT = """
+import resource
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from modeling_lnfree.metrics.attention_entropy.entropy import record_attention_entropy
+
+torch.manual_seed(0)
+config = AutoConfig.for_model(
+    "llama", vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+    max_position_embeddings=2**15, bos_token_id=None, eos_token_id=None,
+)
+model = AutoModelForCausalLM.from_config(config).eval()
+input_ids = torch.randint(61, (1, 2**15))
+with torch.no_grad():
+    model(input_ids)
+    plain = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with record_attention_entropy(model) as record:
+        model(input_ids)
+    added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - plain
+print(added, *record.normalized_entropy.flatten().tolist())
+"""
+
+
+@pytest.mark.slow
+def test_context_of_32k_adds_no_map():
+    root = Path(__file__).parent.parent
+    run = subprocess.run(
+        [sys.executable, "-c", LONG_CONTEXT], cwd=root, capture_output=True, text=True, check=True, timeout=600
+    )
+    added, *normalized = map(float, run.stdout.split())
+    # KiB; the two maps alone would take 8 GiB
+    assert added < 256 * 1024
+    assert all(0.5 < value <= 1 for value in normalized)

@@ -1,0 +1,445 @@
+"""Training, comparison and export from end to end, on a corpus and models that take seconds."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from modeling_lnfree import LNFreeForCausalLM
+from training import callbacks, cli, data, train
+from training.recipe import RecipeError, build_recipe
+
+
+ROOT = Path(__file__).parents[1]
+VARIANTS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setattr(data, "HF_HOME", str(cache))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
+        patch.setenv("HF_HOME", str(cache))
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    texts = [f"def f{i}(x, y):\n    return x * {i} + y - {i * i % 97}\n" * (3 + i % 5) for i in range(120)]
+    path.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe_values(corpus):
+    return {
+        "dataset": str(corpus),
+        "eval_fraction": 0.2,
+        "vocab_size": 300,
+        "block_size": 16,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.1,
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "warmup_steps": 0.05,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 2,
+        "entropy_steps": 3,
+        "entropy_sequences": 5,
+        "save_steps": 4,
+        "save_total_limit": 1,
+        "disable_tqdm": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory, recipe_values):
+    folder = tmp_path_factory.mktemp("runs")
+    for variant in [*VARIANTS, "SM+LR-layer"]:
+        train.train(build_recipe({**recipe_values, "variant": variant, "output_dir": str(folder / variant)}))
+    return folder
+
+
+def eval_blocks(values):
+    recipe = build_recipe(values)
+    documents = data.load_documents(recipe.data, recipe.training["seed"])
+    tokenizer = data.load_tokenizer(recipe.data, documents["train"], recipe.model["vocab_size"])
+    return data.tokenize_blocks(documents, tokenizer, recipe.data)["eval"]["input_ids"][:]
+
+
+# ------------------------------------------------------------------------------------------ what a run measures
+
+
+def test_perplexity_is_exp_of_summed_nll_over_all_tokens(runs_dir, recipe_values):
+    blocks = eval_blocks(recipe_values)
+    model = LNFreeForCausalLM.from_pretrained(runs_dir / "SM+R" / "model").eval().double()
+    with torch.no_grad():
+        log_probs = model(blocks).logits.log_softmax(-1)[:, :-1]
+    nll = -log_probs.gather(-1, blocks[:, 1:, None]).sum().item()
+    results = train.read_results(runs_dir / "SM+R")
+    assert results["eval_tokens"] == blocks[:, 1:].numel()
+    assert results["perplexity"] == pytest.approx(math.exp(nll / blocks[:, 1:].numel()), rel=1e-5)
+
+
+def naive_entropy(model_dir, blocks):
+    model = LNFreeForCausalLM.from_pretrained(model_dir, attn_implementation="eager").eval().double()
+    with torch.no_grad():
+        attentions = torch.stack(model(blocks, output_attentions=True).attentions)  # (layers, batch, heads, T, T)
+    return -torch.special.xlogy(attentions, attentions).sum(-1).mean((1, 3))
+
+
+def test_entropy_of_the_evaluation_part_matches_float64_maps(runs_dir, recipe_values):
+    measured = train.read_results(runs_dir / "SM+R")["attention_entropy"]
+    expected = naive_entropy(runs_dir / "SM+R" / "model", eval_blocks(recipe_values))
+    torch.testing.assert_close(torch.tensor(measured["entropy"]).double(), expected, atol=2e-5, rtol=0)
+    largest = sum(math.log(i + 1) for i in range(16)) / 16
+    assert torch.tensor(measured["max_entropy"]).allclose(torch.tensor(largest))
+    shares = [((expected / largest * 4).floor().clamp(max=3) == i).double().mean().item() for i in range(4)]
+    assert measured["head_distribution"] == pytest.approx(shares)
+    assert measured["nan_count"] == [0, 0]
+
+
+def test_probe_is_measured_at_the_start_every_n_steps_and_at_the_end(runs_dir, recipe_values):
+    records = callbacks.read_records(runs_dir / "SM+R" / "attention_entropy.jsonl")
+    assert [record["step"] for record in records] == [0, 3, 6, 8]
+    expected = naive_entropy(runs_dir / "SM+R" / "model", eval_blocks(recipe_values)[:5])
+    torch.testing.assert_close(torch.tensor(records[-1]["entropy"]).double(), expected, atol=2e-5, rtol=0)
+
+
+def test_measurements_go_through_the_trainers_log(runs_dir):
+    log = json.loads((runs_dir / "SM+LR-layer" / "log_history.json").read_text())
+    entropies = {entry["step"]: entry for entry in log if "attention_entropy/mean" in entry}
+    slopes = {entry["step"]: entry for entry in log if "negative_slope/1" in entry}
+    assert sorted(entropies) == sorted(slopes) == [0, 3, 6, 8]
+    records = callbacks.read_records(runs_dir / "SM+LR-layer" / "attention_entropy.jsonl")
+    for record in records:
+        assert entropies[record["step"]]["attention_entropy/layer_1/head_0"] == record["entropy"][1][0]
+        assert entropies[record["step"]]["attention_nan_count/layer_1"] == 0
+    slope_records = callbacks.read_records(runs_dir / "SM+LR-layer" / "negative_slope.jsonl")
+    assert slope_records[0]["slopes"] == pytest.approx([0.01, 0.01])
+    assert slope_records[-1]["slopes"][0] != slope_records[0]["slopes"][0]
+    # measuring takes no step's loss out of the log
+    assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6, 8]
+
+
+def test_measuring_changes_nothing(runs_dir, recipe_values, tmp_path):
+    values = {**recipe_values, "variant": "SM+R", "entropy_steps": 1, "output_dir": str(tmp_path)}
+    train.train(build_recipe(values))
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, runs_dir / "SM+R"))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_nan_in_the_attention_is_counted_and_never_a_number(runs_dir):
+    model = LNFreeForCausalLM.from_pretrained(runs_dir / "SM+R" / "model").eval()
+    model.model.layers[1].self_attn.q_proj.weight.data[:8] = math.nan  # the first of two heads
+    callback = callbacks.AttentionEntropyCallback(torch.randint(300, (3, 16)), 1, Path("unused"), print)
+    record, scalars = callback.measure(model)
+    assert math.isnan(record["entropy"][1][0]) and record["nan_count"][1] > 0 == record["nan_count"][0]
+    assert math.isfinite(record["entropy"][0][0]) and math.isnan(scalars["attention_entropy/layer_1/mean"])
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_weight_decay_reaches_learned_slopes_only_when_asked(recipe_values, decay, tmp_path):
+    class Groups(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            for group in optimizer.param_groups:
+                found.update({names[id(parameter)]: group["weight_decay"] for parameter in group["params"]})
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "BriefPrinterCallback", Groups)
+        values = {**recipe_values, "variant": "SM+LN+LR-global", "decay_slopes": decay, "max_steps": 1}
+        train.train(build_recipe({**values, "output_dir": str(tmp_path)}))
+    assert found["model.negative_slope"] == (0.1 if decay else 0.0)
+    for name, value in found.items():
+        if name != "model.negative_slope":
+            assert value == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
+
+
+# ------------------------------------------------------------------------------------------ interruption
+
+
+def test_finished_run_is_left_as_it_is_and_another_recipe_is_refused(runs_dir, recipe_values, capsys):
+    values = {**recipe_values, "variant": "SM+R", "output_dir": str(runs_dir / "SM+R")}
+    before = (runs_dir / "SM+R" / "results.json").stat().st_mtime_ns
+    train.train(build_recipe(values))
+    assert "is finished: perplexity" in capsys.readouterr().out
+    assert (runs_dir / "SM+R" / "results.json").stat().st_mtime_ns == before
+    with pytest.raises(RecipeError, match="holds a run with learning_rate=0.01, this recipe has 0.02"):
+        train.train(build_recipe({**values, "learning_rate": 0.02}))
+
+
+@pytest.mark.parametrize("moment", ["after a checkpoint", "in the middle of a checkpoint"])
+def test_run_killed_resumes_bitwise(runs_dir, recipe_values, tmp_path, moment):
+    path = tmp_path / "recipe.yaml"
+    run_dir = tmp_path / "run"
+    path.write_text(yaml.safe_dump({**recipe_values, "variant": "SM+R", "output_dir": str(run_dir)}))
+    # kills itself: at step 6, or with the second checkpoint's model written and its optimiser not
+    script = f"""
+import os, signal, sys
+from transformers import Trainer
+from training import callbacks, train
+from training.recipe import load_recipe
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if {moment!r} == "after a checkpoint":
+    measure = callbacks.AttentionEntropyCallback.on_step_end
+    def on_step_end(self, args, state, control, **kwargs):
+        measure(self, args, state, control, **kwargs)
+        if state.global_step == 6:
+            kill()
+    callbacks.AttentionEntropyCallback.on_step_end = on_step_end
+else:
+    save = Trainer._save_optimizer_and_scheduler
+    def save_or_die(self, folder):
+        kill() if "checkpoint-8" in folder else save(self, folder)
+    Trainer._save_optimizer_and_scheduler = save_or_die
+train.train(load_recipe({str(path)!r}))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [folder.name for folder in run_dir.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not (run_dir / "results.json").exists()
+    command = [sys.executable, "-m", "training.train", str(path)]
+    resumed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run_dir, runs_dir / "SM+R"))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    results = [train.read_results(folder) for folder in (run_dir, runs_dir / "SM+R")]
+    for key in ("eval_loss", "perplexity", "attention_entropy", "train_tokens"):
+        assert results[0][key] == results[1][key], key
+    records = [callbacks.read_records(folder / "attention_entropy.jsonl") for folder in (run_dir, runs_dir / "SM+R")]
+    assert records[0] == records[1]
+
+
+def test_folder_in_use_and_folder_that_cannot_be_written(recipe_values, tmp_path):
+    values = {**recipe_values, "output_dir": str(tmp_path / "run")}
+    lock = train._claim(tmp_path / "run", build_recipe(values))
+    with pytest.raises(RecipeError, match="another process is training in"):
+        train.train(build_recipe(values))
+    lock.release()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="output_dir=.* cannot be written"):
+        train.train(build_recipe({**values, "output_dir": str(tmp_path / "file" / "run")}))
+
+
+@pytest.mark.slow
+def test_two_processes_by_torchrun_measure_the_same_entropy(runs_dir, recipe_values, tmp_path):
+    values = {**recipe_values, "variant": "SM+R", "embedding_dropout": 0.0, "use_cpu": True, "entropy_sequences": 6}
+    outputs = []
+    for processes in (1, 2):
+        run_dir = tmp_path / str(processes)
+        batch = {"per_device_train_batch_size": 4 // processes, "output_dir": str(run_dir)}
+        path = tmp_path / f"{processes}.yaml"
+        path.write_text(yaml.safe_dump({**values, **batch}))
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "-m",
+            "training.train",
+        ]
+        run = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        outputs.append((train.read_results(run_dir), callbacks.read_records(run_dir / "attention_entropy.jsonl")))
+    (one, one_records), (two, two_records) = outputs
+    assert one["train_tokens"] == two["train_tokens"] == 8 * 4 * 16
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
+    for ours, theirs in zip(one_records, two_records, strict=True):
+        torch.testing.assert_close(torch.tensor(ours["entropy"]), torch.tensor(theirs["entropy"]), atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------ the comparison
+
+
+def test_report_has_the_papers_table(runs_dir, capsys):
+    assert cli.main(["compare", str(runs_dir)]) == 0
+    report = (runs_dir / "report" / "report.md").read_text()
+    assert f"report: {runs_dir / 'report' / 'report.md'}" in capsys.readouterr().out
+    results = {variant: train.read_results(runs_dir / variant) for variant in VARIANTS}
+    rows = [line for line in report.splitlines() if line.startswith("| SM+")]
+    assert [row.split(" | ")[0][2:] for row in rows[:5]] == [*VARIANTS, "SM+LR-layer"]
+    for variant, row in zip(VARIANTS, rows, strict=False):
+        change = 100 * (results[variant]["perplexity"] / results["SM+LN+G"]["perplexity"] - 1)
+        assert f"| {results[variant]['perplexity']:.3f} | {change:+.2f} % |" in row
+    headline = 100 * (results["SM+R"]["perplexity"] / results["SM+G"]["perplexity"] - 1)
+    assert f"(SM+R against SM+G, seed 1337): {headline:+.2f} % perplexity." in report
+    comparison = json.loads((runs_dir / "report" / "comparison.json").read_text())
+    assert comparison["groups"][0]["headline"][0]["relu_against_gelu_percent"] == pytest.approx(headline)
+    for row in comparison["groups"][0]["rows"]:
+        assert sum(row["head_distribution"]) == pytest.approx(1)
+        entropy = results.get(row["variant"], train.read_results(runs_dir / row["variant"]))["attention_entropy"]
+        assert row["entropy_by_layer"] == pytest.approx([sum(heads) / 2 for heads in entropy["entropy"]])
+    for picture in ("heat_maps.png", "curves.png"):
+        assert (runs_dir / "report" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_leaves_out_what_is_not_finished(runs_dir, tmp_path, capsys):
+    (tmp_path / "SM+R").symlink_to(runs_dir / "SM+R")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "recipe.yaml").write_text("variant: SM+G")
+    assert cli.main(["compare", str(tmp_path), "--output", str(tmp_path / "elsewhere")]) == 0
+    assert "Not finished, and left out: half." in (tmp_path / "elsewhere" / "report.md").read_text()
+    (tmp_path / "SM+R").unlink()
+    assert cli.main(["compare", str(tmp_path)]) == 1
+    assert "no finished run in" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ the export
+
+
+@pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-layer"])
+def test_export_loads_outside_the_project_with_equal_logits(runs_dir, tmp_path, variant):
+    out_dir = tmp_path / "lnfree-tiny"
+    assert cli.main(["export", str(runs_dir / variant), str(out_dir)]) == 0
+    assert {path.name for path in out_dir.iterdir()} == {
+        "README.md",
+        "config.json",
+        "configuration_lnfree.py",
+        "generation_config.json",
+        "heat_map.png",
+        "model.safetensors",
+        "modeling_lnfree.py",
+        "recipe.yaml",
+        "results.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    # every Auto class, in a process of our own making beside the one that the export made
+    script = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+)
+folder, inputs = sys.argv[1], torch.arange(20)[None]
+assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "lnfree"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+body = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert torch.equal(body(inputs[:, :16]).last_hidden_state, model.model(inputs[:, :16]).last_hidden_state)
+head = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+assert head(inputs[:, :16]).logits.shape == (1, 3)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def f", max_new_tokens=5, do_sample=False)
+assert text[0]["generated_text"].startswith("def f")
+model.save_pretrained(sys.argv[2])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+assert "modeling_lnfree" not in sys.modules and "training" not in sys.modules
+save_file({"logits": again(inputs[:, :16]).logits.detach()}, sys.argv[3])
+"""
+    logits, again = tmp_path / "logits.safetensors", tmp_path / "again"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-I", "-c", script, str(out_dir), str(again), str(logits)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    trained = LNFreeForCausalLM.from_pretrained(runs_dir / variant / "model").eval()
+    assert load_file(logits)["logits"].equal(trained(torch.arange(16)[None]).logits)
+    card = (out_dir / "README.md").read_text()
+    assert f"**{train.read_results(runs_dir / variant)['perplexity']:.3f}**" in card
+    for path in out_dir.iterdir():
+        if path.suffix in (".json", ".md", ".yaml", ".py") and path.name != "tokenizer.json":
+            assert str(runs_dir) not in path.read_text(), path
+
+
+def test_export_is_repeated_over_itself_but_over_nothing_else(runs_dir, tmp_path, capsys):
+    from training.export import export
+
+    out_dir = export(runs_dir / "SM+G", tmp_path / "out")
+    assert export(runs_dir / "SM+G", out_dir) == out_dir
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(RecipeError, match="mine exists and is not an export"):
+        export(runs_dir / "SM+G", tmp_path / "mine")
+    with pytest.raises(RecipeError, match="is not a finished run"):
+        export(tmp_path, tmp_path / "out2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_export_whose_logits_differ_gets_no_name(runs_dir, tmp_path, monkeypatch):
+    from training import export
+
+    # a save that loses a weight, as a model with a wrong key would
+    save = LNFreeForCausalLM.save_pretrained
+
+    def lossy(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        path = Path(folder) / "model.safetensors"
+        state = load_file(path)
+        state["model.layers.0.mlp.up_proj.weight"] += 1e-3
+        save_file(state, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(LNFreeForCausalLM, "save_pretrained", lossy)
+    with pytest.raises(RecipeError, match="logits differ from the trained model's by up to"):
+        export.export(runs_dir / "SM+R", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["compare"], ["export"]], ids=lambda v: "-".join(v) or "lnfree")
+def test_every_verb_has_help_with_an_example(verb):
+    run = subprocess.run(
+        [sys.executable, "-m", "training.cli", *verb, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and (not verb or f"example:\n  lnfree {verb[0]} " in run.stdout)
+
+
+def test_help_imports_nothing_heavy():
+    script = "import sys\nfrom training import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    script += "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_users_error_is_one_line_and_no_traceback(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "training.cli",
+        "train",
+        str(ROOT / "training/recipes/quick.yaml"),
+        "learnin_rate=1",
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr == (
+        "lnfree train: error: unknown key 'learnin_rate' in the recipe; the nearest known one is 'learning_rate'\n"
+    )
+
+
+def test_interrupted_training_says_so_and_goes_on(recipe_values, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    values = {**recipe_values, "max_steps": 100_000, "save_steps": 10, "output_dir": str(tmp_path / "run")}
+    path.write_text(yaml.safe_dump(values))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.cli", "train", str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "lnfree train: interrupted; the same command goes on"
