@@ -1,0 +1,117 @@
+"""The README's Python runs as it stands there, on an exported model, and what it pushes loads elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_lnfree import LNFreeForCausalLM
+from training import data
+from training.recipe import DataArguments
+
+from .conftest import tiny_config
+from .hub_server import HubServer
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def export_dir(tmp_path, monkeypatch):
+    """A small model with a tokenizer of its own, saved as an export is."""
+    monkeypatch.setattr(data, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache" / "datasets")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text((ROOT / "README.md").read_text())
+    arguments = DataArguments(dataset=str(corpus), text_column="text")
+    tokenizer = data.load_tokenizer(arguments, data.load_documents(arguments, 0)["train"], 300)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=128, **ids)
+    folder = tmp_path / "export"
+    LNFreeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def readme_code(heading: str) -> str:
+    section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+
+
+def run_outside(code: str, folder: Path, **environment) -> str:
+    """Runs code in a clean process that does not know the project; returns what it printed."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=folder,
+        env={**inherited, "HF_HOME": str(folder / "home"), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_load_fine_tune_and_push(export_dir, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "README.md").write_text((ROOT / "README.md").read_text())
+    code = readme_code("Load, fine-tune, push").replace("runs/quick/exports/lnfree-gpt2-sm-r-t128", str(export_dir))
+    code += "import torch\ntorch.save(model.eval()(torch.arange(9)[None]).logits.detach(), 'logits.pt')\n"
+    server = HubServer(tmp_path / "hub")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        run_outside(code, outside, HF_ENDPOINT=server.endpoint, HF_TOKEN="hf_test", HF_HUB_DISABLE_XET="1")
+    finally:
+        server.shutdown()
+        server.server_close()
+    pushed = tmp_path / "hub" / "me" / "lnfree-finetuned"
+    names = {path.name for path in pushed.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "configuration_lnfree.py",
+        "modeling_lnfree.py",
+        "tokenizer.json",
+    } <= names
+    # another user, another process, nothing but what was pushed
+    printed = run_outside(
+        "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(pushed)!r}, trust_remote_code=True).eval()\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(pushed)!r}, trust_remote_code=True)\n"
+        f"logits = torch.load({str(outside / 'logits.pt')!r})\n"
+        "print(torch.equal(model(torch.arange(9)[None]).logits, logits), type(model).__name__, len(tokenizer))",
+        tmp_path,
+    )
+    assert printed.split() == ["True", "LNFreeForCausalLM", "300"]
+    before = LNFreeForCausalLM.from_pretrained(export_dir).eval()
+    assert not before(torch.arange(9)[None]).logits.equal(torch.load(outside / "logits.pt"))
+
+
+def test_attention_entropy_of_any_model(export_dir):
+    model = LNFreeForCausalLM.from_pretrained(export_dir)
+    scope = {"model": model, "batch": {"input_ids": torch.arange(9)[None]}}
+    exec(readme_code("Attention entropy of any model"), scope)
+    assert scope["record"].entropy.shape == (model.config.num_hidden_layers, model.config.num_attention_heads)
+
+
+def test_variants_of_the_readme_exist():
+    from modeling_lnfree import LNFreeConfig
+
+    names = re.findall(r"`(SM\+[^`]+)`", (ROOT / "README.md").read_text())
+    assert len(names) >= 8
+    for name in names:
+        assert LNFreeConfig.from_variant(name).variant == name
+
+
+def test_files_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+    for script in re.findall(r"bash (scripts/\S+)", text):
+        assert os.access(ROOT / script, os.X_OK), script
