@@ -58,7 +58,8 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
 
 def _setting(run: dict[str, Any]) -> tuple:
     """Runs are compared with each other within one setting."""
-    return run["backbone"], run["block_size"], run["dataset"], run["train_tokens"], run["parameters"] // 10**8
+    size = tuple(run["recipe"].get(key, 0) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    return run["backbone"], run["block_size"], run["dataset"], run["train_tokens"], size
 
 
 def _order(variant: str) -> tuple:
