@@ -7,7 +7,7 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns 0 only on success, and prints one line for an error that a user can mend."""
     parser = argparse.ArgumentParser(
-        prog="lnfree", description="Train, compare and export GPT models without LayerNorm."
+        prog="lnfree", description="Train, compare, export and measure GPT models without LayerNorm."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -43,6 +43,36 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("out_dir", metavar="OUT_DIR")
 
+    measure = _add_verb(
+        verbs,
+        "measure",
+        "perplexity and attention entropy of any causal language model on any texts",
+        "lnfree measure runs/quick/SM+R/model --dataset stdlib --json measured.json --heat-map measured.png",
+    )
+    measure.add_argument("model_id", metavar="MODEL_ID_OR_PATH", help="model of the Hub, or a folder")
+    measure.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME_OR_FILE",
+        help="dataset of the Hub, a folder, a .json, .jsonl, .parquet, .csv or .txt file, or 'stdlib'",
+    )
+    measure.add_argument("--config", help="configuration (subset) of the dataset")
+    measure.add_argument("--split", help="default: validation, else test, else the first")
+    measure.add_argument("--text-column", default="content", metavar="NAME", help="default: content")
+    measure.add_argument("--max-samples", type=int, metavar="N", help="read the first N rows only")
+    measure.add_argument("--streaming", action="store_true", help="read the dataset while measuring")
+    measure.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of a text (default: the model's positions)"
+    )
+    measure.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts in a forward pass (default: 8)")
+    measure.add_argument("--device", help="default: an accelerator, if there is one")
+    measure.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the weights")
+    measure.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
+    measure.add_argument("--revision", help="branch, tag or commit of the model")
+    measure.add_argument("--json", dest="json_path", metavar="FILE", help="write all results")
+    measure.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help="draw layers x heads")
+    measure.add_argument("--parquet", dest="parquet_path", metavar="FILE", help="write the figures of every text")
+
     arguments = parser.parse_args(argv)
     from .recipe import RecipeError
 
@@ -60,6 +90,11 @@ def main(argv: list[str] | None = None) -> int:
             from .export import export
 
             export(arguments.run_dir, arguments.out_dir)
+        elif arguments.verb == "measure":
+            from .measure import measure as run_measure
+
+            options = {name: value for name, value in vars(arguments).items() if name not in ("verb", "model_id")}
+            run_measure(arguments.model_id, **options)
     except RecipeError as error:
         print(f"lnfree {arguments.verb}: error: {error}", file=sys.stderr)
         return 1

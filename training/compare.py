@@ -46,7 +46,7 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
 
     output = Path(output) if output is not None else runs_dir / "report"
     output.mkdir(parents=True, exist_ok=True)
-    plot_heat_maps(runs, output / "heat_maps.png")
+    plot_heat_maps([run["attention_entropy"] for run in runs], [run_title(run) for run in runs], output / "heat_maps.png")
     plot_curves(runs, output / "curves.png")
     write_atomically(output / "comparison.json", json.dumps({"groups": groups, "unfinished": unfinished}, indent=1))
     report = _markdown(groups, unfinished)
@@ -145,24 +145,32 @@ def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _title(run: dict[str, Any]) -> str:
+def run_title(run: dict[str, Any]) -> str:
+    """Variant and setting of a run, in two lines."""
     return f"{run['variant']}\n{run['backbone']}, T={run['block_size']}, seed {run['seed']}"
 
 
-def plot_heat_maps(runs: list[dict[str, Any]], path: Path):
-    """Attention entropy by layer and head, a panel a run, on one scale from 0 to the largest reachable entropy."""
-    columns = min(len(runs), 4)
-    rows = -(-len(runs) // columns)
-    limit = max(np.max(run["attention_entropy"]["max_entropy"]) for run in runs)
+def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str], path: Path):
+    """
+    Attention entropy by layer and head, a panel a measurement, on one scale from 0 to the largest reachable entropy.
+
+    Args:
+        measurements: dictionaries with `entropy` and `max_entropy`, each `(layers, heads)`, in nats.
+        titles: of the panels.
+        path: of the picture, whose ending says the format.
+    """
+    columns = min(len(measurements), 4)
+    rows = -(-len(measurements) // columns)
+    limit = max(np.max(measurement["max_entropy"]) for measurement in measurements)
     figure, axes = plt.subplots(
         rows, columns, figsize=(3.1 * columns + 1, 3.4 * rows), squeeze=False, layout="constrained"
     )
-    for axis in axes.flat[len(runs) :]:
+    for axis in axes.flat[len(measurements) :]:
         axis.set_visible(False)
-    for axis, run in zip(axes.flat, runs, strict=False):
-        entropy = np.array(run["attention_entropy"]["entropy"])
+    for axis, measurement, title in zip(axes.flat, measurements, titles, strict=False):
+        entropy = np.array(measurement["entropy"])
         image = axis.imshow(entropy, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
-        axis.set_title(_title(run), fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("head")
         axis.set_ylabel("layer")
         axis.set_xticks(range(entropy.shape[1]))
@@ -187,7 +195,7 @@ def plot_curves(runs: list[dict[str, Any]], path: Path):
     for run in runs:
         log = json.loads((run["folder"] / "log_history.json").read_text(encoding="utf-8"))
         steps, losses = zip(*((entry["step"], entry["loss"]) for entry in log if "loss" in entry), strict=True)
-        loss_axis.plot(steps, losses, label=_title(run).replace("\n", ", "), linewidth=1.2)
+        loss_axis.plot(steps, losses, label=run_title(run).replace("\n", ", "), linewidth=1.2)
         smallest = min(smallest, min(losses))
         # the first steps, from a uniform prediction, would squeeze the rest
         loss_axis.set_ylim(smallest - 0.2, smallest + 3)
@@ -204,7 +212,7 @@ def plot_curves(runs: list[dict[str, Any]], path: Path):
             axis.plot([r["step"] for r in records], by_layer[:, layer], color=colour, label=f"layer {layer}", lw=1.2)
         axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
         axis.set(ylim=(0, 1.05 * limit), xlabel="step", ylabel="entropy (nats)")
-        axis.set_title(_title(run), fontsize=10)
+        axis.set_title(run_title(run), fontsize=10)
         axis.grid(alpha=0.3)
         if index == 0:
             axis.legend(fontsize=7)

@@ -20,7 +20,7 @@ from .recipe import DataArguments, RecipeError
 
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
 
 
 def load_documents(arguments: DataArguments, seed: int) -> DatasetDict:
@@ -64,9 +64,9 @@ def load_documents(arguments: DataArguments, seed: int) -> DatasetDict:
 def _load(name: str, config: str | None) -> DatasetDict:
     try:
         if Path(name).is_file():
-            builder = _BUILDERS.get(Path(name).suffix)
+            builder = BUILDERS.get(Path(name).suffix)
             if builder is None:
-                raise RecipeError(f"dataset {name} must end in one of {', '.join(_BUILDERS)}")
+                raise RecipeError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
             return datasets.load_dataset(builder, data_files=name)
         return datasets.load_dataset(name, config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

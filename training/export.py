@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from model_cards.card import build_card
 from modeling_lnfree import LNFreeForCausalLM
 
-from .compare import plot_heat_maps
+from .compare import plot_heat_maps, run_title
 from .recipe import RecipeError
 from .train import read_results
 
@@ -54,7 +54,7 @@ def export(run_dir: str | Path, out_dir: str | Path) -> Path:
         folder = Path(aside) / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        plot_heat_maps([results], folder / "heat_map.png")
+        plot_heat_maps([results["attention_entropy"]], [run_title(results)], folder / "heat_map.png")
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
         build_card(name, model.config, results, folder).save(folder / "README.md")

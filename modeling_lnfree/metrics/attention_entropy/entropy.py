@@ -294,7 +294,7 @@ class AttentionEntropyRecord:
     if the head is broken (a query, or a key that one of them saw, was not finite), or if no query was measured.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, on_layer: Callable[[int, Tensor], None] | None = None):
         layers = {name: module for name, module in model.named_modules() if _uses_attention_interface(module)}
         if not layers:
             raise ValueError(
@@ -310,6 +310,7 @@ class AttentionEntropyRecord:
         self._rows = {module: row for row, module in enumerate(layers.values())}
         # per layer (heads, 5): sums over queries of entropy, largest entropy, NaN weights, infinite scores, and 1
         self._totals = [torch.zeros(0, 5, dtype=torch.float64) for _ in layers]
+        self._on_layer = on_layer
         self._masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._padding_mask: Tensor | None = None
 
@@ -402,6 +403,8 @@ class AttentionEntropyRecord:
         padded = self._padded(attention_mask, origin, query)
         if padded is not None:
             counted = counted & ~padded[:, None]
+        if self._on_layer is not None:
+            self._on_layer(self._rows[module], entropy.masked_fill(~counted, torch.nan))
         largest = (number + (sinks is not None)).log()
         columns = (entropy, largest, entropy.isnan() * number, infinite, torch.ones_like(entropy))
         dtype = torch.float32 if entropy.device.type == "mps" else torch.float64
@@ -506,7 +509,9 @@ def _replaced(owner: type, name: str, replacement: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def record_attention_entropy(model: nn.Module, *, reduce: bool = True) -> Iterator[AttentionEntropyRecord]:
+def record_attention_entropy(
+    model: nn.Module, *, reduce: bool = True, on_layer: Callable[[int, Tensor], None] | None = None
+) -> Iterator[AttentionEntropyRecord]:
     """Measure the attention entropy of every head of `model` in all its forward passes inside the `with` block.
 
     ```python
@@ -534,12 +539,14 @@ def record_attention_entropy(model: nn.Module, *, reduce: bool = True) -> Iterat
             processes when the block is left without an exception, so that all see the results of the whole batch.
             This is a collective: all processes must enter the block. Pass False to measure in one of them only, or
             when the processes hold parts of the heads (tensor parallelism).
+        on_layer (`Callable`, *optional*): called at each measurement of a layer with its row and the entropy of every
+            query, a `torch.FloatTensor` of shape `(batch, heads, T)` with NaN where the query is padding or broken.
 
     Raises:
         ValueError: if the model does not use the attention interface (BLOOM, MPT and Falcon do not), or is an
             encoder-decoder.
     """
-    record = AttentionEntropyRecord(model)
+    record = AttentionEntropyRecord(model, on_layer)
     get_interface, get_attention = AttentionInterface.get_interface, AttentionInterface.__getitem__
     get_mask = AttentionMaskInterface.__getitem__
 

@@ -1,0 +1,90 @@
+"""A page that shows the attention entropy of a chosen model on a typed text: `python app.py`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import gradio as gr
+import numpy as np
+from matplotlib.figure import Figure
+
+
+METRIC = evaluate.load(str(Path(__file__).with_name("attention_entropy.py")))
+HEADER = ["layer", "mean (nats)", "share of the largest", "lowest head", "highest head", "NaN weights"]
+INTRODUCTION = """
+# Attention entropy
+
+How evenly each head of a causal language model looks at the text before it: 0 nats where it looks at one token only,
+the top of the scale where it looks at all alike. Exact, on the whole text, before dropout
+([arXiv 2410.09637](https://arxiv.org/abs/2410.09637)).
+"""
+
+
+def draw_heat_map(result: dict[str, Any]) -> Figure:
+    """Layers x heads, on a scale from 0 to the largest entropy that the text allows."""
+    entropy = np.array(result["entropy"])  # (layers, heads)
+    figure = Figure(figsize=(2.5 + 0.45 * entropy.shape[1], 1.8 + 0.35 * entropy.shape[0]), layout="constrained")
+    axis = figure.subplots()
+    # a broken head is NaN, and left white
+    image = axis.imshow(entropy, vmin=0, vmax=np.max(result["max_entropy"]), cmap="viridis", aspect="auto")
+    axis.set_title("Entropy by layer and head")
+    axis.set(xlabel="head", ylabel="layer", xticks=range(entropy.shape[1]), yticks=range(entropy.shape[0]))
+    figure.colorbar(image, label="attention entropy (nats)")
+    return figure
+
+
+def tabulate(result: dict[str, Any]) -> list[list[int | str]]:
+    """A row a layer, under `HEADER`."""
+    entropy, largest = np.array(result["entropy"]), np.array(result["max_entropy"])
+    return [
+        [
+            layer,
+            f"{heads.mean():.3f}",
+            f"{100 * heads.mean() / largest[layer].mean():.0f} %",
+            f"{heads.min():.3f}",
+            f"{heads.max():.3f}",
+            int(np.sum(result["nan_count"][layer])),
+        ]
+        for layer, heads in enumerate(entropy)
+    ]
+
+
+def build_page(trust_remote_code: bool) -> gr.Blocks:
+    """The page; `trust_remote_code` lets a model bring code of its own."""
+
+    def measure(model_id: str, text: str) -> tuple[str, Figure, list[list[int | str]]]:
+        try:
+            result = METRIC.compute(predictions=[text], model_id=model_id.strip(), trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise gr.Error(f"This cannot be measured: {error}", print_exception=False) from error
+        if result["num_queries"] < 2:
+            message = "The text must have two tokens or more: one token can look at itself only."
+            raise gr.Error(message, print_exception=False)
+        shares = ", ".join(f"{100 * share:.0f} %" for share in result["head_distribution"])
+        summary = (
+            f"**{result['mean_entropy']:.3f} nats** on average over {result['num_queries']} tokens. "
+            f"Heads in the four quarters of their largest entropy, from the lowest: {shares}."
+        )
+        return summary, draw_heat_map(result), tabulate(result)
+
+    with gr.Blocks(title="Attention entropy") as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column():
+                model_id = gr.Textbox(label="Model (Hub id or folder)", value="openai-community/gpt2")
+                text = gr.Textbox(label="Text", lines=8, value="def add(a, b):\n    return a + b\n")
+                button = gr.Button("Measure", variant="primary")
+            with gr.Column():
+                summary = gr.Markdown()
+                # a label would lie over the map
+                heat_map = gr.Plot(show_label=False)
+        table = gr.Dataframe(headers=HEADER, label="By layer")
+        button.click(measure, [model_id, text], [summary, heat_map, table])
+    return page
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with a model")
+    build_page(parser.parse_args().trust_remote_code).launch()

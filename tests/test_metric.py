@@ -1,0 +1,429 @@
+"""The metric, and `lnfree measure`, against eager attention maps and log-likelihoods in float64."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
+from training import cli
+from training.measure import measure
+from training.recipe import RecipeError
+
+from .conftest import tiny_model
+
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "modeling_lnfree" / "metrics" / "attention_entropy"
+TEXTS = ["def add(a, b):\n    return a + b\n", "x", "import os", "for i in range(10):\n    print(i)"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    evaluate.disable_progress_bar()
+    yield
+    evaluate.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, no special tokens and so nothing to pad with."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def make_model(model_type="gpt2"):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def metric(tmp_path):
+    return AttentionEntropy(cache_dir=str(tmp_path))
+
+
+@torch.no_grad()
+def naive(model, tokenizer, texts, max_length=40):
+    """By text, in float64 and without padding: entropies `(layers, heads, T)`, and the tokens' likelihoods in nats."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    reference = type(model)._from_config(config, attn_implementation="eager", dtype=torch.float64).eval()
+    reference.load_state_dict(model.state_dict())
+    entropies, nlls = [], []
+    for text in texts:
+        input_ids = torch.tensor([tokenizer(text)["input_ids"][:max_length]])
+        output = reference(input_ids, output_attentions=True)
+        entropies.append(torch.special.entr(torch.stack(output.attentions)[:, 0].double()).sum(-1))
+        log_weights = output.logits[0, :-1].log_softmax(-1)
+        nlls.append(-log_weights.gather(1, input_ids[0, 1:, None])[:, 0])
+    return entropies, nlls
+
+
+def mean_entropy(entropies):
+    return torch.cat(entropies, -1).mean(-1)
+
+
+def same(result, expected, atol=2e-5):
+    torch.testing.assert_close(torch.tensor(result, dtype=torch.float64), expected, atol=atol, rtol=0)
+
+
+# ---- the metric
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_texts_match_naive_maps(metric, tokenizer, model_type, batch_size):
+    model = make_model(model_type)
+    result = metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer, batch_size=batch_size)
+    entropies, _ = naive(model, tokenizer, TEXTS)
+    expected = mean_entropy(entropies)  # (layers, heads)
+    same(result["entropy"], expected)
+    same(result["layer_entropy"], expected.mean(1))
+    same(result["mean_entropy"], expected.mean())
+    lengths = [entropy.shape[-1] for entropy in entropies]
+    largest = sum(math.lgamma(length + 1) for length in lengths) / sum(lengths)
+    same(result["max_entropy"], torch.full_like(expected, largest))
+    same(result["normalized_entropy"], expected / largest)
+    counts, _ = np.histogram(expected / largest, bins=[0, 0.25, 0.5, 0.75, 1])
+    assert result["head_distribution"] == pytest.approx(counts / expected.numel())
+    assert result["num_queries"] == sum(lengths)
+    assert result["nan_count"] == result["inf_count"] == [[0] * 4] * 3
+
+
+def test_a_model_by_its_folder(metric, model, folder, tokenizer):
+    by_folder = metric.compute(predictions=TEXTS, model_id=folder, max_length=7, dtype="float64", device="cpu")
+    same(by_folder["entropy"], mean_entropy(naive(model, tokenizer, TEXTS, max_length=7)[0]), atol=1e-6)
+    at_hand = metric.compute(predictions=TEXTS, model=model, tokenizer=folder, max_length=7)
+    assert at_hand["mean_entropy"] == pytest.approx(by_folder["mean_entropy"], abs=1e-5)
+
+
+def test_a_column_of_a_dataset_and_texts_added_before(metric, model, tokenizer):
+    column = Dataset.from_dict({"content": TEXTS})["content"]
+    expected = metric.compute(predictions=column, model=model, tokenizer=tokenizer)
+    metric.add_batch(predictions=TEXTS[:2])
+    metric.add(prediction=TEXTS[2])
+    assert metric.compute(predictions=TEXTS[3:], model=model, tokenizer=tokenizer) == expected
+
+
+def test_streamed_measurements_equal_one_compute(metric, model, tokenizer):
+    expected = metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)
+    with torch.no_grad():
+        for text in TEXTS[:2]:
+            with metric.record(model) as record:
+                model(torch.tensor([tokenizer(text)["input_ids"]]))
+            metric.add(prediction=record)
+    rest = [AttentionEntropy().compute(predictions=[text], model=model, tokenizer=tokenizer) for text in TEXTS[2:]]
+    metric.add_batch(predictions=json.loads(json.dumps(rest)))
+    streamed = metric.compute()
+    assert streamed.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(streamed[name], expected[name], atol=1e-5)
+
+
+def test_a_broken_head_is_nan_and_counted(metric, tokenizer):
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.bias[8:16] = torch.nan  # queries of the second head
+    result = metric.compute(predictions=["abc", "de"], model=model, tokenizer=tokenizer)
+    assert [math.isnan(value) for value in result["entropy"][1]] == [False, True, False, False]
+    assert result["nan_count"][1] == [0, (1 + 2 + 3) + (1 + 2), 0, 0]
+    assert math.isnan(result["mean_entropy"]) and not math.isnan(result["layer_entropy"][0])
+    assert AttentionEntropy().compute(predictions=[result])["nan_count"] == result["nan_count"]
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_left_as_it_was(metric, tokenizer):
+    model = make_model()
+    expected = metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)
+    model.train()
+    assert metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer) == expected
+    assert model.training and model.transformer.drop.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "there is nothing to compute"),
+        ({"predictions": []}, "at least one text or measurement, got \\[\\]"),
+        ({"predictions": "a text"}, "must be a list"),
+        ({"predictions": [0.5]}, "got float without entropy, max_entropy"),
+        ({"predictions": [{"entropy": [[1.0]]}]}, "got dict without max_entropy"),
+        ({"predictions": ["a", {}]}, "texts or measurements, not both"),
+        ({"predictions": ["a"]}, "pass either model_id=, or model= and tokenizer="),
+        ({"predictions": ["a"], "model_id": "x", "model": "given"}, "pass either model_id=, or model= and tokenizer="),
+        ({"predictions": ["a"], "model": "given"}, "needs tokenizer="),
+        ({"predictions": ["a"], "model": "given", "dtype": "float16", "revision": "main"}, "revision, dtype is for"),
+        ({"predictions": ["a"], "model": "given", "tokenizer": "given", "max_length": 41}, "in 1 to 40.* got 41"),
+        ({"predictions": ["a"], "model": "given", "tokenizer": "given", "batch_size": 0}, "at least 1, got 0"),
+        ({"predictions": ["a", ""], "model": "given", "tokenizer": "given"}, "the text '' has no tokens"),
+        ({"predictions": ["a"], "model": "bloom", "tokenizer": "given"}, "BloomModel computes its attention itself"),
+        ({"predictions": ["measured"], "model": "given"}, "put together without a model"),
+    ],
+)
+def test_errors_say_what_is_wrong(metric, model, tokenizer, arguments, message):
+    if arguments.get("predictions") == ["measured"]:
+        measured = metric.compute(predictions=["a"], model=model, tokenizer=tokenizer)
+        arguments = {**arguments, "predictions": [measured]}
+    bloom = AutoConfig.for_model("bloom", vocab_size=256, hidden_size=32, n_layer=1, n_head=4)
+    models = {"given": model, "bloom": AutoModelForCausalLM.from_config(bloom)}
+    stands_for = {"model": models, "tokenizer": {"given": tokenizer}}
+    arguments = {name: stands_for.get(name, {}).get(value, value) if isinstance(value, str) else value
+                 for name, value in arguments.items()}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        metric.compute(**arguments)
+
+
+def test_misspelt_arguments_are_named(metric):
+    with pytest.raises(TypeError, match="prediction"):
+        metric.compute(prediction=["a"])
+    with pytest.raises(TypeError, match="references"):
+        metric.add_batch(predictions=["a"], references=["a"])
+
+
+def test_a_corrected_call_counts_its_texts_once(metric, model, tokenizer):
+    metric.add(prediction="abc")
+    with pytest.raises(ValueError, match="not both"):
+        metric.add(prediction={})
+    for wrong in ({}, {"model": model}):
+        with pytest.raises(ValueError, match="tokenizer="):
+            metric.compute(predictions=["de"], **wrong)
+    assert metric.compute(predictions=["de"], model=model, tokenizer=tokenizer)["num_queries"] == 5
+
+
+def test_measurements_of_different_models_are_refused(metric):
+    def measured(heads, num_queries=3):
+        table = [[1.0] * heads]
+        names = ("entropy", "max_entropy", "nan_count", "inf_count")
+        return {**dict.fromkeys(names, table), "num_queries": num_queries}
+
+    with pytest.raises(ValueError, match=r"different \(layers, heads\): \[\(1, 2\), \(1, 4\)\]"):
+        metric.compute(predictions=[measured(2), measured(4)])
+    with pytest.raises(ValueError, match="no query was measured"):
+        AttentionEntropy().compute(predictions=[measured(2, num_queries=0)])
+
+
+STRANGER = """
+import doctest, importlib, json, sys
+import evaluate
+from datasets import load_dataset
+
+texts = load_dataset("json", data_files="texts.jsonl", split="train")["content"]
+metric = evaluate.load("./attention_entropy")
+result = metric.compute(predictions=texts, model_id="variant", trust_remote_code=True)
+failed, attempted = doctest.testmod(importlib.import_module(type(metric).__module__))
+known = [name for name in sys.modules if name.split(".")[0] in ("modeling_lnfree", "training")]
+json.dump({"result": result, "failed": failed, "attempted": attempted, "known": known}, open("result.json", "w"))
+"""
+
+
+def test_a_copied_folder_loads_in_a_process_without_the_project_and_passes_its_doctests(tmp_path, tokenizer):
+    model = tiny_model(vocab_size=256)
+    model.save_pretrained(tmp_path / "variant")
+    tokenizer.save_pretrained(tmp_path / "variant")
+    shutil.copytree(FOLDER, tmp_path / "attention_entropy")
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in TEXTS))
+    run = subprocess.run(
+        [sys.executable, "-I", "stranger.py"],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    answer = json.loads((tmp_path / "result.json").read_text())
+    assert answer["known"] == [] and answer["failed"] == 0 and answer["attempted"] > 10, run.stdout
+    same(answer["result"]["entropy"], mean_entropy(naive(model, tokenizer, TEXTS, max_length=64)[0]))
+
+
+@pytest.mark.slow  # a server is started
+def test_the_page_measures_a_model_and_shows_errors(tmp_path, folder):
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    shutil.copytree(FOLDER, tmp_path / "space")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {"GRADIO_SERVER_PORT": port, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(tmp_path / "space" / "app.py")]
+    with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment}, stdout=subprocess.PIPE) as server:
+        try:
+            server.stdout.readline()  # says that it runs
+            client = Client(f"http://127.0.0.1:{port}", verbose=False)
+            summary, heat_map, table = client.predict(folder, TEXTS[0], api_name="/measure")
+            assert "nats** on average over 32 tokens" in summary and heat_map["type"] == "matplotlib"
+            assert [row[0] for row in table["data"]] == [0, 1, 2]
+            with pytest.raises(AppError, match="This cannot be measured"):
+                client.predict(str(tmp_path / "nothing"), TEXTS[0], api_name="/measure")
+            with pytest.raises(AppError, match="two tokens"):
+                client.predict(folder, "a", api_name="/measure")
+        finally:
+            server.terminate()
+
+
+# ---- lnfree measure
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    path = tmp_path / "texts.jsonl"
+    rows = [{"content": text, "number": 1} for text in [TEXTS[0], None, *TEXTS[1:], ""]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_measure_matches_naive(tmp_path, model, folder, tokenizer, corpus, streaming, capsys):
+    outputs = {name: tmp_path / "out" / name for name in ("m.json", "m.png", "m.parquet")}
+    arguments = ["measure", folder, "--dataset", corpus, "--batch-size", "2", "--max-length", "30", "--device", "cpu"]
+    for option, path in zip(("--json", "--heat-map", "--parquet"), outputs.values(), strict=True):
+        arguments += [option, str(path)]
+    assert cli.main(arguments + ["--streaming"] * streaming) == 0
+    results = json.loads(outputs["m.json"].read_text())
+    entropies, nlls = naive(model, tokenizer, TEXTS, max_length=30)
+
+    assert results["nll"] == pytest.approx(torch.cat(nlls).mean().item(), rel=1e-6)
+    assert results["perplexity"] == pytest.approx(torch.cat(nlls).mean().exp().item(), rel=1e-5)
+    assert f"perplexity {results['perplexity']:.3f}" in capsys.readouterr().out
+    same(results["attention_entropy"]["entropy"], mean_entropy(entropies))
+    lengths = [entropy.shape[-1] for entropy in entropies]
+    assert results["num_tokens"] == results["attention_entropy"]["num_queries"] == sum(lengths)
+    assert results["predicted_tokens"] == sum(lengths) - len(TEXTS)
+    counts = [results[name] for name in ("num_texts", "skipped_texts", "truncated_texts")]
+    assert counts == [len(TEXTS), 2, sum(len(text) > 30 for text in TEXTS)]
+    expected = {"model": folder, "dataset": corpus, "dtype": "float32", "max_length": 30, "device": "cpu"}
+    assert results.items() >= expected.items() and results["versions"]["torch"] == torch.__version__
+    assert outputs["m.png"].read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(outputs)
+
+    figures = pq.read_table(outputs["m.parquet"]).to_pylist()
+    assert [row["row"] for row in figures] == [0, 2, 3, 4]
+    for row, entropy, nll in zip(figures, entropies, nlls, strict=True):
+        assert row["num_tokens"] == entropy.shape[-1]
+        same(row["nll"], nll)
+        same(row["entropy"], entropy.mean(-1))
+        same(row["position_entropy"], entropy.mean(1))
+        assert row["perplexity"] == pytest.approx(nll.mean().exp().item(), rel=1e-5, nan_ok=True)
+
+
+def test_measure_of_some_rows_of_a_split(model, folder, tokenizer, corpus):
+    results = measure(folder, dataset=str(Path(corpus).parent), split="train", max_samples=1, dtype="float64")
+    assert results["nll"] == pytest.approx(naive(model, tokenizer, TEXTS[:1])[1][0].mean().item(), abs=1e-6)
+    assert (results["num_texts"], results["split"], results["dtype"]) == (1, "train", "float64")
+
+
+def test_measure_of_the_embedded_corpus(folder, monkeypatch):
+    parts = {"train": Dataset.from_dict({"content": ["no"]}), "eval": Dataset.from_dict({"content": TEXTS})}
+    monkeypatch.setattr("training.measure.load_documents", lambda arguments, seed: parts)
+    assert measure(folder, dataset="stdlib")["num_texts"] == len(TEXTS)
+    with pytest.raises(RecipeError, match="one of train, eval, got 'test'"):
+        measure(folder, dataset="stdlib", split="test")
+
+
+def test_an_infinite_perplexity_is_a_number(tmp_path, tokenizer, corpus):
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.ln_f.weight *= 1e5
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert measure(str(tmp_path / "model"), dataset=corpus)["perplexity"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_id": "./no-such-model"}, "model './no-such-model' cannot be measured"),
+        ({"dataset": "no_texts.yaml"}, "must end in one of .json"),
+        ({"dataset": "./no-such-dataset"}, "dataset './no-such-dataset' cannot be loaded"),
+        ({"dataset": "broken.jsonl", "streaming": True}, "dataset 'broken.jsonl' cannot be read"),
+        ({"dataset": "empty.jsonl"}, "no text of two tokens in the column 'content'"),
+        ({"split": "validation"}, "cannot be loaded: .*validation"),
+        ({"text_column": "text"}, "'text' is not a column of the dataset, which has content, number"),
+        ({"text_column": "number"}, "text_column='number' must hold texts, got int"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_length": 41}, "in 1 to 40, the positions of the model, got 41"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"device": "nonsense"}, "device 'nonsense' cannot be used"),
+        ({"json_path": "."}, "cannot be written"),
+        ({"parquet_path": "texts.jsonl/figures.parquet"}, "cannot be written"),
+        ({"heat_map_path": "map.mp3"}, "map.mp3 must end in .png, .pdf or .svg"),
+    ],
+)
+def test_measure_errors_are_one_line(folder, corpus, monkeypatch, changes, message):
+    monkeypatch.chdir(Path(corpus).parent)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("no_texts.yaml").write_text("a: 1\n")
+    Path("broken.jsonl").write_text('{"content": "abc"}\n{"content": \n')
+    Path("empty.jsonl").write_text('{"content": "a"}\n')
+    with pytest.raises(RecipeError, match=message) as error:
+        measure(**{"model_id": folder, "dataset": corpus, **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_measure_of_a_model_beside_the_interface_is_refused(tmp_path, tokenizer, corpus):
+    config = AutoConfig.for_model("bloom", vocab_size=256, hidden_size=32, n_layer=1, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    with pytest.raises(RecipeError, match="BloomForCausalLM computes its attention itself"):
+        measure(str(tmp_path / "bloom"), dataset=corpus, parquet_path=tmp_path / "figures.parquet")
+    assert not list(tmp_path.glob("figures*"))
+
+
+# ---- the benchmark
+
+
+@pytest.mark.slow  # a process imports torch and runs a model of GPT-2's width
+def test_the_benchmark_prints_a_table_and_writes_all_figures(tmp_path):
+    script = [sys.executable, "scripts/benchmark_entropy.py", "--lengths", "64", "128", "--repeats", "1"]
+    path = tmp_path / "benchmark.json"
+    run = subprocess.run([*script, "--json", path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "| 64 |" in run.stdout and "| 128 |" in run.stdout
+    cpu = json.loads(path.read_text())["results"][0]
+    for row in cpu["rows"]:
+        assert row["seconds"].keys() == row["mib"].keys() == {"plain", "record", "maps"}
+        assert min(row["seconds"].values()) > 0 and row["mib"]["plain"] > 1

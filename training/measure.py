@@ -1,0 +1,317 @@
+"""Perplexity and attention entropy of any causal language model on any texts, in one forward pass for both."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
+from modeling_lnfree import record_attention_entropy
+from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
+    check_max_length,
+    encode,
+    load_model,
+    pad,
+    summarize,
+)
+
+from .compare import plot_heat_maps
+from .data import BUILDERS, load_documents
+from .recipe import DataArguments, RecipeError
+from .train import write_atomically
+
+
+# a row a text; entropies in nats
+_FIGURES = pa.schema(
+    {
+        "row": pa.int64(),  # in the dataset
+        "num_tokens": pa.int64(),
+        "perplexity": pa.float64(),
+        "nll": pa.list_(pa.float32()),  # of each token but the first, in nats
+        "entropy": pa.list_(pa.list_(pa.float32())),  # (layers, heads), mean over the text's queries
+        "position_entropy": pa.list_(pa.list_(pa.float32())),  # (layers, num_tokens), mean over the heads
+    }
+)
+
+
+def measure(
+    model_id: str,
+    *,
+    dataset: str,
+    config: str | None = None,
+    split: str | None = None,
+    text_column: str = "content",
+    max_samples: int | None = None,
+    streaming: bool = False,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    json_path: str | Path | None = None,
+    heat_map_path: str | Path | None = None,
+    parquet_path: str | Path | None = None,
+) -> dict[str, Any]:
+    """
+    Measures a model on the texts of a dataset, each by itself, with a progress bar.
+
+    Perplexity is the exponential of the summed negative log-likelihood over the number of predicted tokens: all but
+    the first of each text. Attention entropy is that of the metric `attention_entropy` (arXiv 2410.09637).
+
+    Args:
+        model_id: Hub id or folder of a causal language model with its tokenizer.
+        dataset: Hub id, folder or file of a dataset, or `"stdlib"`, the evaluation part of the embedded corpus.
+        config: configuration of the dataset.
+        split: of the dataset; by default `validation`, else `test`, else the first.
+        text_column: column that holds the texts.
+        max_samples: number of rows to read, from the first; None: all.
+        streaming: whether the dataset is read while it is measured instead of being prepared first.
+        max_length: only the first `max_length` tokens of a text are read; by default as many as the model has
+            positions.
+        batch_size: texts in a forward pass.
+        device: by default an accelerator, if there is one.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default that of the weights.
+        trust_remote_code: whether the code that comes with the model may be run.
+        revision: branch, tag or commit of the model.
+        json_path: where to write the results.
+        heat_map_path: where to draw the entropy of every layer and head.
+        parquet_path: where to write the figures of every text, a row each: the negative log-likelihood of its tokens,
+            its entropy by layer and head, and by layer and position.
+
+    Returns:
+        The results: `perplexity`, `nll` (nats per token), counts of texts and tokens, `attention_entropy` as the
+        metric of this name returns it, and all that they depend on.
+
+    Raises:
+        RecipeError: for a model or dataset that cannot be loaded or measured, and for files that cannot be written.
+    """
+    for name, number in (("batch_size", batch_size), ("max_samples", max_samples), ("max_length", max_length)):
+        if number is not None and number < 1:
+            raise RecipeError(f"{name} must be at least 1, got {number}")
+    json_path, heat_map_path, parquet_path = map(_check_output, (json_path, heat_map_path, parquet_path))
+    if heat_map_path is not None and heat_map_path.suffix not in (".png", ".pdf", ".svg"):
+        raise RecipeError(f"{heat_map_path} must end in .png, .pdf or .svg")
+    rows = _open(dataset, config, split, streaming)
+    if max_samples is not None:
+        rows = rows.take(max_samples)
+    _check_device(device)
+    try:
+        model = load_model(
+            model_id, device=device, trust_remote_code=trust_remote_code, revision=revision, dtype=dtype
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
+        max_length = check_max_length(model, tokenizer, max_length)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model {model_id!r} cannot be measured: {_one_line(error)}") from error
+
+    started = time.perf_counter()
+    counts = dict.fromkeys(("num_texts", "skipped_texts", "truncated_texts", "num_tokens", "predicted_tokens"), 0)
+    total_nll = 0.0
+    layers: dict[int, Tensor] = {}  # of the last batch: row of the layer -> (batch, heads, T)
+    with ExitStack() as stack:
+        writer = stack.enter_context(_figures_writer(parquet_path)) if parquet_path is not None else None
+        on_layer = layers.__setitem__ if writer is not None else None
+        stack.enter_context(torch.no_grad())
+        try:
+            record = stack.enter_context(record_attention_entropy(model, reduce=False, on_layer=on_layer))
+        except ValueError as error:
+            raise RecipeError(f"model {model_id!r} cannot be measured: {error}") from None
+        total = max_samples if streaming else len(rows)
+        progress = stack.enter_context(tqdm(total=total, desc="measuring", unit="text"))
+        for batch in _batches(_read(rows, dataset), batch_size):
+            token_ids = encode([_text(row, text_column) for _, row in batch], tokenizer)
+            kept = [(index, ids[:max_length]) for (index, _), ids in zip(batch, token_ids, strict=True) if ids]
+            counts["skipped_texts"] += len(batch) - len(kept)
+            counts["truncated_texts"] += sum(len(ids) > max_length for ids in token_ids)
+            likelihoods = _negative_log_likelihoods(model, [ids for _, ids in kept])
+            for position, ((index, ids), nll) in enumerate(zip(kept, likelihoods, strict=True)):
+                counts["num_texts"] += 1
+                counts["num_tokens"] += len(ids)
+                counts["predicted_tokens"] += len(nll)
+                total_nll += nll.double().sum().item()
+                if writer is not None:
+                    entropies = [layers[row][position, :, : len(ids)] for row in range(len(layers))]
+                    writer.write(_figures(index, nll, entropies))
+            progress.update(len(batch))
+        if counts["predicted_tokens"] == 0:
+            raise RecipeError(f"dataset {dataset!r} has no text of two tokens in the column {text_column!r}")
+
+    nll = total_nll / counts["predicted_tokens"]
+    results = {
+        "model": model_id,
+        "revision": revision,
+        "model_type": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
+        "dataset": dataset,
+        "config": config,
+        "split": None if rows.split is None else str(rows.split),
+        "text_column": text_column,
+        "max_samples": max_samples,
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "perplexity": _exp(nll),
+        "nll": nll,
+        **counts,
+        "attention_entropy": summarize(record),
+        "seconds": time.perf_counter() - started,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
+        },
+    }
+    if json_path is not None:
+        write_atomically(json_path, json.dumps(results, indent=1))
+    if heat_map_path is not None:
+        title = f"{Path(model_id).name}\n{Path(dataset).name}, {counts['num_tokens']:,} tokens"
+        plot_heat_maps([results["attention_entropy"]], [title], heat_map_path)
+    _print(results)
+    return results
+
+
+def _check_output(path: str | Path | None) -> Path | None:
+    """The path of a file to write, whose folder exists."""
+    if path is None:
+        return None
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be written: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RecipeError(f"{path} cannot be written: it is a folder, or its folder is read-only")
+    return path
+
+
+def _check_device(device: str | None):
+    try:
+        torch.empty(0, device=device)
+    # torch without CUDA answers with an AssertionError
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _open(name: str, config: str | None, split: str | None, streaming: bool):
+    """The rows of one split, a `Dataset` or an `IterableDataset`."""
+    if name == "stdlib":
+        parts = load_documents(DataArguments(), seed=0)
+        if split not in (None, *parts):
+            raise RecipeError(f"split of 'stdlib' must be one of {', '.join(parts)}, got {split!r}")
+        rows = parts[split or "eval"]
+        return rows.to_iterable_dataset() if streaming else rows
+    try:
+        if Path(name).is_file():
+            builder = BUILDERS.get(Path(name).suffix)
+            if builder is None:
+                raise RecipeError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
+            return datasets.load_dataset(builder, data_files=name, split=split or "train", streaming=streaming)
+        loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"dataset {name!r} cannot be loaded: {_one_line(error)}") from error
+    if split is not None:
+        return loaded
+    return loaded.get("validation", loaded.get("test", next(iter(loaded.values()))))
+
+
+def _read(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows; what goes wrong in reading a stream is an error of the dataset."""
+    try:
+        yield from enumerate(rows)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise RecipeError(f"dataset {name!r} cannot be read: {_one_line(error)}") from error
+
+
+def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    if column not in row:
+        raise RecipeError(f"text_column={column!r} is not a column of the dataset, which has {', '.join(row)}")
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise RecipeError(f"text_column={column!r} must hold texts, got {type(text).__name__}")
+    return text or ""
+
+
+def _negative_log_likelihoods(model: PreTrainedModel, sequences: list[list[int]]) -> list[Tensor]:
+    """Of every token but the first of each sequence, in nats."""
+    if not sequences:
+        return []
+    inputs = pad(sequences, model.device)
+    logits = model(**inputs, use_cache=False).logits  # (batch, T, vocab)
+    ends = map(len, sequences)
+    return [
+        F.cross_entropy(row[: end - 1].float(), token_ids[1:end], reduction="none")
+        for row, token_ids, end in zip(logits, inputs["input_ids"], ends, strict=True)
+    ]
+
+
+@contextmanager
+def _figures_writer(path: Path) -> Iterator[pq.ParquetWriter]:
+    """A writer of `_FIGURES` whose file is whole or not there."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
+    try:
+        with pq.ParquetWriter(aside, _FIGURES) as writer:
+            yield writer
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _figures(index: int, nll: Tensor, entropies: list[Tensor]) -> pa.RecordBatch:
+    """The row of one text; `entropies` has a tensor `(heads, num_tokens)` a layer."""
+    row = {
+        "row": index,
+        "num_tokens": entropies[0].shape[1],
+        "perplexity": _exp(nll.double().mean().item()),
+        "nll": nll.tolist(),
+        "entropy": [layer.mean(1).tolist() for layer in entropies],
+        "position_entropy": [layer.mean(0).tolist() for layer in entropies],
+    }
+    return pa.RecordBatch.from_pylist([row], _FIGURES)
+
+
+def _exp(nll: float) -> float:
+    # math.exp raises where the perplexity is infinite
+    return torch.tensor(nll, dtype=torch.float64).exp().item()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _print(results: dict[str, Any]):
+    entropy = results["attention_entropy"]
+    shares = ", ".join(f"{100 * share:.0f} %" for share in entropy["head_distribution"])
+    print(
+        f"{results['model']} on {results['num_texts']:,} texts of {results['dataset']}: "
+        f"perplexity {results['perplexity']:.3f} over {results['predicted_tokens']:,} tokens\n"
+        f"attention entropy: {entropy['mean_entropy']:.3f} nats; by layer "
+        + ", ".join(f"{value:.2f}" for value in entropy["layer_entropy"])
+        + f"; heads in the quarters of their largest entropy: {shares}"
+    )
