@@ -46,7 +46,8 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
 
     output = Path(output) if output is not None else runs_dir / "report"
     output.mkdir(parents=True, exist_ok=True)
-    plot_heat_maps([run["attention_entropy"] for run in runs], [run_title(run) for run in runs], output / "heat_maps.png")
+    measurements, titles = [run["attention_entropy"] for run in runs], [run_title(run) for run in runs]
+    plot_heat_maps(measurements, titles, output / "heat_maps.png")
     plot_curves(runs, output / "curves.png")
     write_atomically(output / "comparison.json", json.dumps({"groups": groups, "unfinished": unfinished}, indent=1))
     report = _markdown(groups, unfinished)

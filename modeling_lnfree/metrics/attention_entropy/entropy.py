@@ -161,13 +161,20 @@ def _entropy(
     batch, heads, num_queries, _ = query.shape
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
+    linear = bias is None and softcap is None and sinks is None
+    kernel = _fused_kernel(query, key) if linear else None
+    if kernel is _flash_cpu and visibility.mask is None:
+        # the usual case, with nothing broken; there is no device to wait for before the result is looked at
+        with torch.autocast(query.device.type, enabled=False):
+            entropy = _kernel_entropy(kernel, query, key - visibility.mean_key(key.detach()), visibility, scaling)
+        if entropy.isfinite().all():
+            return entropy.clamp(min=0.0), torch.zeros(batch, heads, num_queries)
     query_size, key_size = query.detach().abs().amax(-1), key.detach().abs().amax(-1)
     # a broken key would spoil, as a value of weight zero, the queries that do not see it
     key = key.nan_to_num(0.0, 0.0, 0.0)
     if softcap is None and sinks is None:
         key = key - visibility.mean_key(key.detach())
 
-    kernel = _fused_kernel(query, key) if bias is None and softcap is None and sinks is None else None
     if kernel is None:
         elements = batch * heads * visibility.num_keys
         bias = None if bias is None else bias.expand(-1, -1, num_queries, -1)
@@ -184,8 +191,7 @@ def _entropy(
                 rows_bias = None if bias is None else bias[:, :, rows]
                 entropy = _softmax_entropy(query[:, :, rows], key, scaling, block, rows_bias, softcap, sinks)
             else:
-                output, logsumexp = kernel(query[:, :, rows], key, key.detach(), block, scaling)
-                entropy = logsumexp.detach() - scaling * torch.linalg.vecdot(query[:, :, rows].detach(), output)
+                entropy = _kernel_entropy(kernel, query[:, :, rows], key, block, scaling)
             size = query_size[:, :, rows]
             number = block.number()
             broken = ~(entropy.isfinite() & size.isfinite()) | (number == 0)
@@ -193,6 +199,14 @@ def _entropy(
             entropies.append(entropy.clamp(min=0.0).masked_fill(broken, torch.nan))
             infinities.append(torch.where(size.isinf(), number, block.count(key_size.isinf(), heads)))
     return torch.cat(entropies, 2), torch.cat(infinities, 2)
+
+
+def _kernel_entropy(
+    kernel: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, visibility: _Visibility, scaling: float
+) -> Tensor:
+    """`lse - scaling * q . Attention(q, k, v=k)` with the right gradient, `(batch, heads, T)`."""
+    output, logsumexp = kernel(query, key, key.detach(), visibility, scaling)
+    return logsumexp.detach() - scaling * torch.linalg.vecdot(query.detach(), output)
 
 
 def _fused_kernel(query: Tensor, key: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
