@@ -35,7 +35,8 @@ def build_card(name: str, config, results: dict[str, Any], folder: Path) -> Mode
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["lnfree", "code", "layernorm-free" if config.norm_type == "none" else "layernorm", results["variant"]],
-        datasets=None if results["dataset"] in CORPORA else [results["dataset"]],
+        # what is no id of the Hub was local
+        datasets=[results["dataset"]] if "/" in results["dataset"] else None,
         model_name=name,
         eval_results=[
             EvalResult(**evaluated, metric_type="perplexity", metric_value=float(results["perplexity"])),

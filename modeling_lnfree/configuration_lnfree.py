@@ -14,6 +14,7 @@
 """LNFree configuration: decoder-only transformers with and without LayerNorm (arXiv 2410.09637)."""
 
 import difflib
+import math
 import re
 from dataclasses import field, fields
 from typing import Literal
@@ -26,6 +27,8 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18
     raise ImportError(
         f"LNFree models need transformers 5.18 or newer, found {transformers.__version__}: pip install -U transformers"
     )
+
+logger = transformers.utils.logging.get_logger(__name__)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
@@ -55,7 +58,16 @@ _UNDECLARED_KEYS = {
     "torch_dtype",
 }
 
-_VARIANT = re.compile(r"SM(?P<norm>\+LN)?\+(?P<act>G|R|LR(?P<slope>\d+(\.\d+)?|-layer|-global))(?P<no_final>-noLNf)?")
+_VARIANT = re.compile(
+    r"SM(?P<norm>\+LN)?\+(?P<act>G|R|LR(?P<slope>-?\d+(\.\d+)?(e-?\d+)?|-layer|-global))(?P<no_final>-noLNf)?"
+)
+
+
+def _plain_slope(match: re.Match) -> str:
+    """A name whose slope is written as the names of configurations write it: 0.1 for 0.10."""
+    if match["slope"] is None or match["slope"] in ("-layer", "-global"):
+        return match[0]
+    return match[0].replace(f"LR{match['slope']}", f"LR{float(match['slope']):g}")
 
 
 @strict
@@ -130,7 +142,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
     tie_word_embeddings: bool = True
     norm_type: Literal["none", "layernorm"] = "none"
     final_norm_type: Literal["layernorm", "none"] = "layernorm"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float | int = 1e-5
     hidden_act: Literal["gelu", "gelu_pytorch_tanh", "relu", "leaky_relu"] = "relu"
     negative_slope: float | int | None = None
     slope_sharing: Literal["layer", "global"] | None = None
@@ -138,7 +150,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
     embedding_dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     classifier_dropout: float | int = 0.0
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -151,7 +163,17 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
             self.intermediate_size = 4 * self.hidden_size
         if self.negative_slope is None and self.hidden_act == "leaky_relu":
             self.negative_slope = 0.01
+        if self.slope_sharing is not None:
+            # each rank's part of a feed-forward layer adds to the gradient of a learned slope
+            plan = {**type(self).base_model_tp_plan, "learned_slope": "replicated_with_grad_allreduce"}
+            self.base_model_tp_plan = plan
         super().__post_init__(**{**kwargs, "auto_map": dict(AUTO_MAP)})
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # what overrides a saved field is part of the construction, so that the validators see it
+        overrides = {f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs and f.name != "dtype"}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def _refuse_unknown_fields(self, kwargs):
         # PreTrainedConfig accepts any keyword in silence, so a misspelt field would leave its default in place.
@@ -162,7 +184,9 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
                 continue
             nearest = difflib.get_close_matches(key, declared, n=1)
             # A config.json (it names its transformers version) may hold keys that later versions or other tools added.
-            if self.transformers_version is not None and not nearest:
+            if self.transformers_version is not None:
+                if nearest:
+                    logger.warning(f"config.json has a key {key!r} that is not a field; did it mean {nearest[0]!r}?")
                 continue
             hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; its fields are {', '.join(declared)}"
             raise ValueError(f"LNFreeConfig has no field {key!r} (got {key}={kwargs[key]!r}){hint}")
@@ -184,13 +208,17 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         for name in ("embedding_dropout", "attention_dropout", "hidden_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.initializer_range < 0:
-            raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range must be finite and not negative, got {self.initializer_range}")
+        if not 0 < self.layer_norm_eps < math.inf:
+            raise ValueError(f"layer_norm_eps must be finite and positive, got {self.layer_norm_eps}")
 
     def validate_positions(self):
         """The rotated part of a head is even and not empty."""
         if self.position_embedding_type != "rotary":
             return
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be finite and positive, got {self.rope_theta}")
         if not 0 < self.partial_rotary_factor <= 1:
             raise ValueError(f"partial_rotary_factor must be in (0, 1], got {self.partial_rotary_factor}")
         if self.rotary_dim == 0 or self.rotary_dim % 2:
@@ -203,6 +231,10 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
     def validate_activation(self):
         """Options of the negative slope go with the leaky ReLU only."""
         if self.hidden_act == "leaky_relu":
+            if self.negative_slope is None or not math.isfinite(self.negative_slope):
+                raise ValueError(
+                    f"hidden_act='leaky_relu' needs a finite negative_slope, got negative_slope={self.negative_slope}"
+                )
             return
         for name in ("negative_slope", "slope_sharing"):
             if getattr(self, name) is not None:
@@ -266,7 +298,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         elif match["slope"]:
             named["negative_slope"] = float(match["slope"])
         config = cls(**{**named, **kwargs})
-        if config.variant != variant:
+        if config.variant != variant and _VARIANT.sub(_plain_slope, variant) != config.variant:
             raise ValueError(f"these fields make {config.variant}, not variant={variant!r}: {kwargs}")
         return config
 

@@ -186,6 +186,18 @@ class LNFreeLeakyReLU(nn.Module):
         return nn.functional.prelu(hidden_states, negative_slope.to(hidden_states.dtype))
 
 
+class LNFreeLearnedSlope(nn.Module):
+    """The learned slopes of all layers: one that all share, or one a layer. A module, so that plans can name it."""
+
+    def __init__(self, num_slopes: int):
+        super().__init__()
+        self.negative_slope = nn.Parameter(torch.empty(num_slopes))
+
+    def forward(self, num_layers: int) -> tuple[torch.Tensor, ...]:
+        slopes = self.negative_slope.split(1)  # (1,) each
+        return slopes * (num_layers // len(slopes))
+
+
 class LNFreeDecoderLayer(GradientCheckpointingLayer):
     """One block: attention and feed-forward layer, one after the other (GPT-2) or side by side (GPT-NeoX)."""
 
@@ -241,19 +253,21 @@ class LNFreePreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, LNFreeModel) and module.config.slope_sharing is not None:
-            init.constant_(module.negative_slope, module.config.negative_slope)
+        if isinstance(module, LNFreeLearnedSlope):
+            init.constant_(module.negative_slope, self.config.negative_slope)
 
 
 class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
     """
     The decoder without a head.
 
-    A learned slope lives here and is passed down: `negative_slope` has one entry, shared by all layers, for
-    `slope_sharing="global"` and `num_hidden_layers` entries for `"layer"` (arXiv 2410.09637, section 3).
+    Learned slopes live here and are passed down: `learned_slope.negative_slope` has one entry, shared by all layers,
+    for `slope_sharing="global"`, and `num_hidden_layers` entries for `"layer"` (arXiv 2410.09637).
     """
 
     def __init__(self, config: LNFreeConfig):
+        # fields may have been set since the config was made
+        config.validate()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # CODEPATH: learned positions on the GPT-2 backbone, none on the Pythia backbone.
@@ -263,7 +277,7 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
         if config.slope_sharing is not None:
             # CODEPATH: SM+LR-global, else SM+LR-layer.
             num_slopes = 1 if config.slope_sharing == "global" else config.num_hidden_layers
-            self.negative_slope = nn.Parameter(torch.empty(num_slopes))
+            self.learned_slope = LNFreeLearnedSlope(num_slopes)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([LNFreeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = build_norm(config, config.final_norm_type)
@@ -331,8 +345,7 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
         slopes = [None] * len(self.layers)
         # CODEPATH: SM+LR-global and SM+LR-layer.
         if self.config.slope_sharing is not None:
-            slopes = self.negative_slope.split(1)  # (1,) each
-            slopes = slopes * (len(self.layers) // len(slopes))
+            slopes = self.learned_slope(len(self.layers))
         for layer, slope in zip(self.layers, slopes, strict=True):
             hidden_states = layer(
                 hidden_states,
@@ -351,7 +364,9 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
         """Raises ValueError for a position past the learned ones, where reading it costs no synchronisation."""
         if position_ids.device.type != "cpu" or is_tracing(position_ids) or position_ids.numel() == 0:
             return
-        last = int(position_ids.max())
+        first, last = int(position_ids.min()), int(position_ids.max())
+        if first < 0:
+            raise ValueError(f"position_ids must not be negative, got {first}")
         if last >= self.config.max_position_embeddings:
             raise ValueError(
                 f"position {last} is past the learned positions: the sequence may be at most "
@@ -493,7 +508,8 @@ class LNFreeForSequenceClassification(LNFreePreTrainedModel):  # trf-ignore: TRF
         else:
             raise ValueError(
                 f"{batch_size} sequences need an attention_mask, or input_ids and a config.pad_token_id, to find the "
-                f"last token that is not padding; got neither (pad_token_id={self.config.pad_token_id})"
+                f"last token that is not padding, got neither (input_ids {'missing' if input_ids is None else 'given'}"
+                f", pad_token_id={self.config.pad_token_id})"
             )
         positions = torch.arange(seq_len, device=hidden_states.device)
         return (positions * is_token.to(positions)).argmax(-1)

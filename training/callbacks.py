@@ -99,7 +99,7 @@ class NegativeSlopeCallback(MeasurementCallback):
     """Learned negative slopes: one a layer, or the one that all layers share."""
 
     def measure(self, model):
-        slopes = model.model.negative_slope.detach().float().tolist()
+        slopes = model.model.learned_slope.negative_slope.detach().float().tolist()
         return {"slopes": slopes}, {f"negative_slope/{index}": slope for index, slope in enumerate(slopes)}
 
 

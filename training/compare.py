@@ -45,7 +45,10 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     groups = [_compare_group(list(group)) for _, group in groupby(runs, key=_setting)]
 
     output = Path(output) if output is not None else runs_dir / "report"
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output={output} cannot be written: {error.strerror}") from None
     measurements, titles = [run["attention_entropy"] for run in runs], [run_title(run) for run in runs]
     plot_heat_maps(measurements, titles, output / "heat_maps.png")
     plot_curves(runs, output / "curves.png")
@@ -192,14 +195,18 @@ def plot_curves(runs: list[dict[str, Any]], path: Path):
     figure = plt.figure(figsize=(3.1 * columns + 1, 3.6 + 2.9 * rows), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.3] + [1] * rows)
     loss_axis = figure.add_subplot(grid[0, :])
-    smallest = np.inf
+    finite = []
     for run in runs:
         log = json.loads((run["folder"] / "log_history.json").read_text(encoding="utf-8"))
-        steps, losses = zip(*((entry["step"], entry["loss"]) for entry in log if "loss" in entry), strict=True)
-        loss_axis.plot(steps, losses, label=run_title(run).replace("\n", ", "), linewidth=1.2)
-        smallest = min(smallest, min(losses))
+        logged = [entry for entry in log if "loss" in entry]
+        losses = [entry["loss"] for entry in logged]
+        loss_axis.plot(
+            [entry["step"] for entry in logged], losses, label=run_title(run).replace("\n", ", "), linewidth=1.2
+        )
+        finite += [loss for loss in losses if np.isfinite(loss)]
+    if finite:
         # the first steps, from a uniform prediction, would squeeze the rest
-        loss_axis.set_ylim(smallest - 0.2, smallest + 3)
+        loss_axis.set_ylim(min(finite) - 0.2, min(finite) + 3)
     loss_axis.set(xlabel="step", ylabel="training loss (nats per token)", title="Training loss")
     loss_axis.legend(fontsize=8, ncols=2)
     loss_axis.grid(alpha=0.3)

@@ -42,14 +42,23 @@ def export(run_dir: str | Path, out_dir: str | Path) -> Path:
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     results = read_results(run_dir)
-    if out_dir.exists() and not (out_dir / "results.json").is_file() and (out_dir.is_file() or any(out_dir.iterdir())):
+    if out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "heat_map.png").is_file():
         raise RecipeError(f"{out_dir} exists and is not an export; name a new folder")
+    if out_dir.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
+        raise RecipeError(f"{out_dir} holds the run itself; name a new folder")
     # a local path is nobody else's business
     del results["recipe"]["output_dir"]
+    for recipe in (results, results["recipe"]):
+        for key in ("dataset", "eval_dataset", "tokenizer"):
+            if recipe.get(key) and Path(recipe[key]).exists():
+                recipe[key] = Path(recipe[key]).name
     model = LNFreeForCausalLM.from_pretrained(run_dir / "model", dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     name = out_dir.resolve().name
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{out_dir} cannot be written: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{name}.") as aside:
         folder = Path(aside) / name
         model.save_pretrained(folder)

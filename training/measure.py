@@ -31,7 +31,7 @@ from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
 from .compare import plot_heat_maps
 from .data import BUILDERS, load_documents
 from .recipe import DataArguments, RecipeError
-from .train import write_atomically
+from .train import perplexity, write_atomically
 
 
 # a row a text; entropies in nats
@@ -165,7 +165,7 @@ def measure(
         "max_samples": max_samples,
         "max_length": max_length,
         "batch_size": batch_size,
-        "perplexity": _exp(nll),
+        "perplexity": perplexity(nll),
         "nll": nll,
         **counts,
         "attention_entropy": summarize(record),
@@ -288,17 +288,12 @@ def _figures(index: int, nll: Tensor, entropies: list[Tensor]) -> pa.RecordBatch
     row = {
         "row": index,
         "num_tokens": entropies[0].shape[1],
-        "perplexity": _exp(nll.double().mean().item()),
+        "perplexity": perplexity(nll.double().mean().item()),
         "nll": nll.tolist(),
         "entropy": [layer.mean(1).tolist() for layer in entropies],
         "position_entropy": [layer.mean(0).tolist() for layer in entropies],
     }
     return pa.RecordBatch.from_pylist([row], _FIGURES)
-
-
-def _exp(nll: float) -> float:
-    # math.exp raises where the perplexity is infinite
-    return torch.tensor(nll, dtype=torch.float64).exp().item()
 
 
 def _one_line(error: Exception) -> str:

@@ -104,8 +104,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -125,9 +125,11 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     """Checks a flat recipe given as a dictionary; see `load_recipe`."""
     parts = {"data": {}, "model": {}, "training": {"seed": 1337}}
     for key, value in values.items():
-        # YAML 1.1 reads 1e-3 as a string
+        # YAML 1.1 reads 1e-3 as a string, and no as False
         if isinstance(value, str) and _NUMBER.fullmatch(value):
             value = float(value)
+        if value is False and str(key).endswith("_strategy"):
+            value = "no"
         for part, known in (("data", DATA_FIELDS), ("training", TRAINING_FIELDS), ("model", MODEL_FIELDS)):
             if key in known:
                 parts[part][key] = value
@@ -149,9 +151,24 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
                 raise RecipeError(f"recipe: {error}") from None
     recipe = Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
     data, training = recipe.data, recipe.training
-    for name in ("block_size", "entropy_steps", "entropy_sequences"):
-        if getattr(data, name) < 1:
-            raise RecipeError(f"{name} must be at least 1, got {getattr(data, name)}")
+    # a block of one token predicts nothing
+    for name, least in (("block_size", 2), ("entropy_steps", 1), ("entropy_sequences", 1)):
+        if getattr(data, name) < least:
+            raise RecipeError(f"{name} must be at least {least}, got {getattr(data, name)}")
+    for name in (
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        *("logging_steps", "save_steps", "learning_rate"),
+    ):
+        if not training.get(name, 1) > 0:
+            raise RecipeError(f"{name} must be more than 0, got {training[name]}")
+    if training.get("max_steps", -1) == 0 or training.get("max_steps", -1) < -1:
+        raise RecipeError(
+            f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {training['max_steps']}"
+        )
+    if training.get("load_best_model_at_end"):
+        raise RecipeError("load_best_model_at_end=True is not supported: variants are compared at equal steps")
+    if training.get("output_dir", "") is None:
+        raise RecipeError("output_dir must be a folder, got None")
     try:
         config = recipe.build_config()
     except (ValueError, StrictDataclassError) as error:

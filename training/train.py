@@ -10,7 +10,6 @@ what was measured on the way, and once it is finished `model/`, `log_history.jso
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -50,7 +49,7 @@ class LNFreeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(logs["eval_loss"])
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
         super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial):
@@ -77,7 +76,8 @@ def train(recipe: Recipe) -> Path:
     Raises:
         RecipeError: for data that cannot be had, and for a folder that holds a run of another recipe.
     """
-    run_dir = Path(recipe.training["output_dir"])
+    arguments = _build_arguments(recipe)
+    run_dir = Path(arguments.output_dir)
     # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
     if int(os.environ.get("RANK", 0)) == 0:
         lock = _claim(run_dir, recipe)  # noqa: F841
@@ -85,9 +85,6 @@ def train(recipe: Recipe) -> Path:
         print(f"{run_dir} is finished: perplexity {read_results(run_dir)['perplexity']:.3f}")
         return run_dir
 
-    # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
-    defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
-    arguments = TrainingArguments(**{**defaults, **recipe.training})
     with arguments.main_process_first(desc="data preparation"):
         documents = load_documents(recipe.data, arguments.seed)
         tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
@@ -130,6 +127,11 @@ def train(recipe: Recipe) -> Path:
     return run_dir
 
 
+def perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats per token; infinite where that overflows."""
+    return torch.tensor(nll, dtype=torch.float64).exp().item()
+
+
 def read_results(run_dir: str | Path) -> dict[str, Any]:
     """
     The results of a finished run.
@@ -141,6 +143,15 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"{run_dir} is not a finished run: it has no {RESULTS}")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _build_arguments(recipe: Recipe) -> TrainingArguments:
+    # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
+    defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
+    try:
+        return TrainingArguments(**{**defaults, **recipe.training})
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"recipe: {' '.join(str(error).split())}") from error
 
 
 def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -162,7 +173,7 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
         raise RecipeError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
     if path.is_file():
         theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for key in sorted(ours.keys() | theirs.keys()):
+        for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
             if ours.get(key) != theirs.get(key):
                 raise RecipeError(
                     f"{run_dir} holds a run with {key}={theirs.get(key)!r}, this recipe has {ours.get(key)!r}; "
@@ -203,7 +214,7 @@ def _finish(
         "block_size": block_size,
         "seed": arguments.seed,
         "dataset": recipe.data.dataset,
-        "perplexity": math.exp(metrics["eval_loss"]),
+        "perplexity": perplexity(metrics["eval_loss"]),
         "eval_loss": metrics["eval_loss"],
         "eval_tokens": len(trainer.eval_dataset) * (block_size - 1),
         "train_steps": state.global_step,
