@@ -452,7 +452,12 @@ def test_interrupted_training_says_so_and_goes_on(recipe_values, tmp_path):
     values = {**recipe_values, "max_steps": 100_000, "save_steps": 10, "output_dir": str(tmp_path / "run")}
     path.write_text(yaml.safe_dump(values))
     process = subprocess.Popen(
-        [sys.executable, "-m", "training.cli", "train", str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "training.cli", "train", str(path)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job ignores the signal, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("checkpoint-*")) and time.monotonic() < deadline:
