@@ -412,18 +412,3 @@ def test_measure_of_a_model_beside_the_interface_is_refused(tmp_path, tokenizer,
     with pytest.raises(RecipeError, match="BloomForCausalLM computes its attention itself"):
         measure(str(tmp_path / "bloom"), dataset=corpus, parquet_path=tmp_path / "figures.parquet")
     assert not list(tmp_path.glob("figures*"))
-
-
-# ---- the benchmark
-
-
-@pytest.mark.slow  # a process imports torch and runs a model of GPT-2's width
-def test_the_benchmark_prints_a_table_and_writes_all_figures(tmp_path):
-    script = [sys.executable, "scripts/benchmark_entropy.py", "--lengths", "64", "128", "--repeats", "1"]
-    path = tmp_path / "benchmark.json"
-    run = subprocess.run([*script, "--json", path], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "| 64 |" in run.stdout and "| 128 |" in run.stdout
-    cpu = json.loads(path.read_text())["results"][0]
-    for row in cpu["rows"]:
-        assert row["seconds"].keys() == row["mib"].keys() == {"plain", "record", "maps"}
-        assert min(row["seconds"].values()) > 0 and row["mib"]["plain"] > 1

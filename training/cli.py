@@ -73,6 +73,26 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help="draw layers x heads")
     measure.add_argument("--parquet", dest="parquet_path", metavar="FILE", help="write the figures of every text")
 
+    benchmark = _add_verb(
+        verbs,
+        "benchmark",
+        "what training, measuring, generating and starting cost beside stock models",
+        "lnfree benchmark step entropy --sizes quick gpt2 --json benchmark.json",
+    )
+    benchmark.add_argument("sections", nargs="*", metavar="SECTION", help="default: all; a wrong one lists them")
+    benchmark.add_argument("--sizes", nargs="+", default=["quick"], metavar="SIZE", help="quick, gpt2, pythia70m")
+    benchmark.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of a median (default: 7)")
+    benchmark.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[128, 512, 1024, 2048, 4096],
+        metavar="T",
+        help="of the section entropy",
+    )
+    benchmark.add_argument("--compiled", action="store_true", help="the section step also by torch.compile")
+    benchmark.add_argument("--json", dest="json_path", metavar="FILE", help="write all figures")
+
     arguments = parser.parse_args(argv)
     from .recipe import RecipeError
 
@@ -95,6 +115,10 @@ def main(argv: list[str] | None = None) -> int:
 
             options = {name: value for name, value in vars(arguments).items() if name not in ("verb", "model_id")}
             run_measure(arguments.model_id, **options)
+        elif arguments.verb == "benchmark":
+            from .benchmark import benchmark as run_benchmark
+
+            run_benchmark(**{name: value for name, value in vars(arguments).items() if name != "verb"})
     except RecipeError as error:
         print(f"lnfree {arguments.verb}: error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,48 @@
+"""The benchmark runs every section, and says which there are; how fast things are is not tested."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training import cli
+from training.benchmark import SECTIONS
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "section must be one of step, entropy, .*, got 'speed'"),
+        (["step", "--sizes", "huge"], "size must be one of quick, gpt2, pythia70m, got 'huge'"),
+        (["--rounds", "0"], "rounds and lengths must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message, capsys):
+    assert cli.main(["benchmark", *arguments]) == 1
+    assert re.fullmatch(f"lnfree benchmark: error: {message}\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow  # trains, generates and starts processes
+def test_every_section_prints_a_table_and_writes_its_figures(tmp_path):
+    path = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "training.cli", "benchmark", "--rounds", "1", "--lengths", "64", "128"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run([*command, "--json", path], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    document = json.loads(path.read_text())
+    assert document["sections"].keys() == SECTIONS.keys()
+    for section, title in SECTIONS.items():
+        assert f"## {title}\n" in run.stdout
+        rows = document["sections"][section]
+        assert rows and all(row.keys() == rows[0].keys() for row in rows)
+    for row in document["sections"]["entropy"]:
+        assert row["plain ms"] > 0 and row["plain MiB"] > 1
+    steps = {row["model"]: row for row in document["sections"]["step"]}
+    assert steps["stock"]["of stock"] == 1 and all(row["ms"] > 0 and row["peak MiB"] > 1 for row in steps.values())
