@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -235,9 +236,22 @@ def _finish(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
         },
+        "commit": _commit(),
     }
     write_atomically(run_dir / RESULTS, json.dumps(results, indent=1))
     print(f"{run_dir} is finished: {results['variant']}, perplexity {results['perplexity']:.3f}")
+
+
+def _commit() -> str | None:
+    """The project's commit where it runs from a clone, with `-dirty` after it if files differ from that commit."""
+    for command in ("ls-files --error-unmatch train.py", "describe --always --dirty --abbrev=40 --exclude=*"):
+        try:
+            run = subprocess.run(["git", *command.split()], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:
+            return None
+        if run.returncode:
+            return None
+    return run.stdout.strip()
 
 
 if __name__ == "__main__":
