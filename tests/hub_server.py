@@ -411,8 +411,10 @@ class _Handler(BaseHTTPRequestHandler):
     def list_collections(self):
         owner = self.query.get("owner")
         shown = [c for c in self.server.collections.values() if owner in (None, c["owner"]["name"])]
-        # as on the real Hub, a list shows the first four items only
-        raise _Answer(200, [{**c, "items": c["items"][:4]} for c in shown if not c["private"] or owner in self.owned])
+        seen = [c for c in shown if not c["private"] or c["owner"]["name"] in self.owned]
+        # as on the real Hub, a list shows the first four items only, and leaves the position to the client
+        brief = [{**{key: c[key] for key in c if key != "position"}, "items": c["items"][:4]} for c in seen]
+        raise _Answer(200, brief)
 
     def create_collection(self):
         asked = json.loads(self.body)

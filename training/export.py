@@ -103,7 +103,9 @@ def export(
         if out_dir.exists():
             os.replace(out_dir, Path(aside) / "earlier")
         os.replace(folder, out_dir)
-    print(f"{out_dir}: loaded back in a clean process, logits equal bit by bit; it generates")
+    # where a publication is built is nobody's business
+    shown = out_dir if namespace is None else name
+    print(f"{shown}: loaded back in a clean process, logits equal bit by bit; it generates")
     print(f"  {tokenizer.decode(generated[0])!r}")
     return out_dir
 

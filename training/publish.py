@@ -213,14 +213,10 @@ def _choose(runs: list[dict[str, Any]], seed: int | None) -> list[dict[str, Any]
     if missing:
         raise RecipeError(f"seed={seed} is not among the finished runs of {', '.join(missing)}")
     for name, run in chosen.items():
-        others = sorted(other["seed"] for other in runs if model_name(other) == name and other is not run)
+        others = [str(other["seed"]) for other in runs if model_name(other) == name and other is not run]
         if others:
-            print(f"{name}: seed {run['seed']} is published, the lowest; {_listed(others)} stand in the results")
+            print(f"{name}: the run of seed {run['seed']} is published; also in the results: {', '.join(others)}")
     return list(chosen.values())
-
-
-def _listed(seeds: list[int]) -> str:
-    return f"seeds {', '.join(map(str, seeds))}"
 
 
 def _build(
