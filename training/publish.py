@@ -152,35 +152,14 @@ def publish(
         RecipeError: for runs that cannot be published, before anything is; and when the Hub refuses or cannot be
             reached, with what is done and what is left.
     """
-    runs = _find_runs(Path(runs_dir))
-    chosen = _choose(runs, seed)
     with tempfile.TemporaryDirectory(prefix="lnfree-") as aside, _hub_errors():
         api = HfApi()
-        _check_account(api, namespace, dry_run)
-        publications = _build(runs, chosen, namespace, Path(aside), checkpoints)
-        secrets = _private_strings(Path(runs_dir), namespace, Path(aside))
-        problems = [problem for publication in publications for problem in find_problems(publication, secrets)]
-        if problems:
-            raise RecipeError(f"nothing was published: {'; '.join(problems)}")
-        tags = {}
-        for publication in publications:
-            tags[publication.repo_id] = _compare(api, publication, private)
-        tag = _next_tag(publications, tags)
-        _print_plan(publications, tag)
-        if dry_run:
-            return publications
-        for index, publication in enumerate(publications):
-            try:
-                _push(api, publication, private, tag)
-            except (HfHubHTTPError, httpx2.TransportError, RuntimeError, RecipeError) as error:
-                left = ", ".join(map(str, publications[index:]))
-                raise RecipeError(
-                    f"{_message(error)}; {index} of {len(publications)} are published, not yet {left}; "
-                    "the same command goes on"
-                ) from error
-        collection = _patiently(lambda: _collect(api, publications, namespace, private))
-        print(f"collection: {collection}")
-        _verify(api, publications)
+        if get_token() is not None or not dry_run:
+            _check_account(api, namespace)
+        publications = build(Path(runs_dir), namespace, Path(aside), seed=seed, checkpoints=checkpoints)
+        release(api, publications, private=private, dry_run=dry_run)
+        if not dry_run:
+            verify(api, publications)
     return publications
 
 
@@ -219,10 +198,17 @@ def _choose(runs: list[dict[str, Any]], seed: int | None) -> list[dict[str, Any]
     return list(chosen.values())
 
 
-def _build(
-    runs: list[dict[str, Any]], chosen: list[dict[str, Any]], namespace: str, aside: Path, checkpoints: bool
+def build(
+    runs_dir: Path, namespace: str, aside: Path, *, seed: int | None = None, checkpoints: bool = False
 ) -> list[Publication]:
-    """The folders of all repositories."""
+    """
+    Makes the folders of all repositories below `aside`, and checks them; see `publish`.
+
+    Raises:
+        RecipeError: with all that forbids to publish them.
+    """
+    runs = _find_runs(runs_dir)
+    chosen = _choose(runs, seed)
     models, problems = [], []
     for run in chosen:
         siblings = [other for other in chosen if _setting(other) == _setting(run)]
@@ -236,16 +222,20 @@ def _build(
             folder = aside / branch / name
             try:
                 export(run["folder"], folder, namespace=namespace, siblings=siblings, checkpoint=checkpoint)
+                models.append(Publication(f"{namespace}/{name}", "model", folder, branch))
             except RecipeError as error:
                 problems.append(str(error))
-            models.append(Publication(f"{namespace}/{name}", "model", folder, branch))
-    if problems:
-        raise RecipeError(f"nothing was published: {'; '.join(problems)}")
     results = Publication(f"{namespace}/lnfree-results", "dataset", aside / "results")
     _write_results(runs, namespace, results.folder)
     metric = Publication(f"{namespace}/{METRIC.name}", "space", aside / METRIC.name)
     shutil.copytree(METRIC, metric.folder, symlinks=True, ignore=shutil.ignore_patterns("__*"))
-    return [*models, results, metric]
+    publications = [*models, results, metric]
+    private_strings = _private_strings(runs_dir, namespace, aside)
+    for publication in publications:
+        problems += find_problems(publication, private_strings)
+    if problems:
+        raise RecipeError(f"nothing was published: {'; '.join(problems)}")
+    return publications
 
 
 def _write_results(runs: list[dict[str, Any]], namespace: str, folder: Path):
@@ -362,10 +352,7 @@ def _find_card_problems(folder: Path) -> list[str]:
     return problems
 
 
-def _check_account(api: HfApi, namespace: str, dry_run: bool):
-    """The namespace is one's own; to look, no account is needed."""
-    if dry_run and get_token() is None:
-        return
+def _check_account(api: HfApi, namespace: str):
     account = _patiently(api.whoami)
     owned = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
     if namespace not in owned:
@@ -448,6 +435,31 @@ def _size(number: float) -> str:
 # ------------------------------------------------------------------------------------------ pushing
 
 
+def release(api: HfApi, publications: list[Publication], *, private: bool = False, dry_run: bool = False):
+    """
+    Compares what was built with what stands on the Hub, prints the difference, and, unless it is a dry run, pushes it.
+
+    Raises:
+        RecipeError: if a repository is public that should be private, before anything is pushed; if someone else
+            changes a repository meanwhile; and if the Hub does not take it, with what is done and what is left.
+    """
+    tags = {publication.repo_id: _compare(api, publication, private) for publication in publications}
+    tag = _next_tag(publications, tags)
+    _print_plan(publications, tag)
+    if dry_run:
+        return
+    for index, publication in enumerate(publications):
+        try:
+            _push(api, publication, private, tag)
+        except (HfHubHTTPError, httpx2.TransportError, RuntimeError, RecipeError) as error:
+            left = ", ".join(map(str, publications[index:]))
+            raise RecipeError(
+                f"{_message(error)}; {index} of {len(publications)} are published, not yet {left}; "
+                "the same command goes on"
+            ) from error
+    print(f"collection: {_patiently(lambda: _collect(api, publications, private))}")
+
+
 def _push(api: HfApi, publication: Publication, private: bool, tag: str):
     """Brings one repository to its folder: created if missing, at most one commit, and the release's tag."""
     repo = {"repo_id": publication.repo_id, "repo_type": publication.kind}
@@ -470,7 +482,7 @@ def _push(api: HfApi, publication: Publication, private: bool, tag: str):
         additions = [CommitOperationAdd(name, files[name]) for name in touched]
         removed = [name for name, change in publication.changes.items() if change == "removed"]
         try:
-            api.create_commit(
+            done = api.create_commit(
                 **repo,
                 operations=[*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)],
                 commit_message=f"{Path(publication.repo_id).name}, {tag}",
@@ -481,23 +493,24 @@ def _push(api: HfApi, publication: Publication, private: bool, tag: str):
             if error.response.status_code in (409, 412):
                 raise _second_writer(publication, publication.seen) from error
             raise
-        _compare(api, publication, private)
+        publication.seen = done.oid
 
     if changed:
         _patiently(commit)
     publication.commit = publication.seen
     if publication.branch == "main":
         _patiently(lambda: api.create_tag(**repo, tag=tag, revision=publication.commit, exist_ok=True))
-    done = "unchanged" if not changed else "created" if planned is None else "updated"
-    print(f"{publication}: {done}, {publication.commit[:12]}")
+    state = "unchanged" if not changed else "created" if planned is None else "updated"
+    print(f"{publication}: {state}, {publication.commit[:12]}")
 
 
 def _second_writer(publication: Publication, seen: str) -> RecipeError:
     return RecipeError(f"someone else has changed {publication} since {seen[:12]}, and nothing of it was overwritten")
 
 
-def _collect(api: HfApi, publications: list[Publication], namespace: str, private: bool) -> str:
+def _collect(api: HfApi, publications: list[Publication], private: bool) -> str:
     """The collection of the family, in the paper's order; what others put into it stays, at its end."""
+    namespace = publications[0].repo_id.split("/")[0]
     known = [found for found in api.list_collections(owner=namespace) if found.title == COLLECTION]
     if known:
         # a list shows some items only
@@ -520,8 +533,13 @@ def _collect(api: HfApi, publications: list[Publication], namespace: str, privat
 # ------------------------------------------------------------------------------------------ from the other side
 
 
-def _verify(api: HfApi, publications: list[Publication]):
-    """Loads everything by id and commit in a clean process with an empty cache, and prints what was found."""
+def verify(api: HfApi, publications: list[Publication]):
+    """
+    Loads everything by id and commit in a clean process with an empty cache, and prints what was found.
+
+    Raises:
+        RecipeError: if something does not load, or a model's logits are not those of the trained one.
+    """
     asked = [
         {"repo_id": item.repo_id, "revision": item.commit, "kind": item.kind, "probe": PROBE.as_posix()}
         for item in publications
