@@ -104,6 +104,7 @@ class Publication:
         branch: `main`, or the revision of a checkpoint.
         seen: the commit that `folder` was compared with; None where there is no such branch yet.
         changes: by path, `"new"`, `"changed"`, `"removed"` or `"same"`.
+        tags: of the repository, and their commits.
         commit: the commit that holds `folder`, once it is there.
     """
 
@@ -113,6 +114,7 @@ class Publication:
     branch: str = "main"
     seen: str | None = None
     changes: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
 
     @property
@@ -353,6 +355,8 @@ def _find_card_problems(folder: Path) -> list[str]:
 
 
 def _check_account(api: HfApi, namespace: str):
+    if not (get_token() or "").isascii():
+        raise RecipeError("the token of the Hub has characters that no token has")
     account = _patiently(api.whoami)
     owned = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
     if namespace not in owned:
@@ -362,14 +366,14 @@ def _check_account(api: HfApi, namespace: str):
 # ------------------------------------------------------------------------------------------ what would change
 
 
-def _compare(api: HfApi, publication: Publication, private: bool) -> dict[str, str]:
-    """Sets `seen` and `changes` from what stands on the Hub; returns the repository's tags and their commits."""
+def _compare(api: HfApi, publication: Publication, private: bool):
+    """Sets `seen`, `changes` and `tags` from what stands on the Hub."""
     repo = {"repo_id": publication.repo_id, "repo_type": publication.kind}
     try:
         info = _patiently(lambda: api.repo_info(**repo))
     except RepositoryNotFoundError:
         publication.seen, publication.changes = None, dict.fromkeys(_files(publication.folder), "new")
-        return {}
+        return
     if private and not info.private:
         raise RecipeError(f"{publication} is public; make it private on the Hub, or publish without --private")
     refs = _patiently(lambda: api.list_repo_refs(**repo))
@@ -382,7 +386,7 @@ def _compare(api: HfApi, publication: Publication, private: bool) -> dict[str, s
         changes[name] = "new" if name not in remote else "same" if _is_same(path, remote[name]) else "changed"
     stale = [name for name in remote if name.endswith(STALE) and name not in changes]
     publication.changes = changes | dict.fromkeys(stale, "removed")
-    return {tag.name: tag.target_commit for tag in refs.tags}
+    publication.tags = {tag.name: tag.target_commit for tag in refs.tags}
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -398,19 +402,17 @@ def _is_same(path: Path, entry) -> bool:
         return sha.sha_fileobj(file).hex() == entry.lfs.sha256
 
 
-def _next_tag(publications: list[Publication], tags: dict[str, dict[str, str]]) -> str:
+def _next_tag(publications: list[Publication]) -> str:
     """
     The release's name, one for the whole family: the project's version, with `.post1` and so on for what was published
     under it before. A name is free where a repository does not have it, or has it on the very commit that stays.
     """
-    release = f"v{version('lnfree')}"
-    for tag in (release if number == 0 else f"{release}.post{number}" for number in count()):
-        mains = [publication for publication in publications if publication.branch == "main"]
-        if all(
-            tags[main.repo_id].get(tag, main.seen) == main.seen and not (tag in tags[main.repo_id] and main.is_changed)
-            for main in mains
-        ):
+    mains = [publication for publication in publications if publication.branch == "main"]
+    tag = release = f"v{version('lnfree')}"
+    for number in count(1):
+        if all(tag not in main.tags or main.tags[tag] == main.seen and not main.is_changed for main in mains):
             return tag
+        tag = f"{release}.post{number}"
 
 
 def _print_plan(publications: list[Publication], tag: str):
@@ -443,8 +445,9 @@ def release(api: HfApi, publications: list[Publication], *, private: bool = Fals
         RecipeError: if a repository is public that should be private, before anything is pushed; if someone else
             changes a repository meanwhile; and if the Hub does not take it, with what is done and what is left.
     """
-    tags = {publication.repo_id: _compare(api, publication, private) for publication in publications}
-    tag = _next_tag(publications, tags)
+    for publication in publications:
+        _compare(api, publication, private)
+    tag = _next_tag(publications)
     _print_plan(publications, tag)
     if dry_run:
         return
@@ -498,7 +501,7 @@ def _push(api: HfApi, publication: Publication, private: bool, tag: str):
     if changed:
         _patiently(commit)
     publication.commit = publication.seen
-    if publication.branch == "main":
+    if publication.branch == "main" and tag not in publication.tags:
         _patiently(lambda: api.create_tag(**repo, tag=tag, revision=publication.commit, exist_ok=True))
     state = "unchanged" if not changed else "created" if planned is None else "updated"
     print(f"{publication}: {state}, {publication.commit[:12]}")
@@ -615,16 +618,17 @@ def _pause(error: BaseException | None, wait: float) -> float | None:
 
 def _message(error: BaseException) -> str:
     """One line for a person, without the token."""
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+    # how the client wraps what went wrong in an upload
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HfHubHTTPError | httpx2.TransportError):
         error = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
         return "no token of the Hub; log in by 'hf auth login', or set HF_TOKEN"
     if isinstance(error, HfHubHTTPError):
-        request, response = error.request, error.response
-        said = error.server_message or ""
-        text = f"the Hub answered {response.status_code} to {request.method} {request.url.path} {said}".strip()
-        if response.status_code == 429 and (asked := response.headers.get("Retry-After")):
-            text += f", and asks to wait {asked} s"
+        response, said = error.response, error.server_message or ""
+        asked = f"{response.request.method} {response.request.url.path}"
+        text = f"the Hub answered {response.status_code} to {asked} {said}"
+        if response.status_code == 429 and (wait := response.headers.get("Retry-After")):
+            text += f", and asks to wait {wait} s"
     elif isinstance(error, httpx2.TransportError):
         text = f"the Hub at {constants.ENDPOINT} cannot be reached: {error}"
     else:
