@@ -307,7 +307,7 @@ def test_hub_that_cannot_be_reached_is_one_line(server, runs_dir, monkeypatch, c
     [
         (None, "me", "no token of the Hub; log in by 'hf auth login', or set HF_TOKEN"),
         (TOKEN, "google", "namespace=google is not yours; the token's are me, lab"),
-        ("hf_nobody_has_this", "me", "the Hub answered 401 to GET /api/whoami-v2 Invalid user token."),
+        ("hf_nobody_has_this", "me", "the Hub does not know the token; log in by 'hf auth login', or set HF_TOKEN"),
         ("hf_\u00e9", "me", "the token of the Hub has characters that no token has"),
     ],
 )

@@ -627,6 +627,8 @@ def _message(error: BaseException) -> str:
         response, said = error.response, error.server_message or ""
         asked = f"{response.request.method} {response.request.url.path}"
         text = f"the Hub answered {response.status_code} to {asked} {said}"
+        if response.status_code == 401:
+            text = "the Hub does not know the token; log in by 'hf auth login', or set HF_TOKEN"
         if response.status_code == 429 and (wait := response.headers.get("Retry-After")):
             text += f", and asks to wait {wait} s"
     elif isinstance(error, httpx2.TransportError):
