@@ -44,13 +44,11 @@ def build_card(
     """
     entropy = np.array(results["attention_entropy"]["entropy"])  # (layers, heads)
     corpus = CORPORA.get(results["dataset"], results["dataset"])
-    python = results["versions"]["python"]
     evaluated = {
         "task_type": "text-generation",
-        "dataset_type": results["dataset"],
+        "dataset_type": results["recipe"].get("eval_dataset") or results["dataset"],
         "dataset_name": f"{corpus}, held-out documents",
-        # the embedded corpus is as old as the interpreter
-        "dataset_revision": f"python-{python}" if results["dataset"] == "stdlib" else None,
+        "dataset_revision": results.get("eval_revision"),
     }
     norm_tag = "layernorm-free" if config.norm_type == "none" else "layernorm"
     card_data = ModelCardData(

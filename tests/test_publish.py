@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from model_cards.card import model_name
 from training import cli, data, export, publish, train
-from training.recipe import RecipeError, build_recipe
+from training.recipe import DataArguments, RecipeError, build_recipe
 
 from .hub_server import OTHER_TOKEN, TOKEN, HubServer
 
@@ -414,6 +415,19 @@ def test_one_seed_of_a_variant_is_published_and_all_are_in_the_results(runs_dir,
         mine = rows[(rows.variant == run["variant"]) & (rows.seed == run["seed"])].sort_values(["layer", "head"])
         assert mine.entropy.to_numpy().reshape(2, 2).tolist() == run["attention_entropy"]["entropy"]
         assert set(mine.model) == {model_name(run)} and set(mine.perplexity) == {run["perplexity"]}
+
+
+def test_revision_of_the_evaluation_data_is_its_commit(server, tmp_path):
+    code = (
+        "from datasets import Dataset\nfrom training.data import find_revision\n"
+        "from training.recipe import DataArguments\n"
+        "Dataset.from_dict({'content': ['a text', 'another']}).push_to_hub('me/code')\n"
+        "print(find_revision(DataArguments(dataset='me/code')), find_revision(DataArguments(eval_dataset='me/code')))\n"
+    )
+    run = run_outside([sys.executable, "-c", code], tmp_path, server, PYTHONPATH=str(ROOT))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == 2 * [server.repository("me/code", "datasets").branches["main"]]
+    assert data.find_revision(DataArguments()) == f"python-{platform.python_version()}"
 
 
 def test_runs_of_two_settings_do_not_share_a_name(runs_dir, tmp_path):

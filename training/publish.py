@@ -61,8 +61,8 @@ PAPER = "2410.09637"
 MAX_FILE_SIZE, MAX_FOLDER_ENTRIES = 50 * 10**9, 10_000
 # seconds before a request is tried again that the client itself does not repeat; what a server asks for goes first
 WAITS, LONGEST_WAIT = (1, 4, 16), 600
-# of these, what a release does not have would be loaded beside what it has
-STALE = (".py", ".safetensors", ".parquet")
+# of these, what a release does not have would be loaded beside what it has; results of other runs stay
+STALE = (".py", ".safetensors")
 
 _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 _TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml")
@@ -170,9 +170,13 @@ def publish(
 
 def _find_runs(runs_dir: Path) -> list[dict[str, Any]]:
     """Results of all finished runs, in the paper's order, with their folders."""
-    folders = sorted(path.parent for path in runs_dir.glob(f"*/{RESULTS}"))
+    folders = sorted(path.parent for path in runs_dir.glob("*/recipe.yaml") if (path.parent / "model").is_dir())
+    unfinished = [folder.name for folder in folders if not (folder / RESULTS).is_file()]
+    folders = [folder for folder in folders if folder.name not in unfinished]
     if not folders:
-        raise RecipeError(f"no finished run in {runs_dir}: none of its subfolders has a {RESULTS}")
+        raise RecipeError(f"no finished run in {runs_dir}: none of its subfolders has a model and a {RESULTS}")
+    if unfinished:
+        print(f"not finished, and left out: {', '.join(unfinished)}")
     runs = [{"folder": folder, **read_results(folder)} for folder in folders]
     return sorted(runs, key=lambda run: (_setting(run), _order(run["variant"]), run["seed"]))
 
@@ -241,9 +245,10 @@ def build(
 
 
 def _write_results(runs: list[dict[str, Any]], namespace: str, folder: Path):
-    """The dataset of results: one table of runs x layers x heads, and its card."""
-    rows = []
+    """The dataset of results, runs x layers x heads: a table for each backbone and context length, and the card."""
+    tables: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
+        rows = tables.setdefault(f"{run['backbone']}-t{run['block_size']}", [])
         dataset = Path(run["dataset"]).name if Path(run["dataset"]).exists() else run["dataset"]
         described = {name: run[name] for name in _RESULTS_SCHEMA.names if name in run} | {"dataset": dataset}
         measured = run["attention_entropy"]
@@ -251,15 +256,16 @@ def _write_results(runs: list[dict[str, Any]], namespace: str, folder: Path):
             figures = {"entropy": entropy, "max_entropy": measured["max_entropy"][layer][head]}
             nans = {"layer_nan_count": measured["nan_count"][layer]}
             rows.append({"model": model_name(run), **described, "layer": layer, "head": head, **figures, **nans})
-    path = folder / "data" / "train-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows, _RESULTS_SCHEMA), path)
+    (folder / "data").mkdir(parents=True)
+    for name, rows in tables.items():
+        pq.write_table(pa.Table.from_pylist(rows, _RESULTS_SCHEMA), folder / "data" / f"{name}.parquet")
     data = DatasetCardData(
-        license="apache-2.0", pretty_name="LNFree: attention entropy by run, layer and head", tags=["lnfree"]
+        license="apache-2.0",
+        pretty_name="LNFree: attention entropy by run, layer and head",
+        tags=["lnfree"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
     )
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    counts = {"runs": len(runs), "rows": len(rows)}
-    card = DatasetCard.from_template(data, str(RESULTS_TEMPLATE), namespace=namespace, names=names, **counts)
+    card = DatasetCard.from_template(data, str(RESULTS_TEMPLATE), namespace=namespace, collection=COLLECTION)
     card.save(folder / "README.md")
 
 
@@ -454,7 +460,7 @@ def release(api: HfApi, publications: list[Publication], *, private: bool = Fals
     for index, publication in enumerate(publications):
         try:
             _push(api, publication, private, tag)
-        except (HfHubHTTPError, httpx2.TransportError, RuntimeError, RecipeError) as error:
+        except (OSError, httpx2.TransportError, RuntimeError, ValueError) as error:
             left = ", ".join(map(str, publications[index:]))
             raise RecipeError(
                 f"{_message(error)}; {index} of {len(publications)} are published, not yet {left}; "
@@ -593,7 +599,7 @@ def _patiently(request: Callable[[], _Result]) -> _Result:
     for wait in WAITS:
         try:
             return request()
-        except (HfHubHTTPError, httpx2.TransportError, RuntimeError) as error:
+        except (OSError, httpx2.TransportError, RuntimeError) as error:
             cause = error.__cause__ if isinstance(error, RuntimeError) else error
             pause = _pause(cause, wait)
             if pause is None:
@@ -605,7 +611,7 @@ def _patiently(request: Callable[[], _Result]) -> _Result:
 
 def _pause(error: BaseException | None, wait: float) -> float | None:
     """Seconds until it is worth trying again; None if it is not."""
-    if isinstance(error, httpx2.TransportError):
+    if isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError):
         return wait
     if not isinstance(error, HfHubHTTPError):
         return None
@@ -646,5 +652,5 @@ def _hub_errors() -> Iterator[None]:
         yield
     except RecipeError:
         raise
-    except (HfHubHTTPError, httpx2.TransportError, LocalTokenNotFoundError, OSError) as error:
+    except (OSError, httpx2.TransportError) as error:
         raise RecipeError(_message(error)) from error

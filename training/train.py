@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
 from .callbacks import AttentionEntropyCallback, BriefPrinterCallback, BriefProgressCallback, NegativeSlopeCallback
-from .data import load_documents, load_tokenizer, tokenize_blocks
+from .data import find_revision, load_documents, load_tokenizer, tokenize_blocks
 from .recipe import Recipe, RecipeError, load_recipe
 
 
@@ -215,6 +215,7 @@ def _finish(
         "block_size": block_size,
         "seed": arguments.seed,
         "dataset": recipe.data.dataset,
+        "eval_revision": find_revision(recipe.data),
         "perplexity": perplexity(metrics["eval_loss"]),
         "eval_loss": metrics["eval_loss"],
         "eval_tokens": len(trainer.eval_dataset) * (block_size - 1),
