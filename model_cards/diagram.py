@@ -61,8 +61,12 @@ def _activation(config) -> str:
     names = {"gelu": "GELU", "gelu_pytorch_tanh": "GELU (tanh)", "relu": "ReLU"}
     if config.hidden_act != "leaky_relu":
         return names[config.hidden_act]
-    learned = {None: "", "layer": ", learned by layer", "global": ", one learned"}[config.slope_sharing]
-    return f"leaky ReLU ({config.negative_slope:g}{learned})"
+    slopes = {
+        None: f"slope {config.negative_slope:g}",
+        "layer": "a learned slope a layer",
+        "global": "one learned slope",
+    }
+    return f"leaky ReLU, {slopes[config.slope_sharing]}"
 
 
 def _biases(biased: set[str], projections: tuple[str, ...]) -> str:

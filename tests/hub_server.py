@@ -101,7 +101,7 @@ class HubServer(ThreadingHTTPServer):
 
     @contextmanager
     def running(self):
-        thread = threading.Thread(target=self.serve_forever, daemon=True)
+        thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
             yield self
