@@ -394,6 +394,11 @@ def test_folder_is_refused(server, family, what):
     assert any(message in problem and f"me/{MODELS[1]}" in problem for problem in problems), problems
 
 
+def test_ids_of_the_hub_are_no_secrets(server, family):
+    edit("results.json", lambda text: text.replace("{", '{"dataset": "j.doe-smith/code",', 1))(family[1].folder)
+    assert publish.find_problems(family[1], ["j.doe-smith"]) == []
+
+
 def test_broken_run_is_refused_before_anything_is_published(server, runs_dir, tmp_path, capsys):
     shutil.copytree(runs_dir / "SM+R-5", tmp_path / "runs" / "SM+R-5")
     write_nan(tmp_path / "runs" / "SM+R-5" / "model")

@@ -7,6 +7,7 @@ differs from what stands there, and only on top of the commit that was compared.
 at any time: after an interruption it does what is left.
 """
 
+import functools
 import getpass
 import json
 import os
@@ -39,7 +40,13 @@ from huggingface_hub import (
     constants,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 from safetensors import SafetensorError, safe_open
 
@@ -276,10 +283,13 @@ def _private_strings(runs_dir: Path, namespace: str, aside: Path) -> list[str]:
     """What says where, and by whom, a file was made."""
     folders = [Path.home(), Path.cwd(), runs_dir, runs_dir.resolve(), aside, Path(tempfile.gettempdir())]
     paths = {str(folder) for folder in folders if folder.is_absolute() and len(folder.parts) > 1}
-    user = getpass.getuser()
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # nobody, as in some containers
+        user = ""
     # a name that is a word of every card cannot be told from it
     spoken = set(re.findall(r"\w+", TEMPLATE.read_text(encoding="utf-8")))
-    return sorted(paths) + ([user] if user not in spoken | {namespace} else [])
+    return sorted(paths) + ([user] if user not in spoken | {namespace, ""} else [])
 
 
 def find_problems(publication: Publication, private_strings: Sequence[str] = ()) -> list[str]:
@@ -302,7 +312,8 @@ def find_problems(publication: Publication, private_strings: Sequence[str] = ())
         elif _is_pickle(path):
             problems.append(f"{name} is a pickle, which runs code when it is loaded")
         else:
-            data = path.read_bytes()
+            # weights may be large, and hold no text
+            data = path.read_bytes() if path.suffix != ".safetensors" else b""
             if token and token.encode() in data:
                 problems.append(f"{name} holds the token")
             if path.suffix == ".safetensors":
@@ -341,7 +352,9 @@ def _find_broken_weights(path: Path) -> list[str]:
 
 def _find_private(text: str, private_strings: Sequence[str]) -> str | None:
     for private in private_strings:
-        if re.search(rf"(?<![\w.-]){re.escape(private)}(?![\w-])", text):
+        # a name is also half of an id of the Hub, which is public
+        before, after = (r"\w.-", r"\w-") if "/" in private else (r"\w.@/-", r"\w/-")
+        if re.search(rf"(?<![{before}]){re.escape(private)}(?![{after}])", text):
             return private
     match = _LOCAL_PATH.search(text)
     return match[0] if match else None
@@ -373,20 +386,20 @@ def _check_account(api: HfApi, namespace: str):
 
 
 def _compare(api: HfApi, publication: Publication, private: bool):
-    """Sets `seen`, `changes` and `tags` from what stands on the Hub."""
+    """Sets `seen`, `changes` and `tags` from what stands on the Hub; an attempt, to be repeated as a whole."""
     repo = {"repo_id": publication.repo_id, "repo_type": publication.kind}
     try:
-        info = _patiently(lambda: api.repo_info(**repo))
+        info = api.repo_info(**repo)
     except RepositoryNotFoundError:
         publication.seen, publication.changes = None, dict.fromkeys(_files(publication.folder), "new")
         return
     if private and not info.private:
         raise RecipeError(f"{publication} is public; make it private on the Hub, or publish without --private")
-    refs = _patiently(lambda: api.list_repo_refs(**repo))
+    refs = api.list_repo_refs(**repo)
     publication.seen = {branch.name: branch.target_commit for branch in refs.branches}.get(publication.branch)
     revision = publication.seen or info.sha  # a new branch starts from main
-    tree = _patiently(lambda: list(api.list_repo_tree(**repo, revision=revision, recursive=True)))
-    remote = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+    tree = api.list_repo_tree(**repo, revision=revision, recursive=True)
+    remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     changes = {}
     for name, path in _files(publication.folder).items():
         changes[name] = "new" if name not in remote else "same" if _is_same(path, remote[name]) else "changed"
@@ -452,7 +465,7 @@ def release(api: HfApi, publications: list[Publication], *, private: bool = Fals
             changes a repository meanwhile; and if the Hub does not take it, with what is done and what is left.
     """
     for publication in publications:
-        _compare(api, publication, private)
+        _patiently(functools.partial(_compare, api, publication, private))
     tag = _next_tag(publications)
     _print_plan(publications, tag)
     if dry_run:
@@ -611,6 +624,8 @@ def _patiently(request: Callable[[], _Result]) -> _Result:
 
 def _pause(error: BaseException | None, wait: float) -> float | None:
     """Seconds until it is worth trying again; None if it is not."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return None
     if isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError):
         return wait
     if not isinstance(error, HfHubHTTPError):
