@@ -61,6 +61,8 @@ def test_load_fine_tune_and_push(export_dir, tmp_path):
     outside.mkdir()
     (outside / "README.md").write_text((ROOT / "README.md").read_text())
     code = readme_code("Load, fine-tune, push").replace("runs/quick/exports/lnfree-gpt2-sm-r-t128", str(export_dir))
+    # and from a model that was itself loaded as remote code
+    code += "model.push_to_hub('lnfree-plain')\n"
     code += "import torch\ntorch.save(model.eval()(torch.arange(9)[None]).logits.detach(), 'logits.pt')\n"
     with HubServer().running() as server:
         environment = {"HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1"}
@@ -68,10 +70,12 @@ def test_load_fine_tune_and_push(export_dir, tmp_path):
         pushed = server.repository("me/lnfree-finetuned")
         titles = {commit.title: commit for commit in pushed.commits}
         during = titles["Training in progress, step 10"]
-        for commit in (during, pushed.find("main")):
+        plain = server.repository("me/lnfree-plain").find("main")
+        assert plain.files["model.safetensors"] == pushed.files["model.safetensors"]
+        for commit in (during, pushed.find("main"), plain):
             for name in ("configuration_lnfree.py", "modeling_lnfree.py"):
                 assert commit.files[name] == (ROOT / "modeling_lnfree" / name).read_bytes()
-            assert {"config.json", "model.safetensors", "tokenizer.json"} <= commit.files.keys()
+            assert {"config.json", "model.safetensors"} <= commit.files.keys()
         # another user, another process, nothing but what was pushed
         printed = run_outside(
             "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"

@@ -90,6 +90,8 @@ def train(recipe: Recipe) -> Path:
         documents = load_documents(recipe.data, arguments.seed)
         tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
         blocks = tokenize_blocks(documents, tokenizer, recipe.data)
+        # now: both may have moved on when the training ends
+        origin = {"eval_revision": find_revision(recipe.data), "commit": _commit()}
 
     set_seed(arguments.seed)
     model = LNFreeForCausalLM(
@@ -124,7 +126,7 @@ def train(recipe: Recipe) -> Path:
         metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         # a resumed run has forgotten how long it took before
-        _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None)
+        _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None, origin)
     return run_dir
 
 
@@ -193,7 +195,13 @@ def write_atomically(path: Path, text: str):
 
 
 def _finish(
-    run_dir: Path, recipe: Recipe, trainer: LNFreeTrainer, metrics: dict[str, float], record, runtime: float | None
+    run_dir: Path,
+    recipe: Recipe,
+    trainer: LNFreeTrainer,
+    metrics: dict[str, float],
+    record,
+    runtime: float | None,
+    origin: dict[str, str | None],
 ):
     """Writes the model, the log and, last, the results that mark the run as finished."""
     model, state, arguments = trainer.model, trainer.state, trainer.args
@@ -215,7 +223,6 @@ def _finish(
         "block_size": block_size,
         "seed": arguments.seed,
         "dataset": recipe.data.dataset,
-        "eval_revision": find_revision(recipe.data),
         "perplexity": perplexity(metrics["eval_loss"]),
         "eval_loss": metrics["eval_loss"],
         "eval_tokens": len(trainer.eval_dataset) * (block_size - 1),
@@ -237,7 +244,7 @@ def _finish(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
         },
-        "commit": _commit(),
+        **origin,
     }
     write_atomically(run_dir / RESULTS, json.dumps(results, indent=1))
     print(f"{run_dir} is finished: {results['variant']}, perplexity {results['perplexity']:.3f}")
