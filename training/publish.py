@@ -67,7 +67,7 @@ PAPER = "2410.09637"
 # https://huggingface.co/docs/hub/storage-limits
 MAX_FILE_SIZE, MAX_FOLDER_ENTRIES = 50 * 10**9, 10_000
 # seconds before a request is tried again that the client itself does not repeat; what a server asks for goes first
-WAITS, LONGEST_WAIT = (1, 4, 16), 600
+WAITS, LONGEST_WAIT = (1, 2, 4, 8, 16), 600
 # of these, what a release does not have would be loaded beside what it has; results of other runs stay
 STALE = (".py", ".safetensors")
 
