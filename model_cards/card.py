@@ -1,6 +1,7 @@
 """Results of a run -> the model card of its export."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,27 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
-TEMPLATE = Path(__file__).parent / "lnfree_card.md.jinja"
+TEMPLATE = Path(__file__).with_name("lnfree_card.md.jinja")
+RESULTS_TEMPLATE = Path(__file__).with_name("results_card.md.jinja")
 CORPORA = {"stdlib": "Python source of the interpreter's standard library"}
 
 
-def build_card(name: str, config, results: dict[str, Any], folder: Path) -> ModelCard:
+def model_name(results: dict[str, Any]) -> str:
+    """The name of a variant's repository, from its results: `lnfree-gpt2-sm-r-t128`."""
+    variant = results["variant"].lower().replace("+", "-")
+    return f"lnfree-{results['backbone']}-{variant}-t{results['block_size']}"
+
+
+def build_card(
+    name: str,
+    config,
+    results: dict[str, Any],
+    folder: Path,
+    *,
+    namespace: str | None = None,
+    siblings: Sequence[dict[str, Any]] = (),
+    step: int | None = None,
+) -> ModelCard:
     """
     The card of an exported variant.
 
@@ -21,20 +38,25 @@ def build_card(name: str, config, results: dict[str, Any], folder: Path) -> Mode
         config: the model's `LNFreeConfig`.
         results: of the run, as `results.json` holds them.
         folder: the export, whose `.py` files are listed with their hashes.
+        namespace: user or organisation of the Hub, where it goes there.
+        siblings: results of the published variants that it is compared with, itself among them.
+        step: the training step of the weights, where they are not those at the end.
     """
     entropy = np.array(results["attention_entropy"]["entropy"])  # (layers, heads)
     corpus = CORPORA.get(results["dataset"], results["dataset"])
     evaluated = {
         "task_type": "text-generation",
-        "dataset_type": results["dataset"],
+        "dataset_type": results["recipe"].get("eval_dataset") or results["dataset"],
         "dataset_name": f"{corpus}, held-out documents",
+        "dataset_revision": results.get("eval_revision"),
     }
+    norm_tag = "layernorm-free" if config.norm_type == "none" else "layernorm"
     card_data = ModelCardData(
         language="code",
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["lnfree", "code", "layernorm-free" if config.norm_type == "none" else "layernorm", results["variant"]],
+        tags=["lnfree", "code", norm_tag, results["variant"], "arxiv:2410.09637", "custom_code"],
         # what is no id of the Hub was local
         datasets=[results["dataset"]] if "/" in results["dataset"] else None,
         model_name=name,
@@ -53,10 +75,29 @@ def build_card(name: str, config, results: dict[str, Any], folder: Path) -> Mode
         card_data,
         template_path=str(TEMPLATE),
         name=name,
+        model_id=f"{namespace}/{name}" if namespace else name,
+        namespace=namespace,
         config=config,
         results=results,
+        siblings=[_sibling(sibling, siblings) for sibling in siblings],
+        step=step,
         corpus=corpus,
         entropy_by_layer=entropy.mean(1).tolist(),
         max_entropy=float(np.mean(results["attention_entropy"]["max_entropy"])),
         hashes=hashes,
     )
+
+
+def _sibling(results: dict[str, Any], siblings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the comparison; the change is against SM+LN+G of the same seed."""
+    same_seed = [other for other in siblings if other["seed"] == results["seed"]]
+    baseline = next((other["perplexity"] for other in same_seed if other["variant"] == "SM+LN+G"), None)
+    return {
+        "name": model_name(results),
+        "variant": results["variant"],
+        "seed": results["seed"],
+        "perplexity": results["perplexity"],
+        "change": None if baseline is None else 100 * (results["perplexity"] / baseline - 1),
+        "entropy": float(np.mean(results["attention_entropy"]["entropy"])),
+        "parameters": results["parameters"],
+    }

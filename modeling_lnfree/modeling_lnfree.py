@@ -20,8 +20,12 @@ Where mlinter's TRF057 is switched off: `auto_docstring` finds a model's name by
 prints errors on the terminal of whoever loads it from anywhere else. The docstrings here are written by hand.
 """
 
+import filecmp
 import inspect
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -39,6 +43,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
@@ -255,6 +260,22 @@ class LNFreePreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
         super()._init_weights(module)
         if isinstance(module, LNFreeLearnedSlope):
             init.constant_(module.negative_slope, self.config.negative_slope)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """
+        As in `PreTrainedModel`. A checkpoint of the Trainer puts the model's code into the run's folder too: during
+        training the Trainer pushes that folder, and takes the config and the weights into it, but no code.
+        """
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        save_directory = Path(save_directory).absolute()
+        is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", save_directory.name)
+        if not (is_main_process and is_checkpoint and self.is_remote_code()):
+            return
+        for name in (Path(__file__).name, f"{LNFreeConfig.__module__.split('.')[-1]}.py"):
+            source, target = Path(__file__).with_name(name), save_directory.with_name(name)
+            # left alone where it is the same: an upload may be reading it
+            if not target.is_file() or not filecmp.cmp(source, target, shallow=False):
+                shutil.copyfile(source, target)
 
 
 class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from training import data
 from training.recipe import DataArguments
 
 from .conftest import tiny_config
-from .hub_server import HubServer
+from .hub_server import TOKEN, HubServer
 
 
 ROOT = Path(__file__).parents[1]
@@ -65,33 +64,35 @@ def test_load_fine_tune_and_push(export_dir, tmp_path):
     outside.mkdir()
     (outside / "README.md").write_text((ROOT / "README.md").read_text())
     code = readme_code("Load, fine-tune, push").replace("runs/quick/exports/lnfree-gpt2-sm-r-t128", str(export_dir))
+    # and from a model that was itself loaded as remote code
+    code += "model.push_to_hub('lnfree-plain')\n"
     code += "import torch\ntorch.save(model.eval()(torch.arange(9)[None]).logits.detach(), 'logits.pt')\n"
-    server = HubServer(tmp_path / "hub")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        run_outside(code, outside, HF_ENDPOINT=server.endpoint, HF_TOKEN="hf_test", HF_HUB_DISABLE_XET="1")
-    finally:
-        server.shutdown()
-        server.server_close()
-    pushed = tmp_path / "hub" / "me" / "lnfree-finetuned"
-    names = {path.name for path in pushed.iterdir()}
-    assert {
-        "config.json",
-        "model.safetensors",
-        "configuration_lnfree.py",
-        "modeling_lnfree.py",
-        "tokenizer.json",
-    } <= names
-    # another user, another process, nothing but what was pushed
-    printed = run_outside(
-        "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(pushed)!r}, trust_remote_code=True).eval()\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(pushed)!r}, trust_remote_code=True)\n"
-        f"logits = torch.load({str(outside / 'logits.pt')!r})\n"
-        "print(torch.equal(model(torch.arange(9)[None]).logits, logits), type(model).__name__, len(tokenizer))",
-        tmp_path,
-    )
-    assert printed.split() == ["True", "LNFreeForCausalLM", "300"]
+    with HubServer().running() as server:
+        environment = {"HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1"}
+        run_outside(code, outside, HF_TOKEN=TOKEN, **environment)
+        pushed = server.repository("me/lnfree-finetuned")
+        titles = {commit.title: commit for commit in pushed.commits}
+        during = titles["Training in progress, step 10"]
+        plain = server.repository("me/lnfree-plain").find("main")
+        assert plain.files["model.safetensors"] == pushed.files["model.safetensors"]
+        for commit in (during, pushed.find("main"), plain):
+            for name in ("configuration_lnfree.py", "modeling_lnfree.py"):
+                assert commit.files[name] == (ROOT / "modeling_lnfree" / name).read_bytes()
+            assert {"config.json", "model.safetensors"} <= commit.files.keys()
+        # another user, another process, nothing but what was pushed
+        printed = run_outside(
+            "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f"logits = torch.load({str(outside / 'logits.pt')!r})\n"
+            f"for revision in ('main', {during.oid!r}):\n"
+            "    named = {'revision': revision, 'trust_remote_code': True}\n"
+            "    model = AutoModelForCausalLM.from_pretrained('me/lnfree-finetuned', **named).eval()\n"
+            "    tokenizer = AutoTokenizer.from_pretrained('me/lnfree-finetuned', **named)\n"
+            "    print(torch.equal(model(torch.arange(9)[None]).logits, logits), len(tokenizer))",
+            tmp_path,
+            **environment,
+        )
+    expected = ["True", "300"], ["False", "300"]
+    assert tuple(line.split() for line in printed.splitlines()) == expected
     before = LNFreeForCausalLM.from_pretrained(export_dir).eval()
     assert not before(torch.arange(9)[None]).logits.equal(torch.load(outside / "logits.pt"))
 

@@ -60,6 +60,22 @@ def test_every_save_carries_the_code_and_names_every_class(model_class, tmp_path
         assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
 
 
+def test_checkpoint_puts_the_code_where_the_trainer_pushes_from(tmp_path):
+    model = LNFreeForCausalLM(tiny_config())
+    names = ("configuration_lnfree.py", "modeling_lnfree.py")
+    for folder in ("checkpoint-best", "model", "my-checkpoint-3"):
+        model.save_pretrained(tmp_path / folder)
+    model.save_pretrained(tmp_path / "checkpoint-3", is_main_process=False)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+    (tmp_path / names[0]).write_text("# of an older version\n")
+    model.save_pretrained(str(tmp_path / "checkpoint-3"))
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (PACKAGE / name).read_bytes()
+    before = [(tmp_path / name).stat().st_mtime_ns for name in names]
+    model.save_pretrained(tmp_path / "checkpoint-4")
+    assert [(tmp_path / name).stat().st_mtime_ns for name in names] == before
+
+
 def test_too_old_a_transformers_is_a_clear_error(tmp_path):
     script = (
         f"import sys, transformers\nsys.path.insert(0, {str(PACKAGE)!r})\ntransformers.__version__ = '5.17.9'\n"

@@ -328,19 +328,26 @@ def test_report_leaves_out_what_is_not_finished(runs_dir, tmp_path, capsys):
 def test_export_loads_outside_the_project_with_equal_logits(runs_dir, corpus, tmp_path, variant):
     out_dir = tmp_path / "lnfree-tiny"
     assert cli.main(["export", str(runs_dir / variant), str(out_dir)]) == 0
-    assert {path.name for path in out_dir.iterdir()} == {
+    names = {path.relative_to(out_dir).as_posix() for path in out_dir.rglob("*") if path.is_file()}
+    assert names - {"negative_slope.jsonl"} == {
         "README.md",
+        "attention_entropy.jsonl",
+        "block.png",
         "config.json",
         "configuration_lnfree.py",
+        "curves.png",
         "generation_config.json",
         "heat_map.png",
+        "log_history.json",
         "model.safetensors",
         "modeling_lnfree.py",
+        "probe/logits.safetensors",
         "recipe.yaml",
         "results.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    assert ("negative_slope.jsonl" in names) == (variant == "SM+LR-layer")
     # every Auto class, in a process of our own making beside the one that the export made
     script = """
 import sys, torch
@@ -371,6 +378,8 @@ save_file({"logits": again(inputs[:, :16]).logits.detach()}, sys.argv[3])
     assert run.returncode == 0, run.stderr
     trained = LNFreeForCausalLM.from_pretrained(runs_dir / variant / "model").eval()
     assert load_file(logits)["logits"].equal(trained(torch.arange(16)[None]).logits)
+    probe = load_file(out_dir / "probe" / "logits.safetensors")
+    torch.testing.assert_close(trained(probe["input_ids"]).logits.detach(), probe["logits"], atol=1e-6, rtol=1e-5)
     card = (out_dir / "README.md").read_text()
     assert f"**{train.read_results(runs_dir / variant)['perplexity']:.3f}**" in card
     for path in out_dir.iterdir():

@@ -73,6 +73,23 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help="draw layers x heads")
     measure.add_argument("--parquet", dest="parquet_path", metavar="FILE", help="write the figures of every text")
 
+    publish = _add_verb(
+        verbs,
+        "publish",
+        "finished runs on the Hub: a repository a variant, metric, results and collection, loaded back from there",
+        "lnfree publish runs/quick --namespace YOUR_NAME --dry-run",
+    )
+    publish.add_argument("runs_dir", metavar="RUNS_DIR", help="folder whose subfolders are runs")
+    publish.add_argument("--namespace", required=True, metavar="NAME", help="user or organisation of the Hub")
+    publish.add_argument("--private", action="store_true", help="create private repositories")
+    publish.add_argument("--dry-run", action="store_true", help="build and check everything, list what would change")
+    publish.add_argument(
+        "--seed", type=int, metavar="N", help="publish the runs of this seed (default: the lowest finished one)"
+    )
+    publish.add_argument(
+        "--checkpoints", action="store_true", help="publish the runs' checkpoints too, as revisions step-N"
+    )
+
     benchmark = _add_verb(
         verbs,
         "benchmark",
@@ -115,6 +132,10 @@ def main(argv: list[str] | None = None) -> int:
 
             options = {name: value for name, value in vars(arguments).items() if name not in ("verb", "model_id")}
             run_measure(arguments.model_id, **options)
+        elif arguments.verb == "publish":
+            from .publish import publish as run_publish
+
+            run_publish(**{name: value for name, value in vars(arguments).items() if name != "verb"})
         elif arguments.verb == "benchmark":
             from .benchmark import benchmark as run_benchmark
 

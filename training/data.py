@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import sys
 import sysconfig
 import tempfile
@@ -59,6 +60,17 @@ def load_documents(arguments: DataArguments, seed: int) -> DatasetDict:
         held_out = split(fn_kwargs={"fraction": arguments.eval_fraction, "wanted": True})
         train = split(fn_kwargs={"fraction": arguments.eval_fraction, "wanted": False})
     return DatasetDict({"train": train.shuffle(seed=seed), "eval": held_out})
+
+
+def find_revision(arguments: DataArguments) -> str | None:
+    """The commit of the evaluation data on the Hub; Python's version for the embedded corpus; None for a file."""
+    name = arguments.eval_dataset or arguments.dataset
+    if name == "stdlib":
+        return f"python-{platform.python_version()}"
+    if Path(name).exists():
+        return None
+    config = None if arguments.eval_dataset else arguments.dataset_config
+    return datasets.load_dataset_builder(name, config).hash
 
 
 def _load(name: str, config: str | None) -> DatasetDict:

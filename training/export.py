@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -13,32 +16,48 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from model_cards.card import build_card
+from model_cards.diagram import draw_block
 from modeling_lnfree import LNFreeForCausalLM
 
-from .compare import plot_heat_maps, run_title
+from .compare import plot_curves, plot_heat_maps, run_title
 from .recipe import RecipeError
 from .train import read_results
 
 
 LOAD_CHECK = Path(__file__).with_name("load_check.py")
 PROMPT = "def __init__(self"
+# in a folder of its own: what reads every .safetensors file beside the config takes them for weights
+PROBE = Path("probe", "logits.safetensors")
+MEASURED = ("log_history.json", "attention_entropy.jsonl", "negative_slope.jsonl")
 
 
-def export(run_dir: str | Path, out_dir: str | Path) -> Path:
+def export(
+    run_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    namespace: str | None = None,
+    siblings: Sequence[dict[str, Any]] = (),
+    checkpoint: Path | None = None,
+) -> Path:
     """
     Exports a finished run: safetensors, config with `auto_map`, the model's code, tokenizer, generation config, card,
-    heat map, recipe and results. A clean subprocess then loads it with `trust_remote_code=True`; its logits must be
-    the trained model's, bit by bit. Only then does the folder get its name.
+    heat map, curves over training with their figures, recipe, results, and the logits of a probe batch. A clean
+    subprocess then loads it with `trust_remote_code=True`; its logits must be the trained model's, bit by bit. Only
+    then does the folder get its name. The same run gives the same bytes again.
 
     Args:
         run_dir: folder of the run.
-        out_dir: new folder, or one that an earlier export wrote.
+        out_dir: new folder, or one that an earlier export wrote. Its name is the model's.
+        namespace: user or organisation of the Hub that the card speaks of.
+        siblings: results of the runs that the card compares this one with, itself among them, in the paper's order.
+        checkpoint: folder with other weights of the same run, and nothing else different.
 
     Returns:
         `out_dir`.
 
     Raises:
-        RecipeError: if the run is not finished, if `out_dir` holds anything else, or if the check fails.
+        RecipeError: if the run is not finished, if a weight is NaN or infinite, if `out_dir` holds anything else, or
+            if the check fails.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     results = read_results(run_dir)
@@ -52,7 +71,11 @@ def export(run_dir: str | Path, out_dir: str | Path) -> Path:
         for key in ("dataset", "eval_dataset", "tokenizer"):
             if recipe.get(key) and Path(recipe[key]).exists():
                 recipe[key] = Path(recipe[key]).name
-    model = LNFreeForCausalLM.from_pretrained(run_dir / "model", dtype="auto").eval()
+    model = LNFreeForCausalLM.from_pretrained(checkpoint or run_dir / "model", dtype="auto").eval()
+    model.config.use_cache = True  # the Trainer switches it off for training
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise RecipeError(f"{run_dir} is not exported: its weight {parameter_name} has NaN or infinite entries")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     name = out_dir.resolve().name
     try:
@@ -64,38 +87,60 @@ def export(run_dir: str | Path, out_dir: str | Path) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         plot_heat_maps([results["attention_entropy"]], [run_title(results)], folder / "heat_map.png")
+        plot_curves([{"folder": run_dir, **results}], folder / "curves.png")
+        draw_block(model.config, folder / "block.png")
+        for measured in MEASURED:
+            if (run_dir / measured).is_file():
+                shutil.copyfile(run_dir / measured, folder / measured)
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
-        build_card(name, model.config, results, folder).save(folder / "README.md")
+        step = int(checkpoint.name.split("-")[-1]) if checkpoint else None
+        card = build_card(name, model.config, results, folder, namespace=namespace, siblings=siblings, step=step)
+        card.save(folder / "README.md")
+        _write_probe(folder / PROBE, model)
         prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-        generated = _check(folder, model, prompt)
+        generated = _check(folder, prompt)
         if out_dir.exists():
             os.replace(out_dir, Path(aside) / "earlier")
         os.replace(folder, out_dir)
-    print(f"{out_dir}: loaded back in a clean process, logits equal bit by bit; it generates")
+    # where a publication is built is nobody's business
+    shown = out_dir if namespace is None else name
+    print(f"{shown}: loaded back in a clean process, logits equal bit by bit; it generates")
     print(f"  {tokenizer.decode(generated[0])!r}")
     return out_dir
 
 
-def _check(folder: Path, model: LNFreeForCausalLM, prompt: torch.Tensor) -> torch.Tensor:
-    """Loads the export in a clean process; returns what it generated."""
+def _write_probe(path: Path, model: LNFreeForCausalLM):
+    """Random tokens and their logits, by which anyone can tell whether the model arrived whole."""
     generator = torch.Generator().manual_seed(0)
-    length = min(32, model.config.max_position_embeddings)
+    length = min(16, model.config.max_position_embeddings)
     input_ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
-    with torch.no_grad():
-        expected = model(input_ids).logits
+    threads = torch.get_num_threads()
+    # the order of a sum depends on the number of threads
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids).logits
+    finally:
+        torch.set_num_threads(threads)
+    path.parent.mkdir()
+    save_file({"input_ids": input_ids, "logits": logits}, path)
+
+
+def _check(folder: Path, prompt: torch.Tensor) -> torch.Tensor:
+    """Loads the export in a clean process; returns what it generated."""
+    probe = load_file(folder / PROBE)
     with tempfile.TemporaryDirectory() as outside:
         inputs, outputs = Path(outside) / "inputs.safetensors", Path(outside) / "outputs.safetensors"
-        save_file({"input_ids": input_ids, "prompt": prompt}, inputs)
+        save_file({"input_ids": probe["input_ids"], "prompt": prompt}, inputs)
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
-        # as many threads as here: the order of a sum depends on them
-        environment |= {"HF_HOME": outside, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment |= {"HF_HOME": outside, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-I", LOAD_CHECK, folder.resolve(), inputs, outputs]
         run = subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True)
         if run.returncode:
             raise RecipeError(f"the export does not load in a clean process: {run.stderr.strip().splitlines()[-1]}")
         found = load_file(outputs)
-    if not found["logits"].equal(expected):
-        difference = (found["logits"] - expected).abs().max().item()
+    if not found["logits"].equal(probe["logits"]):
+        difference = (found["logits"] - probe["logits"]).abs().max().item()
         raise RecipeError(f"the exported model's logits differ from the trained model's by up to {difference:.3g}")
     return found["generated"]

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
 from .callbacks import AttentionEntropyCallback, BriefPrinterCallback, BriefProgressCallback, NegativeSlopeCallback
-from .data import load_documents, load_tokenizer, tokenize_blocks
+from .data import find_revision, load_documents, load_tokenizer, tokenize_blocks
 from .recipe import Recipe, RecipeError, load_recipe
 
 
@@ -105,6 +106,8 @@ def train(recipe: Recipe) -> Path:
         documents = load_documents(recipe.data, arguments.seed)
         tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
         blocks = tokenize_blocks(documents, tokenizer, recipe.data)
+        # now: both may have moved on when the training ends
+        origin = {"eval_revision": find_revision(recipe.data), "commit": _commit()}
 
     set_seed(arguments.seed)
     model = LNFreeForCausalLM(
@@ -140,7 +143,7 @@ def train(recipe: Recipe) -> Path:
         metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         # a resumed run has forgotten how long it took before
-        _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None)
+        _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None, origin)
     return run_dir
 
 
@@ -209,7 +212,13 @@ def write_atomically(path: Path, text: str):
 
 
 def _finish(
-    run_dir: Path, recipe: Recipe, trainer: LNFreeTrainer, metrics: dict[str, float], record, runtime: float | None
+    run_dir: Path,
+    recipe: Recipe,
+    trainer: LNFreeTrainer,
+    metrics: dict[str, float],
+    record,
+    runtime: float | None,
+    origin: dict[str, str | None],
 ):
     """Writes the model, the log and, last, the results that mark the run as finished."""
     model, state, arguments = trainer.model, trainer.state, trainer.args
@@ -252,9 +261,22 @@ def _finish(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
         },
+        **origin,
     }
     write_atomically(run_dir / RESULTS, json.dumps(results, indent=1))
     print(f"{run_dir} is finished: {results['variant']}, perplexity {results['perplexity']:.3f}")
+
+
+def _commit() -> str | None:
+    """The project's commit where it runs from a clone, with `-dirty` after it if files differ from that commit."""
+    for command in ("ls-files --error-unmatch train.py", "describe --always --dirty --abbrev=40 --exclude=*"):
+        try:
+            run = subprocess.run(["git", *command.split()], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:
+            return None
+        if run.returncode:
+            return None
+    return run.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,534 @@
+"""Publishing to a Hub on loopback, by the real client over real HTTP, with its faults; and loading back from there."""
+
+import io
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from huggingface_hub import HfApi, ModelCard, constants
+from safetensors.torch import load_file, save_file
+
+from model_cards.card import model_name
+from training import cli, data, export, publish, train
+from training.recipe import DataArguments, RecipeError, build_recipe
+
+from .hub_server import OTHER_TOKEN, TOKEN, HubServer
+
+
+ROOT = Path(__file__).parents[1]
+MODELS = ["lnfree-gpt2-sm-ln-g-t16", "lnfree-gpt2-sm-r-t16"]
+WRITES = r"^/(api/(repos|collections|.*/(commit|tag|branch)/)|lfs)"
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory):
+    """Finished runs of two variants, one of them with two seeds and a checkpoint in the middle."""
+    folder, cache = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache")
+    corpus = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    texts = [f"def f{i}(x, y):\n    return x * {i} + y - {i * i % 97}\n" * (3 + i % 5) for i in range(120)]
+    corpus.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    values = {"dataset": str(corpus), "eval_fraction": 0.2, "vocab_size": 300, "block_size": 16, "hidden_size": 16}
+    values |= {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.1, "max_steps": 8}
+    values |= {"per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 2, "entropy_steps": 4}
+    values |= {"entropy_sequences": 5, "save_steps": 4, "disable_tqdm": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "HF_HOME", str(cache))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
+        for variant, seed in (("SM+LN+G", 5), ("SM+R", 7), ("SM+R", 5)):
+            run_dir = folder / f"{variant}-{seed}"
+            train.train(build_recipe({**values, "variant": variant, "seed": seed, "output_dir": str(run_dir)}))
+            shutil.rmtree(run_dir / "checkpoint-8")
+            if (variant, seed) != ("SM+R", 5):
+                shutil.rmtree(run_dir / "checkpoint-4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(runs_dir, tmp_path_factory):
+    return publish.build(runs_dir, "me", tmp_path_factory.mktemp("built"), checkpoints=True)
+
+
+@pytest.fixture
+def family(built, tmp_path):
+    """Everything to publish, in folders of the test's own."""
+    copies = []
+    for publication in built:
+        folder = shutil.copytree(
+            publication.folder, tmp_path / "family" / publication.branch / publication.folder.name
+        )
+        copies.append(publish.Publication(publication.repo_id, publication.kind, folder, publication.branch))
+    return copies
+
+
+@pytest.fixture
+def small(family):
+    """The two repositories that are small and go through everything."""
+    return [publication for publication in family if publication.kind != "model"]
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with HubServer().running() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        for name, value in environment(running).items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+def environment(server) -> dict[str, str]:
+    return {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+
+
+def refresh(publications):
+    """As a new process would start."""
+    return [publish.Publication(p.repo_id, p.kind, p.folder, p.branch) for p in publications]
+
+
+def release(publications, **options):
+    publications = refresh(publications)
+    publish.release(HfApi(), publications, **options)
+    return publications
+
+
+def holds(server, publication) -> bool:
+    """Whether a repository's branch holds a folder, byte by byte."""
+    repository = server.repository(publication.repo_id, f"{publication.kind}s")
+    files = dict(repository.find(publication.branch).files)
+    del files[".gitattributes"]
+    paths = [path for path in publication.folder.rglob("*") if path.is_file()]
+    return files == {path.relative_to(publication.folder).as_posix(): path.read_bytes() for path in paths}
+
+
+# ------------------------------------------------------------------------------------------ what arrives
+
+
+def test_family_arrives_whole_and_loads_by_id(server, family, capsys):
+    published = release(family)
+    assert [str(p) for p in published] == [
+        f"me/{MODELS[0]}",
+        f"me/{MODELS[1]}",
+        f"me/{MODELS[1]}@step-4",
+        "me/lnfree-results (dataset)",
+        "me/attention_entropy (space)",
+    ]
+    for publication in published:
+        assert holds(server, publication)
+        repository = server.repository(publication.repo_id, f"{publication.kind}s")
+        # one commit, atop the one with which the Hub creates a repository
+        assert [commit.oid for commit in repository.commits if commit.parent is None] == [repository.commits[0].oid]
+        assert len(repository.commits) == 1 + sum(p.repo_id == publication.repo_id for p in published)
+        assert repository.tags == {"v0.1.0": repository.branches["main"]}
+        assert not repository.private
+    (collection,) = server.collections.values()
+    assert [(item["id"], item["type"]) for item in collection["items"]] == [
+        *((f"me/{name}", "model") for name in MODELS),
+        ("me/lnfree-results", "dataset"),
+        ("me/attention_entropy", "space"),
+        ("2410.09637", "paper"),
+    ]
+    finished, step = (load_file(p.folder / "model.safetensors") for p in published[1:3])
+    assert not finished["model.embed_tokens.weight"].equal(step["model.embed_tokens.weight"])
+    capsys.readouterr()
+    publish.verify(HfApi(), published)
+    checked = capsys.readouterr().out.splitlines()[1:]
+    assert len(checked) == 5
+    assert sum("logits differ by 0; every Auto class; generates" in line for line in checked) == 3
+    assert "load_dataset: 12 rows" in checked[3] and "evaluate.load" in checked[4]
+
+
+def test_second_release_writes_nothing_and_a_change_is_one_commit(server, family):
+    release(family)
+    writes = sum(server.count(method, WRITES) for method in ("POST", "PUT", "PATCH"))
+    release(family)
+    assert sum(server.count(method, WRITES) for method in ("POST", "PUT", "PATCH")) == writes
+    assert server.count("POST", "/commit/") == 5
+    path = family[1].folder / "README.md"
+    path.write_text(path.read_text() + "\nOne more line.\n")
+    published = release(family)
+    assert server.count("POST", "/commit/") == 6 and holds(server, family[1])
+    for publication in published:
+        repository = server.repository(publication.repo_id, f"{publication.kind}s")
+        assert repository.tags["v0.1.0.post1"] == repository.branches["main"]
+        assert (repository.tags["v0.1.0"] == repository.branches["main"]) == (publication.repo_id != family[1].repo_id)
+
+
+def test_what_a_release_does_not_have_goes_if_it_would_be_loaded_and_else_stays(server, family):
+    release(family[:1])
+    repository = server.repository(family[0].repo_id)
+    theirs = {"old.py": b"x = 1\n", "model-00001-of-00002.safetensors": b"", "NOTES.md": b"of a person\n"}
+    repository.commit("main", "by hand", {**repository.files, **theirs})
+    release(family[:1])
+    assert "NOTES.md" in repository.files
+    assert not {"old.py", "model-00001-of-00002.safetensors"} & repository.files.keys()
+
+
+def test_dry_run_lists_every_file_and_touches_nothing(server, family, capsys, monkeypatch):
+    release(family[:1])
+    (family[0].folder / "README.md").write_text((family[0].folder / "README.md").read_text() + "\n")
+    requests = len(server.requests)
+    capsys.readouterr()
+    monkeypatch.delenv("HF_TOKEN")
+    release(family, dry_run=True)
+    assert {method for method, _, _ in server.requests[requests:]} == {"GET"}
+    assert len(server.repositories) == 1
+    printed = capsys.readouterr().out
+    for publication in family:
+        for path in publication.folder.rglob("*"):
+            if path.is_file():
+                assert re.search(
+                    rf"^  [+~=] {re.escape(path.relative_to(publication.folder).as_posix())} ", printed, re.M
+                )
+    assert f"me/{MODELS[0]}: changes" in printed and f"me/{MODELS[1]}: new" in printed
+    assert re.search(r"^  ~ README.md +[\d.]+ kB$", printed, re.M) and "release: v0.1.0.post1" in printed
+
+
+def test_private_repositories_are_private(server, small):
+    release(small, private=True)
+    assert all(repository.private for repository in server.repositories.values())
+    assert all(collection["private"] for collection in server.collections.values())
+    with pytest.raises(Exception, match="404|Repository Not Found"):
+        HfApi(token=OTHER_TOKEN).dataset_info("me/lnfree-results")
+
+
+def test_public_repository_is_not_taken_for_a_private_one(server, small):
+    release(small)
+    with pytest.raises(RecipeError, match="is public; make it private on the Hub, or publish without --private"):
+        release(small, private=True)
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+FAULTS = {
+    "a busy server at the commit": ("POST", "/commit/", {"status": 503}),
+    "a rate limit at the commit": ("POST", "/commit/", {"status": 429, "headers": {"Retry-After": "1"}}),
+    "a commit whose answer is lost": ("POST", "/commit/", {"lose_answer": True}),
+    "a commit cut in the middle": ("POST", "/commit/", {"cut": True}),
+    "an upload cut in the middle": ("PUT", "^/lfs/", {"cut": True}),
+    "a busy server at the upload": ("PUT", "^/lfs/", {"status": 500}),
+    "a creation whose answer is lost": ("POST", "/repos/create", {"lose_answer": True}),
+    "a busy server at the tag": ("POST", "/tag/", {"status": 502}),
+    "a lost tag": ("POST", "/tag/", {"lose_answer": True}),
+    "a busy server at the look-up": ("GET", "/refs", {"status": 503}),
+    "a collection cut": ("POST", "/collections", {"cut": True}),
+    "a lost item of the collection": ("POST", "/items", {"lose_answer": True}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_outlived_and_leaves_one_commit(server, small, fault, monkeypatch):
+    monkeypatch.setattr(publish, "WAITS", (0.05, 0.05))
+    method, path, what = FAULTS[fault]
+    server.fail(method, path, **what)
+    release(small)
+    assert server.faults[0].times == 0
+    for publication in small:
+        assert holds(server, publication)
+        repository = server.repository(publication.repo_id, f"{publication.kind}s")
+        assert len(repository.commits) == 2 and repository.tags == {"v0.1.0": repository.branches["main"]}
+    (collection,) = server.collections.values()
+    assert len(collection["items"]) == 3
+
+
+def test_rate_limit_is_waited_for_as_long_as_the_server_asks(server, small, capsys):
+    server.fail("POST", "/commit/", status=429, headers={"Retry-After": "2"})
+    release(small)
+    said = "the Hub answered 429 to POST /api/datasets/me/lnfree-results/commit/main"
+    assert f"{said} a fault on request, and asks to wait 2 s; trying again in 2 s" in capsys.readouterr().err
+    # too long to wait for: told, with what the server asks
+    server.fail("POST", "/collections", status=429, headers={"Retry-After": "86400"})
+    server.collections.clear()
+    with pytest.raises(Exception, match="429"):
+        release(small)
+
+
+def test_interrupted_release_goes_on_where_it_stopped(server, family, monkeypatch):
+    monkeypatch.setattr(publish, "WAITS", (0.05,))
+    server.fail("POST", f"{MODELS[1]}/commit/", times=99, status=503)
+    with pytest.raises(RecipeError) as caught:
+        release(family)
+    assert str(caught.value) == (
+        f"the Hub answered 503 to POST /api/models/me/{MODELS[1]}/commit/main a fault on request; 1 of 5 are "
+        f"published, not yet me/{MODELS[1]}, me/{MODELS[1]}@step-4, me/lnfree-results (dataset), "
+        "me/attention_entropy (space); the same command goes on"
+    )
+    # nothing half-published is the repository's main
+    assert server.repository(f"me/{MODELS[1]}").files.keys() == {".gitattributes"}
+    server.faults.clear()
+    for publication in release(family):
+        assert holds(server, publication)
+        assert server.repository(publication.repo_id, f"{publication.kind}s").tags.keys() == {"v0.1.0"}
+    assert len(server.repository(f"me/{MODELS[0]}").commits) == 2
+
+
+def test_second_writer_is_noticed_and_not_overwritten(server, small, monkeypatch):
+    release(small)
+    repository = server.repository("me/lnfree-results", "datasets")
+    path = small[0].folder / "README.md"
+    path.write_text(path.read_text() + "\nOurs.\n")
+
+    def write():
+        repository.commit("main", "theirs", {**repository.files, "README.md": b"theirs\n"})
+
+    # at the very moment of the commit, and between the comparison and the commit
+    for moment in ("/commit/main", "/preupload/main"):
+        server.fail("POST", f"lnfree-results{moment}", before=write)
+        with pytest.raises(RecipeError, match="someone else has changed me/lnfree-results .dataset. since"):
+            release(small)
+        assert repository.files["README.md"] == b"theirs\n" and repository.commits[-1].title == "theirs"
+    release(small)
+    assert holds(server, small[0])
+
+
+def test_hub_that_cannot_be_reached_is_one_line(server, runs_dir, monkeypatch, capsys):
+    monkeypatch.setattr(publish, "WAITS", (0.05,))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert cli.main(["publish", str(runs_dir), "--namespace", "me"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("lnfree publish: error: the Hub at http://127.0.0.1:9 cannot be reached: ")
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("token", "namespace", "message"),
+    [
+        (None, "me", "no token of the Hub; log in by 'hf auth login', or set HF_TOKEN"),
+        (TOKEN, "google", "namespace=google is not yours; the token's are me, lab"),
+        ("hf_nobody_has_this", "me", "the Hub does not know the token; log in by 'hf auth login', or set HF_TOKEN"),
+        ("hf_\u00e9", "me", "the token of the Hub has characters that no token has"),
+    ],
+)
+def test_who_may_not_publish_is_told_before_any_work(server, runs_dir, token, namespace, message, monkeypatch, capsys):
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    assert cli.main(["publish", str(runs_dir), "--namespace", namespace]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert message in captured.err and (token is None or token not in captured.err)
+
+
+def write_nan(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit(name, change):
+    def tamper(folder):
+        (folder / name).write_text(change((folder / name).read_text()))
+
+    return tamper
+
+
+def disguise(folder):
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.ones(2)}, buffer)
+    (folder / "weights.dat").write_bytes(buffer.getvalue())
+
+
+def grow(folder):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(50 * 10**9 + 1)  # sparse: takes no room
+
+
+REFUSED = {
+    "NaN weights": (write_nan, "model.safetensors: model.layers.0.mlp.up_proj.weight has NaN or infinite entries"),
+    "a pickle": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin is a pickle"),
+    "a plain pickle": (lambda f: (f / "weights").write_bytes(pickle.dumps([1])), "weights is a pickle"),
+    "a pickle under another name": (disguise, "weights.dat is a pickle"),
+    "a link out of the folder": (
+        lambda folder: (folder / "data.json").symlink_to("/etc/hostname"),
+        "data.json is a link out of the folder",
+    ),
+    "a file over the limit": (grow, "model.safetensors has 50 GB, the Hub takes 50 GB"),
+    "weights that are none": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"junk"),
+        "model.safetensors: is not safetensors",
+    ),
+    "the token": (edit("recipe.yaml", lambda text: f"{text}hub_token: {TOKEN}\n"), "recipe.yaml holds the token"),
+    "a local path": (
+        edit("config.json", lambda text: text.replace("{", '{"_name_or_path": "/home/somebody/runs/x",', 1)),
+        "config.json holds '/home/somebody'",
+    ),
+    "a path of Windows": (
+        edit("results.json", lambda text: text.replace("{", r'{"dataset": "C:\\Users\\somebody\\x",', 1)),
+        r"results.json holds 'C:\\\\Users'",
+    ),
+    "the user's name": (
+        edit("README.md", lambda text: f"{text}\nTrained by j.doe-smith on a laptop.\n"),
+        "README.md holds 'j.doe-smith'",
+    ),
+    "a card without results": (
+        edit("README.md", lambda text: re.sub(r"model-index:\n.*?(?=---\n)", "", text, flags=re.S)),
+        "its card has no result for perplexity",
+    ),
+    "a card with a result that is NaN": (
+        edit("README.md", lambda text: re.sub(r"value: [\d.]+", "value: .nan", text, count=1)),
+        "its card has no result for perplexity",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_folder_is_refused(server, family, what):
+    tamper, message = REFUSED[what]
+    assert publish.find_problems(family[1], ["j.doe-smith"]) == []
+    tamper(family[1].folder)
+    problems = publish.find_problems(family[1], ["j.doe-smith"])
+    assert any(message in problem and f"me/{MODELS[1]}" in problem for problem in problems), problems
+
+
+def test_ids_of_the_hub_are_no_secrets(server, family):
+    edit("results.json", lambda text: text.replace("{", '{"dataset": "j.doe-smith/code",', 1))(family[1].folder)
+    assert publish.find_problems(family[1], ["j.doe-smith"]) == []
+
+
+def test_broken_run_is_refused_before_anything_is_published(server, runs_dir, tmp_path, capsys):
+    shutil.copytree(runs_dir / "SM+R-5", tmp_path / "runs" / "SM+R-5")
+    write_nan(tmp_path / "runs" / "SM+R-5" / "model")
+    assert cli.main(["publish", str(tmp_path / "runs"), "--namespace", "me"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("lnfree publish: error: nothing was published: ")
+    assert "its weight model.layers.0.mlp.up_proj.weight has NaN or infinite entries" in error
+    assert {method for method, _, _ in server.requests} == {"GET"}
+
+
+def test_one_seed_of_a_variant_is_published_and_all_are_in_the_results(runs_dir, built, capsys):
+    runs = publish._find_runs(runs_dir)
+    assert [run["folder"].name for run in publish._choose(runs, None)] == ["SM+LN+G-5", "SM+R-5"]
+    assert f"{MODELS[1]}: the run of seed 5 is published; also in the results: 7" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="seed=7 is not among the finished runs of lnfree-gpt2-sm-ln-g-t16"):
+        publish._choose(runs, 7)
+    rows = load_dataset("parquet", data_files=str(built[3].folder / "data" / "*.parquet"), split="train").to_pandas()
+    for run in runs:
+        mine = rows[(rows.variant == run["variant"]) & (rows.seed == run["seed"])].sort_values(["layer", "head"])
+        assert mine.entropy.to_numpy().reshape(2, 2).tolist() == run["attention_entropy"]["entropy"]
+        assert set(mine.model) == {model_name(run)} and set(mine.perplexity) == {run["perplexity"]}
+
+
+@pytest.mark.slow
+def test_revision_of_the_evaluation_data_is_its_commit(server, tmp_path):
+    code = (
+        "from datasets import Dataset\nfrom training.data import find_revision\n"
+        "from training.recipe import DataArguments\n"
+        "Dataset.from_dict({'content': ['a text', 'another']}).push_to_hub('me/code')\n"
+        "for name in ('dataset', 'eval_dataset'):\n    print(find_revision(DataArguments(**{name: 'me/code'})))\n"
+    )
+    run = run_outside([sys.executable, "-c", code], tmp_path, server, PYTHONPATH=str(ROOT))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == 2 * [server.repository("me/code", "datasets").branches["main"]]
+    assert data.find_revision(DataArguments()) == f"python-{platform.python_version()}"
+
+
+def test_runs_of_two_settings_do_not_share_a_name(runs_dir, tmp_path):
+    shutil.copytree(runs_dir, tmp_path / "runs")
+    path = tmp_path / "runs" / "SM+R-7" / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "train_tokens": 1}))
+    with pytest.raises(RecipeError, match="SM.R-. and SM.R-. would both be lnfree-gpt2-sm-r-t16; publish runs of one"):
+        publish._choose(publish._find_runs(tmp_path / "runs"), None)
+
+
+# ------------------------------------------------------------------------------------------ the card
+
+
+def test_card_tells_what_was_measured(built, runs_dir):
+    card = ModelCard.load(built[1].folder / "README.md")
+    results = {name: train.read_results(runs_dir / name) for name in ("SM+LN+G-5", "SM+R-5")}
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert measured["perplexity"] == results["SM+R-5"]["perplexity"]
+    entropy = torch.tensor(results["SM+R-5"]["attention_entropy"]["entropy"], dtype=torch.float64).mean().item()
+    assert measured["attention_entropy"] == pytest.approx(entropy)
+    change = 100 * (results["SM+R-5"]["perplexity"] / results["SM+LN+G-5"]["perplexity"] - 1)
+    assert f"| **SM+R** (this one) | {results['SM+R-5']['perplexity']:.3f} | {change:+.2f}&nbsp;% |" in card.text
+    assert (
+        f"[SM+LN+G](https://huggingface.co/me/{MODELS[0]}) | {results['SM+LN+G-5']['perplexity']:.3f} | 0 |"
+        in card.text
+    )
+    for picture in re.findall(r'<img src="([^"]+)"', card.text):
+        assert (built[1].folder / picture).read_bytes().startswith(b"\x89PNG")
+    # None where this is no clone
+    assert (results["SM+R-5"]["commit"] or "").removesuffix("-dirty") in card.text
+    step = ModelCard.load(built[2].folder / "README.md")
+    assert "after training step 4 of 8" in step.text and "after training step" not in card.text
+
+
+def test_same_run_is_the_same_bytes_again(built, runs_dir, tmp_path):
+    siblings = publish._choose(publish._find_runs(runs_dir), None)
+    again = export.export(runs_dir / "SM+R-5", tmp_path / MODELS[1], namespace="me", siblings=siblings)
+    files = publish._files(again)
+    assert files.keys() == publish._files(built[1].folder).keys()
+    for name, path in files.items():
+        assert path.read_bytes() == (built[1].folder / name).read_bytes(), name
+
+
+# ------------------------------------------------------------------------------------------ the whole way
+
+
+def run_outside(command: list[str], folder: Path, server, **more) -> subprocess.CompletedProcess:
+    """In a clean process with an empty cache of its own."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
+    own = {"HF_HOME": str(folder / "home"), **environment(server), **more}
+    return subprocess.run(command, cwd=folder, env={**inherited, **own}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_command_twice_with_faults_leaves_neither_token_nor_path_behind(server, runs_dir, tmp_path):
+    for method, path, what in FAULTS.values():
+        server.fail(method, path, **what)
+    command = [sys.executable, "-m", "training.cli", "publish", str(runs_dir), "--namespace", "lab", "--checkpoints"]
+    first = run_outside(command, tmp_path, server, PYTHONPATH=str(ROOT))
+    assert first.returncode == 0, first.stderr
+    assert all(fault.times == 0 for fault in server.faults)
+    commits = {key: len(repository.commits) for key, repository in server.repositories.items()}
+    second = run_outside(command, tmp_path, server, PYTHONPATH=str(ROOT))
+    assert second.returncode == 0, second.stderr
+    assert {key: len(repository.commits) for key, repository in server.repositories.items()} == commits
+    assert second.stdout.count(": unchanged, ") == 2 * len(commits) + 2
+    everything = [first.stdout, first.stderr, second.stdout, second.stderr, json.dumps(server.collections)]
+    for repository in server.repositories.values():
+        for commit in repository.commits:
+            everything += [commit.title, *commit.files, *(blob.decode("latin-1") for blob in commit.files.values())]
+    for text in everything:
+        for secret in (TOKEN, str(runs_dir), str(tmp_path), str(Path.home()) + "/", str(ROOT)):
+            assert secret not in text
+
+
+@pytest.mark.slow
+def test_code_of_a_published_card_runs_as_it_stands_there(server, family, tmp_path):
+    release(family)
+    text = server.repository(f"me/{MODELS[1]}").files["README.md"].decode()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    # as long a prompt and a continuation as the tiny model has positions for
+    code = "\n".join(blocks).replace("max_new_tokens=40", "max_new_tokens=4")
+    (tmp_path / "mine.txt").write_text("def f(x):\n    return x\n" * 50)
+    run = run_outside([sys.executable, "-I", "-c", code], tmp_path, server)
+    assert run.returncode == 0, run.stderr
+    # what was fine-tuned loads like what it came from, and its own card names its base
+    check = (
+        "from transformers import pipeline\n"
+        f"print(pipeline('text-generation', 'me/{MODELS[1]}-finetuned', trust_remote_code=True)"
+        "('def f', max_new_tokens=4)[0]['generated_text'])"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    run = run_outside([sys.executable, "-I", "-c", check], tmp_path / "elsewhere", server)
+    assert run.returncode == 0 and run.stdout.startswith("def f"), run.stderr
+    tuned = server.repository(f"me/{MODELS[1]}-finetuned").files
+    card = yaml.safe_load(tuned["README.md"].decode().split("---\n")[1])
+    assert card["base_model"] == f"me/{MODELS[1]}"
