@@ -6,6 +6,7 @@ Its keys are the fields of `DataArguments` below, of `LNFreeConfig` (the model) 
 """
 
 import difflib
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -51,6 +52,17 @@ class DataArguments:
         metadata={"help": "Hub id or folder; None: a byte-level BPE of vocab_size trained on the train part"},
     )
     block_size: int = field(default=128, metadata={"help": "the paper's T: tokens in a training sequence"})
+    train_tokens: int | None = field(
+        default=None,
+        metadata={"help": "budget in tokens, from which max_steps follows; None: max_steps is the budget"},
+    )
+    eval_sequences: int | None = field(
+        default=None,
+        metadata={
+            "help": "sequences, spread over the evaluation part, of the evaluations on the way; the last is always "
+            "over the whole part; None: all"
+        },
+    )
     entropy_steps: int = field(default=100, metadata={"help": "steps between two measurements on the probe batch"})
     entropy_sequences: int = field(default=32, metadata={"help": "sequences of the probe batch"})
     decay_slopes: bool = field(
@@ -83,6 +95,13 @@ class Recipe:
         config = self.build_config()
         variant = config.variant.lower().replace("+", "-")
         return f"{config.backbone}-{variant}-t{self.data.block_size}-seed{self.training['seed']}"
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all processes of the launcher train on in one step."""
+        sequences = self.training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+        accumulated = self.training.get("gradient_accumulation_steps", 1)
+        return sequences * accumulated * self.data.block_size * int(os.environ.get("WORLD_SIZE", 1))
 
     def to_dict(self) -> dict[str, Any]:
         """The flat recipe, with every default of `DataArguments` written out."""
@@ -152,15 +171,21 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     recipe = Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
     data, training = recipe.data, recipe.training
     # a block of one token predicts nothing
-    for name, least in (("block_size", 2), ("entropy_steps", 1), ("entropy_sequences", 1)):
-        if getattr(data, name) < least:
-            raise RecipeError(f"{name} must be at least {least}, got {getattr(data, name)}")
+    for name, least in (
+        *(("block_size", 2), ("train_tokens", 1), ("eval_sequences", 1)),
+        *(("entropy_steps", 1), ("entropy_sequences", 1)),
+    ):
+        value = getattr(data, name)
+        if value is not None and value < least:
+            raise RecipeError(f"{name} must be at least {least}, got {value}")
     for name in (
         *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
         *("logging_steps", "save_steps", "learning_rate"),
     ):
         if not training.get(name, 1) > 0:
             raise RecipeError(f"{name} must be more than 0, got {training[name]}")
+    if data.train_tokens is not None:
+        training["max_steps"] = -(-data.train_tokens // recipe.tokens_per_step)
     if training.get("max_steps", -1) == 0 or training.get("max_steps", -1) < -1:
         raise RecipeError(
             f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {training['max_steps']}"

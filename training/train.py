@@ -4,8 +4,9 @@ Recipe -> Trainer -> finished run. Plainly or by a launcher:
     python -m training.train training/recipes/quick.yaml variant=SM+R
     torchrun --nproc_per_node 2 -m training.train training/recipes/quick.yaml variant=SM+R
 
-A run's folder holds `recipe.yaml`, the last checkpoints, `attention_entropy.jsonl` (and `negative_slope.jsonl`) with
-what was measured on the way, and once it is finished `model/`, `log_history.json` and `results.json`, in this order.
+A run's folder holds `recipe.yaml`, the last checkpoints, what was measured on the way (`attention_entropy.jsonl`,
+`residual_stream.jsonl`, `speed.jsonl`, by variant `zero_activations.jsonl` or `negative_slope.jsonl`), and once it is
+finished `model/`, `log_history.json` and `results.json`, in this order.
 """
 
 import importlib.metadata
@@ -19,18 +20,28 @@ from typing import Any
 
 import torch
 import yaml
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
-from .callbacks import AttentionEntropyCallback, BriefPrinterCallback, BriefProgressCallback, NegativeSlopeCallback
+from .callbacks import (
+    AttentionEntropy,
+    BriefPrinterCallback,
+    BriefProgressCallback,
+    MeasurementCallback,
+    NegativeSlope,
+    ResidualStream,
+    SpeedCallback,
+    ZeroActivations,
+)
 from .data import load_documents, load_tokenizer, tokenize_blocks
 from .recipe import Recipe, RecipeError, load_recipe
 
 
-RESULTS, ASIDE = "results.json", ".incomplete"
+RESULTS, LOCK, ASIDE = "results.json", ".lock", ".incomplete"
 
 
 class LNFreeTrainer(Trainer):
@@ -48,8 +59,9 @@ class LNFreeTrainer(Trainer):
         return [name for name in names if self.decay_slopes or not name.endswith("negative_slope")]
 
     def log(self, logs: dict[str, float], *args, **kwargs):
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        for prefix in ("", "eval_"):
+            if f"{prefix}loss" in logs:
+                logs[f"{prefix}perplexity"] = perplexity(logs[f"{prefix}loss"])
         super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial):
@@ -76,7 +88,7 @@ def train(recipe: Recipe) -> Path:
     Raises:
         RecipeError: for data that cannot be had, and for a folder that holds a run of another recipe.
     """
-    arguments = _build_arguments(recipe)
+    arguments = build_arguments(recipe)
     run_dir = Path(arguments.output_dir)
     # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
     if int(os.environ.get("RANK", 0)) == 0:
@@ -103,26 +115,33 @@ def train(recipe: Recipe) -> Path:
         model=model,
         args=arguments,
         train_dataset=blocks["train"],
-        eval_dataset=blocks["eval"],
+        eval_dataset=_spread(blocks["eval"], recipe.data.eval_sequences),
         data_collator=_collate,
         processing_class=tokenizer,
         decay_slopes=recipe.data.decay_slopes,
     )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(BriefPrinterCallback if arguments.disable_tqdm else BriefProgressCallback)
+    # started plainly on several GPUs, the Trainer gives each a batch
+    tokens_per_step = recipe.tokens_per_step * max(1, arguments.n_gpu)
+    trainer.add_callback(SpeedCallback(tokens_per_step, recipe.data.block_size, run_dir / "speed.jsonl", trainer.log))
+    quantities = [AttentionEntropy(), ResidualStream()]
+    if model.config.hidden_act == "relu":
+        quantities.append(ZeroActivations())
+    if model.config.slope_sharing is not None:
+        quantities.append(NegativeSlope())
     probe = blocks["eval"][: recipe.data.entropy_sequences]["input_ids"]
     probe = torch.tensor_split(probe, arguments.world_size)[arguments.process_index]
-    every = recipe.data.entropy_steps
-    trainer.add_callback(AttentionEntropyCallback(probe, every, run_dir / "attention_entropy.jsonl", trainer.log))
-    if model.config.slope_sharing is not None:
-        trainer.add_callback(NegativeSlopeCallback(every, run_dir / "negative_slope.jsonl", trainer.log))
+    trainer.add_callback(MeasurementCallback(quantities, probe, recipe.data.entropy_steps, run_dir, trainer.log))
 
     checkpoint = get_last_checkpoint(run_dir)
     runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     with torch.no_grad(), record_attention_entropy(model) as record:
-        metrics = trainer.evaluate()
+        metrics = trainer.evaluate(blocks["eval"])
     if trainer.is_world_process_zero():
         # a resumed run has forgotten how long it took before
+        metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
+        metrics["train_tokens"] = trainer.state.global_step * tokens_per_step
         _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None)
     return run_dir
 
@@ -145,13 +164,21 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _build_arguments(recipe: Recipe) -> TrainingArguments:
+def build_arguments(recipe: Recipe) -> TrainingArguments:
+    """The Trainer's arguments; raises RecipeError for those that it refuses."""
     # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
     defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
     try:
         return TrainingArguments(**{**defaults, **recipe.training})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"recipe: {' '.join(str(error).split())}") from error
+
+
+def _spread(blocks: Dataset, number: int | None) -> Dataset:
+    """`number` blocks at equal distances."""
+    if number is None or number >= len(blocks):
+        return blocks
+    return blocks.select([index * len(blocks) // number for index in range(number)])
 
 
 def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -161,9 +188,7 @@ def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
     """Locks the run's folder and writes the recipe into it, or checks that the folder is of this very recipe."""
-    path = run_dir / "recipe.yaml"
-    ours = recipe.to_dict()
-    lock = FileLock(run_dir / ".lock")
+    lock = FileLock(run_dir / LOCK)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -171,17 +196,24 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
         raise RecipeError(f"another process is training in {run_dir}") from None
     except OSError as error:
         raise RecipeError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
-    if path.is_file():
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
-            if ours.get(key) != theirs.get(key):
-                raise RecipeError(
-                    f"{run_dir} holds a run with {key}={theirs.get(key)!r}, this recipe has {ours.get(key)!r}; "
-                    "name another output_dir"
-                )
+    check_same_recipe(run_dir, recipe)
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
-    write_atomically(path, yaml.safe_dump(ours, sort_keys=False))
+    write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     return lock
+
+
+def check_same_recipe(run_dir: Path, recipe: Recipe):
+    """Raises RecipeError if the folder holds a run of another recipe."""
+    path = run_dir / "recipe.yaml"
+    if not path.is_file():
+        return
+    ours, theirs = recipe.to_dict(), yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
+        if ours.get(key) != theirs.get(key):
+            raise RecipeError(
+                f"{run_dir} holds a run with {key}={theirs.get(key)!r}, this recipe has {ours.get(key)!r}; "
+                "name another output_dir"
+            )
 
 
 def write_atomically(path: Path, text: str):
@@ -204,21 +236,17 @@ def _finish(
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
     write_atomically(run_dir / "log_history.json", json.dumps(state.log_history, indent=1))
 
-    block_size = recipe.data.block_size
-    tokens_per_step = (
-        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size * block_size
-    )
     results = {
         "variant": model.config.variant,
         "backbone": model.config.backbone,
-        "block_size": block_size,
+        "block_size": recipe.data.block_size,
         "seed": arguments.seed,
         "dataset": recipe.data.dataset,
         "perplexity": perplexity(metrics["eval_loss"]),
         "eval_loss": metrics["eval_loss"],
-        "eval_tokens": len(trainer.eval_dataset) * (block_size - 1),
+        "eval_tokens": metrics["eval_tokens"],
         "train_steps": state.global_step,
-        "train_tokens": state.global_step * tokens_per_step,
+        "train_tokens": metrics["train_tokens"],
         "train_seconds": runtime,
         "parameters": model.num_parameters(),
         "attention_entropy": {
@@ -245,3 +273,5 @@ if __name__ == "__main__":
         train(load_recipe(sys.argv[1], sys.argv[2:]))
     except RecipeError as error:
         sys.exit(f"lnfree train: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
