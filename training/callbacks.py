@@ -246,9 +246,7 @@ class SpeedCallback(TrainerCallback):
         log: the Trainer's `log`.
     """
 
-    def __init__(
-        self, tokens_per_step: int, block_size: int, path: Path, log: Callable[[dict[str, float]], None]
-    ):
+    def __init__(self, tokens_per_step: int, block_size: int, path: Path, log: Callable[[dict[str, float]], None]):
         self.tokens_per_step, self.block_size, self.path, self.log = tokens_per_step, block_size, path, log
         self.seconds, self.steps = 0.0, 0
 
