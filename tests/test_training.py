@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM
-from training import callbacks, cli, data, train
+from training import callbacks, cli, data, stability, train
 from training.recipe import RecipeError, build_recipe
 
 
@@ -148,8 +148,9 @@ def test_measuring_changes_nothing(runs_dir, recipe_values, tmp_path):
 def test_nan_in_the_attention_is_counted_and_never_a_number(runs_dir):
     model = LNFreeForCausalLM.from_pretrained(runs_dir / "SM+R" / "model").eval()
     model.model.layers[1].self_attn.q_proj.weight.data[:8] = math.nan  # the first of two heads
-    callback = callbacks.AttentionEntropyCallback(torch.randint(300, (3, 16)), 1, Path("unused"), print)
-    record, scalars = callback.measure(model)
+    probe = torch.randint(300, (3, 16))
+    callback = callbacks.MeasurementCallback([callbacks.AttentionEntropy()], probe, 1, Path("unused"), print)
+    [(record, scalars)] = callback.measure(model)
     assert math.isnan(record["entropy"][1][0]) and record["nan_count"][1] > 0 == record["nan_count"][0]
     assert math.isfinite(record["entropy"][0][0]) and math.isnan(scalars["attention_entropy/layer_1/mean"])
 
@@ -202,12 +203,12 @@ def kill(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if {moment!r} == "after a checkpoint":
-    measure = callbacks.AttentionEntropyCallback.on_step_end
+    measure = callbacks.MeasurementCallback.on_step_end
     def on_step_end(self, args, state, control, **kwargs):
         measure(self, args, state, control, **kwargs)
         if state.global_step == 6:
             kill()
-    callbacks.AttentionEntropyCallback.on_step_end = on_step_end
+    callbacks.MeasurementCallback.on_step_end = on_step_end
 else:
     save = Trainer._save_optimizer_and_scheduler
     def save_or_die(self, folder):
@@ -232,11 +233,13 @@ train.train(load_recipe({str(path)!r}))
     assert records[0] == records[1]
 
 
-def test_diverged_run_ends_and_is_compared(recipe_values, tmp_path, capsys):
+def test_diverged_run_ends_with_a_report_and_is_told_by_compare(runs_dir, recipe_values, tmp_path):
     values = {**recipe_values, "variant": "SM+G-noLNf", "learning_rate": 1e30, "max_grad_norm": 0.0}
-    train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
-    assert not math.isfinite(train.read_results(tmp_path / "run")["perplexity"])
+    with pytest.raises(stability.UnstableRunError, match="is unstable at step 3, layer 0: the gradient"):
+        train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
+    (tmp_path / "SM+R").symlink_to(runs_dir / "SM+R")
     assert cli.main(["compare", str(tmp_path)]) == 0
+    assert "is unstable at step 3, layer 0" in (tmp_path / "report" / "report.md").read_text()
     assert train.perplexity(1e4) == math.inf
 
 

@@ -114,8 +114,8 @@ def drop_records_after(path: Path, step: int):
 
 class AttentionEntropy(Quantity):
     """
-    Attention entropy of every layer and head in nats, the share of heads in each quarter of its range, and the NaNs in
-    the attention of each layer: of the distribution before dropout, without padding.
+    Attention entropy of every layer and head in nats, the share of heads in each quarter of its range, and the NaN
+    weights and infinite scores in the attention of each layer: of the distribution before dropout, without padding.
     """
 
     name = "attention_entropy"
@@ -128,11 +128,13 @@ class AttentionEntropy(Quantity):
     def measure(self, model):
         entropy = self.record.entropy.tolist()
         nan_count = self.record.nan_count.sum(-1).tolist()
+        inf_count = self.record.inf_count.sum(-1).tolist()
         head_distribution = self.record.head_distribution.tolist()
         scalars = {"attention_entropy/mean": self.record.entropy.mean().item()}
         for layer, heads in enumerate(entropy):
             scalars[f"attention_entropy/layer_{layer}/mean"] = sum(heads) / len(heads)
             scalars[f"attention_nan_count/layer_{layer}"] = nan_count[layer]
+            scalars[f"attention_inf_count/layer_{layer}"] = inf_count[layer]
             for head, value in enumerate(heads):
                 scalars[f"attention_entropy/layer_{layer}/head_{head}"] = value
         for quarter, share in enumerate(head_distribution):
@@ -142,6 +144,7 @@ class AttentionEntropy(Quantity):
             "max_entropy": self.record.max_entropy.mean().item(),
             "head_distribution": head_distribution,
             "nan_count": nan_count,
+            "inf_count": inf_count,
         }
         return record, scalars
 

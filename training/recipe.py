@@ -65,6 +65,9 @@ class DataArguments:
     )
     entropy_steps: int = field(default=100, metadata={"help": "steps between two measurements on the probe batch"})
     entropy_sequences: int = field(default=32, metadata={"help": "sequences of the probe batch"})
+    milestones: list[int] | None = field(
+        default=None, metadata={"help": "steps whose checkpoints are kept beside the newest save_total_limit"}
+    )
     decay_slopes: bool = field(
         default=False,
         metadata={"help": "weight decay on learned negative slopes too, as in the paper's published code"},
@@ -216,5 +219,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             f"save_steps must be a multiple of logging_steps, got save_steps={save_steps} and "
             f"logging_steps={logging_steps}"
         )
+    for step in data.milestones or []:
+        if step < 1 or step % save_steps:
+            raise RecipeError(f"milestones must be multiples of save_steps={save_steps}, got {step}")
     training.setdefault("output_dir", f"runs/{recipe.name}")
     return recipe

@@ -9,12 +9,15 @@ A run's folder holds `recipe.yaml`, the last checkpoints, what was measured on t
 finished `model/`, `log_history.json` and `results.json`, in this order.
 """
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,8 @@ import torch
 import yaml
 from datasets import Dataset
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
@@ -37,11 +40,14 @@ from .callbacks import (
     SpeedCallback,
     ZeroActivations,
 )
+from .checkpoints import last_whole_checkpoint, list_checkpoints, remove_old_checkpoints, write_manifest
 from .data import load_documents, load_tokenizer, tokenize_blocks
 from .recipe import Recipe, RecipeError, load_recipe
+from .stability import REPORT, StabilityCallback
 
 
 RESULTS, LOCK, ASIDE = "results.json", ".lock", ".incomplete"
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class LNFreeTrainer(Trainer):
@@ -50,9 +56,11 @@ class LNFreeTrainer(Trainer):
     decay on learned negative slopes unless `decay_slopes` asks for it.
     """
 
-    def __init__(self, *args, decay_slopes: bool = False, **kwargs):
+    def __init__(self, *args, decay_slopes: bool = False, milestones: Sequence[int] = (), **kwargs):
         super().__init__(*args, **kwargs)
-        self.decay_slopes = decay_slopes
+        self.decay_slopes, self.milestones = decay_slopes, milestones
+        self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
+        self.add_callback(self.stability)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -64,17 +72,33 @@ class LNFreeTrainer(Trainer):
                 logs[f"{prefix}perplexity"] = perplexity(logs[f"{prefix}loss"])
         super().log(logs, *args, **kwargs)
 
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.last_batch = inputs
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None
+        self.stability.see_gradient(self.state.global_step + 1, float(norm), self.last_batch, scaled)
+        return norm
+
     def _get_output_dir(self, trial):
         return os.path.join(super()._get_output_dir(trial), ASIDE)
 
     def _save_checkpoint(self, model, trial):
         # Written aside, then renamed: a run killed in the middle finds only whole checkpoints.
-        super()._save_checkpoint(model, trial)
+        self.stability.check_weights(self.state.global_step)
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            # torch's own words for a disk that is full
+            raise OSError(errno.EIO, " ".join(str(error).split())) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            os.replace(os.path.join(self._get_output_dir(trial), name), os.path.join(self.args.output_dir, name))
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            write_manifest(aside)
+            os.replace(aside, Path(self.args.output_dir) / aside.name)
+            remove_old_checkpoints(Path(self.args.output_dir), self.args.save_total_limit, self.milestones)
         self.accelerator.wait_for_everyone()
 
 
@@ -119,6 +143,7 @@ def train(recipe: Recipe) -> Path:
         data_collator=_collate,
         processing_class=tokenizer,
         decay_slopes=recipe.data.decay_slopes,
+        milestones=recipe.data.milestones or [],
     )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(BriefPrinterCallback if arguments.disable_tqdm else BriefProgressCallback)
@@ -134,15 +159,17 @@ def train(recipe: Recipe) -> Path:
     probe = torch.tensor_split(probe, arguments.world_size)[arguments.process_index]
     trainer.add_callback(MeasurementCallback(quantities, probe, recipe.data.entropy_steps, run_dir, trainer.log))
 
-    checkpoint = get_last_checkpoint(run_dir)
-    runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-    with torch.no_grad(), record_attention_entropy(model) as record:
-        metrics = trainer.evaluate(blocks["eval"])
-    if trainer.is_world_process_zero():
-        # a resumed run has forgotten how long it took before
-        metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
-        metrics["train_tokens"] = trainer.state.global_step * tokens_per_step
-        _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None)
+    with arguments.main_process_first(desc="reading the last checkpoint"):
+        checkpoint = last_whole_checkpoint(run_dir)
+    with _disk_errors_explained(run_dir):
+        runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        with torch.no_grad(), record_attention_entropy(model) as record:
+            metrics = trainer.evaluate(blocks["eval"])
+        if trainer.is_world_process_zero():
+            # a resumed run has forgotten how long it took before
+            metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
+            metrics["train_tokens"] = trainer.state.global_step * tokens_per_step
+            _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None)
     return run_dir
 
 
@@ -198,6 +225,7 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
         raise RecipeError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
     check_same_recipe(run_dir, recipe)
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+    (run_dir / REPORT).unlink(missing_ok=True)
     write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     return lock
 
@@ -216,11 +244,32 @@ def check_same_recipe(run_dir: Path, recipe: Recipe):
             )
 
 
+@contextmanager
+def _disk_errors_explained(run_dir: Path):
+    """A disk that is full or read-only is one line for a person, and what is half written on it makes room."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+            raise
+        shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+        free = shutil.disk_usage(run_dir).free / 1e6
+        last = next((path.name for path in reversed(list_checkpoints(run_dir))), "none")
+        raise RecipeError(
+            f"{run_dir} cannot be written: {error} ({free:.1f} MB free); the last whole checkpoint is {last}, and the "
+            "same command goes on from it"
+        ) from error
+
+
 def write_atomically(path: Path, text: str):
     """Writes a text file that is whole or not there."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _finish(
