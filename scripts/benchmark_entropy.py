@@ -15,6 +15,9 @@ Time: medians over repeats in which the modes take turns, all in one process. Me
 runs in a process of its own, forked before any other computation, in which malloc returns what is freed at once. It
 passes over a short input, resets the mark of its peak resident memory (/proc/self/clear_refs), runs the mode once, and
 reports how far the mark (VmHWM) rose. On CUDA the allocator tells its peak.
+
+Last, the share of training time that the callback of `lnfree train` takes: one measurement on its probe batch beside
+the training steps of the recipe `quick` between two measurements, in the same process.
 """
 
 import argparse
@@ -36,7 +39,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
-from modeling_lnfree import record_attention_entropy
+from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
+from training.callbacks import AttentionEntropyCallback
+from training.recipe import load_recipe
 
 
 # by their attention implementation
@@ -44,6 +49,7 @@ MODES = {"plain": "sdpa", "record": "sdpa", "maps": "eager"}
 LENGTHS = (128, 512, 1024, 2048, 4096)
 SHAPE = {"n_embd": 768, "n_head": 12, "n_layer": 2, "vocab_size": 1024}
 MIB = 2**20
+QUICK = Path(__file__).parents[1] / "training" / "recipes" / "quick.yaml"
 
 
 def build_model(mode: str, length: int, device: str) -> GPT2Model:
@@ -79,7 +85,8 @@ def measure_time(length: int, device: str, repeats: int) -> dict[str, dict[str, 
     entropies = {mode: run_mode(mode, model, input_ids) for mode, model in models.items()}
     torch.testing.assert_close(entropies["record"], entropies["maps"], atol=1e-4, rtol=0)
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for _ in range(repeats):
+    # a short pass varies more, and costs less
+    for _ in range(repeats * max(1, 2048 // length)):
         for mode, model in models.items():
             _synchronize(device)
             start = time.perf_counter()
@@ -138,6 +145,39 @@ def _synchronize(device: str):
         torch.cuda.synchronize()
 
 
+def measure_callback(device: str, repeats: int) -> dict[str, float]:
+    """
+    Median `step_seconds` (forward, backward, clip, AdamW) of the recipe `quick` and `measure_seconds` of its entropy
+    callback, and the `share` of the training time that measuring takes at the recipe's cadence.
+    """
+    recipe = load_recipe(QUICK)
+    data, batch_size = recipe.data, recipe.training["per_device_train_batch_size"]
+    model = LNFreeForCausalLM(recipe.build_config()).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    input_ids = torch.randint(model.config.vocab_size, (batch_size, data.block_size), device=device)
+    probe = torch.randint(model.config.vocab_size, (data.entropy_sequences, data.block_size))
+    callback = AttentionEntropyCallback(probe, data.entropy_steps, Path(), lambda scalars: None)
+
+    def step():
+        model(input_ids, labels=input_ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds: dict[str, list[float]] = {"step_seconds": [], "measure_seconds": []}
+    for index in range(repeats + 1):
+        for name, run in (("step_seconds", step), ("measure_seconds", lambda: callback.measure(model))):
+            _synchronize(device)
+            start = time.perf_counter()
+            run()
+            _synchronize(device)
+            if index:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    between = data.entropy_steps * medians["step_seconds"]
+    return {**medians, "share": medians["measure_seconds"] / (between + medians["measure_seconds"])}
+
+
 def growth_exponent(lengths: list[int], values: list[float]) -> float:
     """Slope of log(value) over log(T) by least squares; NaN for one length, or if a value is not above 0."""
     if len(lengths) < 2 or min(values) <= 0:
@@ -148,7 +188,8 @@ def growth_exponent(lengths: list[int], values: list[float]) -> float:
 def benchmark(device: str, lengths: list[int], repeats: int) -> dict[str, Any]:
     """
     Figures of one device: `rows`, one a length, with the figures of `measure_time` and the peak `mib` of every mode;
-    `growth`, the exponents of the time that `record` and `maps` add and of the peak memory of their passes.
+    `growth`, the exponents of the time that `record` and `maps` add and of the peak memory of their passes;
+    `callback`, the figures of `measure_callback`.
     """
     # memory first: on the CPU the processes are forked while this one has computed nothing
     memory = {length: {mode: measure_memory(mode, length, device) for mode in MODES} for length in lengths}
@@ -161,14 +202,15 @@ def benchmark(device: str, lengths: list[int], repeats: int) -> dict[str, Any]:
         for mode in ("record", "maps")
     }
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "repeats": repeats, "rows": rows, "growth": growth}
+    callback = measure_callback(device, repeats)
+    return {"device": name, "repeats": repeats, "rows": rows, "growth": growth, "callback": callback}
 
 
 def to_markdown(results: dict[str, Any]) -> str:
     """The table of one device."""
     lines = [
         f"{results['device']}; GPT-2 small's width with {SHAPE['n_layer']} layers, batch 1, float32; medians of "
-        f"{results['repeats']}.",
+        f"{results['repeats']} rounds (more at T < 2048, as many times as T is shorter).",
         "",
         "| T | plain pass (ms) | `record` adds (ms) | maps add (ms) | maps / `record` | pass: `record` / plain "
         "| pass: maps / plain | plain peak (MiB) | `record` adds (MiB) | maps add (MiB) |",
@@ -183,10 +225,14 @@ def to_markdown(results: dict[str, Any]) -> str:
             f"| {mib['record'] - mib['plain']:.1f} | {mib['maps'] - mib['plain']:.1f} |"
         )
     record, maps = (results["growth"][mode] for mode in ("record", "maps"))
+    callback = results["callback"]
     lines += [
         "",
         f"Powers of T: of the added time `record` {record['added_seconds']:.2f}, maps {maps['added_seconds']:.2f}; of "
         f"the peak memory of a pass, `record` {record['peak_mib']:.2f}, maps {maps['peak_mib']:.2f}.",
+        "",
+        f"Training by the recipe `quick`: a step {1e3 * callback['step_seconds']:.0f} ms, a measurement "
+        f"{1e3 * callback['measure_seconds']:.0f} ms, {100 * callback['share']:.2f} % of the training time.",
     ]
     return "\n".join(lines)
 

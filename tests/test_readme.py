@@ -1,7 +1,9 @@
 """The README's Python runs as it stands there, on an exported model, and what it pushes loads elsewhere."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from modeling_lnfree import LNFreeForCausalLM
 from training import data
@@ -38,9 +41,9 @@ def export_dir(tmp_path, monkeypatch):
     return folder
 
 
-def readme_code(heading: str) -> str:
+def readme_code(heading: str, index: int = 0) -> str:
     section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[index]
 
 
 def run_outside(code: str, folder: Path, **environment) -> str:
@@ -98,6 +101,28 @@ def test_attention_entropy_of_any_model(export_dir):
     scope = {"model": model, "batch": {"input_ids": torch.arange(9)[None]}}
     exec(readme_code("Attention entropy of any model"), scope)
     assert scope["record"].entropy.shape == (model.config.num_hidden_layers, model.config.num_attention_heads)
+
+
+def test_metric_of_the_readme_on_an_export(export_dir, tmp_path):
+    outside = tmp_path / "outside"
+    metric = "modeling_lnfree/metrics/attention_entropy"
+    shutil.copytree(ROOT / metric, outside / metric, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", outside)
+    code = readme_code("Attention entropy of any model", 1)
+    code = code.replace("runs/quick/exports/lnfree-gpt2-sm-r-t128", str(export_dir))
+    code += "import json\nprint(json.dumps([result['entropy'], list(texts), result['num_queries']]))"
+    entropy, texts, num_queries = json.loads(run_outside(code, outside).splitlines()[-1])
+
+    model = LNFreeForCausalLM.from_pretrained(export_dir, attn_implementation="eager").eval().double()
+    tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    total, count = 0, 0
+    with torch.no_grad():
+        for text in texts:
+            input_ids = tokenizer(text, truncation=True, max_length=128, return_tensors="pt")["input_ids"]
+            maps = torch.stack(model(input_ids, output_attentions=True).attentions)  # (layers, 1, heads, T, T)
+            total, count = total + torch.special.entr(maps).sum((1, 3, 4)), count + input_ids.shape[1]
+    assert count == num_queries
+    torch.testing.assert_close(torch.tensor(entropy).double(), total / count, atol=2e-5, rtol=0)
 
 
 def test_variants_of_the_readme_exist():

@@ -91,7 +91,13 @@ def test_wrong_recipe_is_one_clear_line(values, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- a\n- b", "key: value"), ("a: [", "not YAML"), (None, "cannot be read")]
+    ("text", "message"),
+    [
+        ("- a\n- b", "key: value"),
+        ("a: [", "cannot be read: while parsing"),
+        ("seed: 1\nvariant: SM+R\nseed: 2", "'seed' is given twice.* line 3"),
+        (None, "cannot be read: .*No such file"),
+    ],
 )
 def test_file_that_is_no_recipe(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"

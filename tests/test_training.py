@@ -282,7 +282,8 @@ def test_two_processes_by_torchrun_measure_the_same_entropy(runs_dir, recipe_val
         outputs.append((train.read_results(run_dir), callbacks.read_records(run_dir / "attention_entropy.jsonl")))
     (one, one_records), (two, two_records) = outputs
     assert one["train_tokens"] == two["train_tokens"] == 8 * 4 * 16
-    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
+    # of which the last batches do not fill both processes
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
     for ours, theirs in zip(one_records, two_records, strict=True):
         torch.testing.assert_close(torch.tensor(ours["entropy"]), torch.tensor(theirs["entropy"]), atol=1e-4, rtol=0)
 

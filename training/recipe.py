@@ -27,6 +27,18 @@ class RecipeError(ValueError):
     """A recipe that a person has to mend; its message is one line for them."""
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, and not the last one silently the winner."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 @dataclass
 class DataArguments:
     """What is trained on, and what is measured on the way; the fields that neither the model nor the Trainer has."""
@@ -125,11 +137,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} must be lines of 'key: value', got {type(values).__name__}")
     for override in overrides or []:

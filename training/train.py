@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from datasets import Dataset
 from filelock import FileLock, Timeout
@@ -65,6 +66,21 @@ class LNFreeTrainer(Trainer):
     def get_decay_parameter_names(self, model) -> list[str]:
         names = super().get_decay_parameter_names(model)
         return [name for name in names if self.decay_slopes or not name.endswith("negative_slope")]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # A loss for every sequence: the Trainer's own, of a batch, also counts the sequences that fill up the last
+        # batches of several processes. As predictions they are gathered without those.
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits[:, :-1].float()  # (B, T - 1, V)
+            nll = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none").mean(1)  # (B,)
+        return nll.mean(), nll, labels
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics["eval_loss"] = output.metrics.pop("eval_nll")
+        return output
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         for prefix in ("", "eval_"):
@@ -141,6 +157,7 @@ def train(recipe: Recipe) -> Path:
         train_dataset=blocks["train"],
         eval_dataset=_spread(blocks["eval"], recipe.data.eval_sequences),
         data_collator=_collate,
+        compute_metrics=lambda prediction: {"nll": prediction.predictions.mean(dtype="float64").item()},
         processing_class=tokenizer,
         decay_slopes=recipe.data.decay_slopes,
         milestones=recipe.data.milestones or [],

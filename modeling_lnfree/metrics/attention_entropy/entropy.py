@@ -157,7 +157,8 @@ def _entropy(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Entropy, and number of the seen scores whose query or key holds an infinity, both `(batch, heads, T)`."""
+    """Entropy, `(batch, heads, T)`, and number of the seen scores whose query or key holds an infinity, of the same
+    shape or one 0 for all."""
     batch, heads, num_queries, _ = query.shape
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
@@ -168,7 +169,7 @@ def _entropy(
         with torch.autocast(query.device.type, enabled=False):
             entropy = _kernel_entropy(kernel, query, key - visibility.mean_key(key.detach()), visibility, scaling)
         if entropy.isfinite().all():
-            return entropy.clamp(min=0.0), torch.zeros(batch, heads, num_queries)
+            return entropy.clamp_(min=0.0), entropy.new_zeros(1, 1, 1)
     query_size, key_size = query.detach().abs().amax(-1), key.detach().abs().amax(-1)
     # a broken key would spoil, as a value of weight zero, the queries that do not see it
     key = key.nan_to_num(0.0, 0.0, 0.0)
@@ -309,7 +310,7 @@ class AttentionEntropyRecord:
     """
 
     def __init__(self, model: nn.Module, on_layer: Callable[[int, Tensor], None] | None = None):
-        layers = {name: module for name, module in model.named_modules() if _uses_attention_interface(module)}
+        layers = {name: module for name, module in model.named_modules() if _uses_attention_interface(type(module))}
         if not layers:
             raise ValueError(
                 f"{type(model).__name__} computes its attention itself and not by the attention interface of "
@@ -412,18 +413,19 @@ class AttentionEntropyRecord:
         sinks = None if implementation == "sdpa" else s_aux
         entropy, infinite = _entropy(query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks)
 
-        number = visibility.number().expand_as(entropy)
+        number = visibility.number()
         counted = number > 0
         padded = self._padded(attention_mask, origin, query)
         if padded is not None:
             counted = counted & ~padded[:, None]
-        if self._on_layer is not None:
-            self._on_layer(self._rows[module], entropy.masked_fill(~counted, torch.nan))
-        largest = (number + (sinks is not None)).log()
-        columns = (entropy, largest, entropy.isnan() * number, infinite, torch.ones_like(entropy))
-        dtype = torch.float32 if entropy.device.type == "mps" else torch.float64
-        total = torch.stack([torch.where(counted, column, 0).sum((0, 2), dtype=dtype) for column in columns], -1)
         row = self._rows[module]
+        if self._on_layer is not None:
+            self._on_layer(row, entropy.masked_fill(~counted, torch.nan))
+        largest = (number + (sinks is not None)).log()
+        dtype = torch.float32 if entropy.device.type == "mps" else torch.float64
+        columns = (entropy, largest, entropy.isnan() * number, infinite, torch.ones_like(largest))
+        columns = torch.stack(torch.broadcast_tensors(*columns), -1)
+        total = torch.where(counted[..., None], columns, 0).sum((0, 2), dtype=dtype)
         self._totals[row] = self._totals[row] + total if len(self._totals[row]) else total
 
     def _padded(
@@ -504,8 +506,9 @@ def _flash_visible(
     return functools.reduce(torch.logical_and, masks) if masks else None
 
 
-def _uses_attention_interface(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+@functools.cache
+def _uses_attention_interface(kind: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
