@@ -135,13 +135,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         RecipeError: for an unknown key (it names the nearest known one), a value of the wrong type, a model that the
             configuration refuses, and checkpoints that could not be resumed exactly.
     """
-    path = Path(path)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"the recipe {path} must be lines of 'key: value', got {type(values).__name__}")
+    values = read_values(path, "recipe")
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator:
@@ -151,6 +145,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         except yaml.YAMLError:
             raise RecipeError(f"the value of {override!r} is not YAML") from None
     return build_recipe(values)
+
+
+def read_values(path: str | Path, kind: str) -> dict[str, Any]:
+    """The `key: value` lines of a YAML file; raises RecipeError, which calls it a `kind`, for any other file."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"the {kind} {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"the {kind} {path} must be lines of 'key: value', got {type(values).__name__}")
+    return values
 
 
 def build_recipe(values: dict[str, Any]) -> Recipe:

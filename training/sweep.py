@@ -17,11 +17,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from .callbacks import read_records
-from .recipe import Recipe, RecipeError, load_recipe
+from .recipe import Recipe, RecipeError, load_recipe, read_values
 from .train import LOCK, RESULTS, build_arguments, check_same_recipe, read_results
 
 
@@ -96,14 +95,9 @@ def load_sweep(path: str | Path) -> tuple[Path, list[Run]]:
             a folder, and a folder that holds a run of another recipe.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the sweep {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the sweep {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("grids"), list):
-        raise RecipeError(f"the sweep {path} must be lines of 'key: value' with a list 'grids'")
+    values = read_values(path, "sweep")
+    if not isinstance(values.get("grids"), list):
+        raise RecipeError(f"the sweep {path} must have a list 'grids', got {values.get('grids')!r}")
     runs_dir = Path(values.pop("output_dir", None) or f"runs/{path.stem}")
     grids = values.pop("grids")
     recipes: dict[Path, Recipe] = {}
