@@ -22,54 +22,11 @@ from training.recipe import RecipeError, build_recipe
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("cache")
-        patch.setattr(data, "HF_HOME", str(cache))
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
-        patch.setenv("HF_HOME", str(cache))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
-    texts = [f"def f{i}(x, y):\n    return x * {i} + y - {i * i % 97}\n" * (3 + i % 5) for i in range(120)]
-    path.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
-def recipe_values(corpus):
-    return {
-        "dataset": str(corpus),
-        "eval_fraction": 0.2,
-        "vocab_size": 300,
-        "block_size": 16,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "initializer_range": 0.1,
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "warmup_steps": 0.05,
-        "lr_scheduler_type": "linear",
-        "logging_steps": 2,
-        "entropy_steps": 3,
-        "entropy_sequences": 5,
-        "save_steps": 4,
-        "save_total_limit": 1,
-        "disable_tqdm": True,
-    }
-
-
-@pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory, recipe_values):
+def runs_dir(tmp_path_factory, own_cache, recipe_values):
     folder = tmp_path_factory.mktemp("runs")
     for variant in [*VARIANTS, "SM+LR-layer"]:
         train.train(build_recipe({**recipe_values, "variant": variant, "output_dir": str(folder / variant)}))

@@ -105,8 +105,8 @@ def append_record(path: Path, record: dict[str, Any]):
 
 
 def drop_records_after(path: Path, step: int):
-    """Makes a measurement file what it was at `step`."""
-    kept = [record for record in read_records(path) if record["step"] <= step]
+    """Makes a measurement file what it was at `step`; a run that starts again at step 0 also measures that again."""
+    kept = [record for record in read_records(path) if record["step"] <= step] if step else []
     aside = path.with_suffix(".aside")
     aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(aside, path)

@@ -33,7 +33,7 @@ def build_html(
     for group, runs in zip(groups, runs_of_groups, strict=True):
         figures = [
             ("Perplexity on the way", "evaluated on a part of the evaluation data", plot_evaluations(runs)),
-            ("Gradient norm", "before clipping; the median of every 20 steps", plot_gradient_norms(runs)),
+            ("Gradient norm", "before clipping; the median of every 10 steps", plot_gradient_norms(runs)),
             (
                 "Attention entropy by layer",
                 "mean over heads on the probe batch; dotted: the largest that a causal head can have",
@@ -112,18 +112,18 @@ def plot_evaluations(runs: list[dict[str, Any]]) -> str | None:
 
 
 def plot_gradient_norms(runs: list[dict[str, Any]]) -> str | None:
-    """Gradient norm over steps: the median of every 20 steps, a line a run."""
+    """Gradient norm over steps: the median of every 10 steps, a line a run."""
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     drawn = False
     for colour, (name, seeds) in zip(_colours(), _by_configuration(runs).items(), strict=False):
         for index, run in enumerate(seeds):
             records = read_records(run["folder"] / "gradient_norm.jsonl")
             norms = np.array([norm for record in records for norm in record["norms"]])
-            medians = [np.median(norms[start : start + 20]) for start in range(0, len(norms), 20)]
+            medians = [np.median(norms[start : start + 10]) for start in range(0, len(norms), 10)]
             if medians:
                 drawn = True
                 label = name if index == 0 else None
-                axis.plot(20 * np.arange(len(medians)), medians, color=colour, linewidth=1, label=label)
+                axis.plot(10 * np.arange(1, len(medians) + 1), medians, color=colour, linewidth=1, label=label)
     axis.set(xlabel="step", ylabel="gradient norm", yscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
@@ -169,6 +169,7 @@ def plot_layers(
             axis.plot(steps, values[:, layer], color=colour, label=f"layer {layer}", linewidth=1.2)
         if limit is not None:
             axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
+            axis.set_ylim(0, 1.05 * limit)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -181,7 +182,7 @@ def plot_layers(
 
 
 def _colours() -> list:
-    return list(plt.get_cmap("tab20").colors)
+    return [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
 
 
 def _finish_figure(figure) -> str:
