@@ -1,5 +1,6 @@
 """Sweeps: which runs a file means, that they survive anything, and what several seeds show."""
 
+import functools
 import itertools
 import json
 import math
@@ -36,16 +37,16 @@ def processes(monkeypatch):
 
 @pytest.fixture
 def write_sweep(tmp_path, recipe_values):
-    """Writes a sweep of tiny runs, and the recipe that it takes."""
+    return functools.partial(write_sweep_into, tmp_path, recipe_values)
 
-    def write(grids, **common) -> Path:
-        values = {**recipe_values, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 2}
-        (tmp_path / "base.yaml").write_text(yaml.safe_dump(values))
-        content = {"recipe": "base.yaml", "output_dir": str(tmp_path / "runs"), **common, "grids": grids}
-        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        return tmp_path / "sweep.yaml"
 
-    return write
+def write_sweep_into(folder: Path, recipe_values, grids, **common) -> Path:
+    """A sweep of tiny runs, and the recipe that it takes."""
+    values = {**recipe_values, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 2}
+    (folder / "base.yaml").write_text(yaml.safe_dump(values))
+    content = {"recipe": "base.yaml", "output_dir": str(folder / "runs"), **common, "grids": grids}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "sweep.yaml"
 
 
 def names(path) -> list[str]:
@@ -193,6 +194,44 @@ def test_runs_in_turn_and_together_and_a_failure_stops_no_other(write_sweep, tmp
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+def test_every_job_has_a_gpu_and_its_share_of_the_cores(write_sweep, monkeypatch):
+    _, runs = sweep.load_sweep(write_sweep([{"seed": [1, 2, 3, 4]}]))
+    started: list[dict] = []
+
+    class Process:
+        returncode = 1
+
+        def __init__(self, command, env, **kwargs):
+            self.running = True
+            started.append({key: env[key] for key in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")})
+
+        def poll(self):
+            return None if self.running else self.returncode
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Process)
+    monkeypatch.setattr(sweep.os, "cpu_count", lambda: 13)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    sweep._advance(runs, jobs=3)
+    # the second one ends, and the fourth takes its place
+    runs[1].process.running = False
+    sweep._advance(runs, jobs=3)
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in started] == ["2", "5", "7", "5"]
+    assert {environment["OMP_NUM_THREADS"] for environment in started} == {"4"}
+    assert [run.state for run in runs] == ["running", "failed", "running", "running"]
+
+
+def test_run_that_another_sweep_started_first_is_no_failure(write_sweep, tmp_path):
+    path = write_sweep([{"variant": "SM+R"}])
+    _, [run] = sweep.load_sweep(path)
+    run.folder.mkdir(parents=True)
+    with FileLock(run.folder / ".lock"):
+        sweep._start(run, jobs=1)
+        assert run.process.wait(timeout=120) == 1
+        assert sweep._outcome(run) == ("elsewhere", "")
+    assert sweep._outcome(run)[1].startswith("another process is training in ")
+
+
 def test_progress_tells_the_time_left(write_sweep, tmp_path, monkeypatch, capsys):
     _, runs = sweep.load_sweep(write_sweep([{"seed": [1, 2, 3]}], max_steps=100))
     moments = itertools.count(step=10)
@@ -250,12 +289,22 @@ def wait_for(condition, seconds: float = 300) -> bool:
     return False
 
 
+LENGTH = {"max_steps": 200, "save_steps": 10, "eval_steps": 50}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, own_cache, recipe_values):
+    folder = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        sweep.sweep(write_sweep_into(folder, recipe_values, GRIDS, **LENGTH), jobs=2)
+    return table(folder / "runs")
+
+
 @pytest.fixture
-def long_sweep(write_sweep, tmp_path):
-    """A sweep of some seconds a run, and the table of an unbroken one."""
-    unbroken = write_sweep(GRIDS, max_steps=200, save_steps=10, output_dir=str(tmp_path / "unbroken"))
-    sweep.sweep(unbroken, jobs=2)
-    return write_sweep(GRIDS, max_steps=200, save_steps=10), table(tmp_path / "unbroken")
+def long_sweep(write_sweep, unbroken):
+    """A sweep of some seconds a run, and the table of one that was never interrupted."""
+    return write_sweep(GRIDS, **LENGTH), unbroken
 
 
 @pytest.mark.slow

@@ -321,6 +321,13 @@ DAMAGE = {
 }
 
 
+def test_run_killed_after_its_last_checkpoint_only_evaluates_again(values, run_dir, tmp_path, capsys):
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
+    assert_same_result(tmp_path / "run", run_dir)
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_checkpoint_is_told_and_the_one_before_taken(values, run_dir, tmp_path, damage, capsys):
     shutil.copytree(run_dir, tmp_path / "run")

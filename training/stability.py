@@ -43,6 +43,7 @@ class StabilityCallback(TrainerCallback):
         self.run_dir, self.model = run_dir, model
         self.path = run_dir / "gradient_norm.jsonl"
         self.pending: list[float] = []
+        self.writes = True
         self.batch: dict[str, torch.Tensor] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):

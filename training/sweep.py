@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from .callbacks import read_records
@@ -38,6 +39,7 @@ class Run:
     max_steps: int
     state: str = "waiting"  # waiting, running, elsewhere, finished, failed
     reason: str = ""
+    slot: int = 0
     process: subprocess.Popen | None = None
 
     @property
@@ -155,6 +157,7 @@ def _advance(runs: list[Run], jobs: int) -> bool:
     active = [run for run in runs if run.state in ("running", "elsewhere")]
     waiting = [run for run in runs if run.state == "waiting"]
     for run in waiting[: max(0, jobs - len(active))]:
+        run.slot = min(set(range(jobs)) - {other.slot for other in active if other.state == "running"})
         _start(run, jobs)
         active.append(run)
     return bool(active)
@@ -163,6 +166,9 @@ def _advance(runs: list[Run], jobs: int) -> bool:
 def _outcome(run: Run) -> tuple[str, str]:
     if run.process.returncode == 0 and (run.folder / RESULTS).is_file():
         return "finished", ""
+    if _is_claimed(run.folder):
+        # another sweep was quicker
+        return "elsewhere", ""
     lines = [line for line in (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines() if line]
     if run.process.returncode < 0:
         return "failed", f"killed by {signal.Signals(-run.process.returncode).name}"
@@ -183,6 +189,10 @@ def _start(run: Run, jobs: int):
     # more threads than cores make every one of them wait for the others
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    if "," in devices:
+        # one GPU a run: left to itself, the Trainer takes them all
+        environment["CUDA_VISIBLE_DEVICES"] = devices.split(",")[run.slot % len(devices.split(","))]
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / LOG).open("a", encoding="utf-8") as log:

@@ -27,7 +27,8 @@ import yaml
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
@@ -179,7 +180,13 @@ def train(recipe: Recipe) -> Path:
     with arguments.main_process_first(desc="reading the last checkpoint"):
         checkpoint = last_whole_checkpoint(run_dir)
     with _disk_errors_explained(run_dir):
-        runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        runtime = None
+        if checkpoint is not None and _is_trained(checkpoint):
+            # the Trainer would make one step more
+            trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            trainer._load_from_checkpoint(checkpoint)
+        else:
+            runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
         with torch.no_grad(), record_attention_entropy(model) as record:
             metrics = trainer.evaluate(blocks["eval"])
         if trainer.is_world_process_zero():
@@ -188,6 +195,11 @@ def train(recipe: Recipe) -> Path:
             metrics["train_tokens"] = trainer.state.global_step * tokens_per_step
             _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None)
     return run_dir
+
+
+def _is_trained(checkpoint: str) -> bool:
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
 
 
 def perplexity(nll: float) -> float:
@@ -235,7 +247,8 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
     lock = FileLock(run_dir / LOCK)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        # a sweep that looks whether the folder is free holds the lock for a moment
+        lock.acquire(timeout=1)
     except Timeout:
         raise RecipeError(f"another process is training in {run_dir}") from None
     except OSError as error:
