@@ -146,9 +146,9 @@ def _notes(summary: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
     notes = []
     for pair in summary["pairs"]:
         first, second, change = pair["first"], pair["second"], pair["change"]
-        note = (
-            f"{first} against {second}, paired over {len(change['by_seed'])} seeds: {change['mean']:+.2f} % perplexity"
-        )
+        number = len(change["by_seed"])
+        note = f"{first} against {second}, paired over {number} seed{'s' if number > 1 else ''}: "
+        note += f"{change['mean']:+.2f} % perplexity"
         if change["t_interval"] is None:
             note += f" (fewer than {LEAST_SEEDS} seeds: no interval)."
         else:

@@ -105,8 +105,8 @@ def plot_evaluations(runs: list[dict[str, Any]]) -> str | None:
         values = np.array([[value for _, value in curve[:length]] for curve in curves])  # (seeds, evaluations)
         axis.plot(tokens, values.mean(0), color=colour, label=f"{name} ({len(seeds)})", linewidth=1.4)
         axis.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-    axis.set(xlabel="million training tokens", ylabel="perplexity", yscale="log")
-    axis.grid(alpha=0.3, which="both")
+    axis.set(xlabel="million training tokens", ylabel="perplexity")
+    _make_logarithmic(axis)
     axis.legend(fontsize=8, title="configuration (seeds)", title_fontsize=8)
     return _finish_figure(figure) if drawn else _drop(figure)
 
@@ -124,8 +124,8 @@ def plot_gradient_norms(runs: list[dict[str, Any]]) -> str | None:
                 drawn = True
                 label = name if index == 0 else None
                 axis.plot(10 * np.arange(1, len(medians) + 1), medians, color=colour, linewidth=1, label=label)
-    axis.set(xlabel="step", ylabel="gradient norm", yscale="log")
-    axis.grid(alpha=0.3, which="both")
+    axis.set(xlabel="step", ylabel="gradient norm")
+    _make_logarithmic(axis)
     axis.legend(fontsize=8)
     return _finish_figure(figure) if drawn else _drop(figure)
 
@@ -174,11 +174,19 @@ def plot_layers(
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if log:
-            axis.set_yscale("log")
+            _make_logarithmic(axis)
     for axis in axes[:, 0]:
         axis.set_ylabel(label)
-    axes.flat[0].legend(fontsize=7)
+    most = max(axes.flat, key=lambda axis: len(axis.get_legend_handles_labels()[0]))
+    figure.legend(*most.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return _finish_figure(figure)
+
+
+def _make_logarithmic(axis):
+    axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axis.grid(alpha=0.3, which="both")
 
 
 def _colours() -> list:
