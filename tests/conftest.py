@@ -1,5 +1,7 @@
 """Tiny models of every variant on both backbones."""
 
+import json
+
 import pytest
 import torch
 
@@ -21,6 +23,52 @@ VARIANTS = (
     "SM+LR-global",
     "SM+R-noLNf",
 )
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """Data sets and tokenizers of their own for a module that trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setattr("training.data.HF_HOME", str(cache))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
+        patch.setenv("HF_HOME", str(cache))
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    texts = [f"def f{i}(x, y):\n    return x * {i} + y - {i * i % 97}\n" * (3 + i % 5) for i in range(120)]
+    path.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe_values(corpus):
+    """A model that trains in a second."""
+    return {
+        "dataset": str(corpus),
+        "eval_fraction": 0.2,
+        "vocab_size": 300,
+        "block_size": 16,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.1,
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "warmup_steps": 0.05,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 2,
+        "entropy_steps": 3,
+        "entropy_sequences": 5,
+        "save_steps": 4,
+        "save_total_limit": 1,
+        "disable_tqdm": True,
+    }
 
 
 @pytest.fixture(autouse=True)

@@ -16,60 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM
-from training import callbacks, cli, data, train
+from training import callbacks, cli, data, stability, train
 from training.recipe import RecipeError, build_recipe
 
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("cache")
-        patch.setattr(data, "HF_HOME", str(cache))
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
-        patch.setenv("HF_HOME", str(cache))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
-    texts = [f"def f{i}(x, y):\n    return x * {i} + y - {i * i % 97}\n" * (3 + i % 5) for i in range(120)]
-    path.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
-def recipe_values(corpus):
-    return {
-        "dataset": str(corpus),
-        "eval_fraction": 0.2,
-        "vocab_size": 300,
-        "block_size": 16,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "initializer_range": 0.1,
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "warmup_steps": 0.05,
-        "lr_scheduler_type": "linear",
-        "logging_steps": 2,
-        "entropy_steps": 3,
-        "entropy_sequences": 5,
-        "save_steps": 4,
-        "save_total_limit": 1,
-        "disable_tqdm": True,
-    }
-
-
-@pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory, recipe_values):
+def runs_dir(tmp_path_factory, own_cache, recipe_values):
     folder = tmp_path_factory.mktemp("runs")
     for variant in [*VARIANTS, "SM+LR-layer"]:
         train.train(build_recipe({**recipe_values, "variant": variant, "output_dir": str(folder / variant)}))
@@ -148,8 +105,9 @@ def test_measuring_changes_nothing(runs_dir, recipe_values, tmp_path):
 def test_nan_in_the_attention_is_counted_and_never_a_number(runs_dir):
     model = LNFreeForCausalLM.from_pretrained(runs_dir / "SM+R" / "model").eval()
     model.model.layers[1].self_attn.q_proj.weight.data[:8] = math.nan  # the first of two heads
-    callback = callbacks.AttentionEntropyCallback(torch.randint(300, (3, 16)), 1, Path("unused"), print)
-    record, scalars = callback.measure(model)
+    probe = torch.randint(300, (3, 16))
+    callback = callbacks.MeasurementCallback([callbacks.AttentionEntropy()], probe, 1, Path("unused"), print)
+    [(record, scalars)] = callback.measure(model)
     assert math.isnan(record["entropy"][1][0]) and record["nan_count"][1] > 0 == record["nan_count"][0]
     assert math.isfinite(record["entropy"][0][0]) and math.isnan(scalars["attention_entropy/layer_1/mean"])
 
@@ -202,12 +160,12 @@ def kill(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if {moment!r} == "after a checkpoint":
-    measure = callbacks.AttentionEntropyCallback.on_step_end
+    measure = callbacks.MeasurementCallback.on_step_end
     def on_step_end(self, args, state, control, **kwargs):
         measure(self, args, state, control, **kwargs)
         if state.global_step == 6:
             kill()
-    callbacks.AttentionEntropyCallback.on_step_end = on_step_end
+    callbacks.MeasurementCallback.on_step_end = on_step_end
 else:
     save = Trainer._save_optimizer_and_scheduler
     def save_or_die(self, folder):
@@ -232,11 +190,13 @@ train.train(load_recipe({str(path)!r}))
     assert records[0] == records[1]
 
 
-def test_diverged_run_ends_and_is_compared(recipe_values, tmp_path, capsys):
+def test_diverged_run_ends_with_a_report_and_is_told_by_compare(runs_dir, recipe_values, tmp_path):
     values = {**recipe_values, "variant": "SM+G-noLNf", "learning_rate": 1e30, "max_grad_norm": 0.0}
-    train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
-    assert not math.isfinite(train.read_results(tmp_path / "run")["perplexity"])
+    with pytest.raises(stability.UnstableRunError, match="is unstable at step 3, layer 0: the gradient"):
+        train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
+    (tmp_path / "SM+R").symlink_to(runs_dir / "SM+R")
     assert cli.main(["compare", str(tmp_path)]) == 0
+    assert "is unstable at step 3, layer 0" in (tmp_path / "report" / "report.md").read_text()
     assert train.perplexity(1e4) == math.inf
 
 
@@ -329,7 +289,7 @@ def test_export_loads_outside_the_project_with_equal_logits(runs_dir, corpus, tm
     out_dir = tmp_path / "lnfree-tiny"
     assert cli.main(["export", str(runs_dir / variant), str(out_dir)]) == 0
     names = {path.relative_to(out_dir).as_posix() for path in out_dir.rglob("*") if path.is_file()}
-    assert names - {"negative_slope.jsonl"} == {
+    assert names - {"negative_slope.jsonl", "zero_activations.jsonl"} == {
         "README.md",
         "attention_entropy.jsonl",
         "block.png",
@@ -337,16 +297,20 @@ def test_export_loads_outside_the_project_with_equal_logits(runs_dir, corpus, tm
         "configuration_lnfree.py",
         "curves.png",
         "generation_config.json",
+        "gradient_norm.jsonl",
         "heat_map.png",
         "log_history.json",
         "model.safetensors",
         "modeling_lnfree.py",
         "probe/logits.safetensors",
         "recipe.yaml",
+        "residual_stream.jsonl",
         "results.json",
+        "speed.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    assert ("zero_activations.jsonl" in names) == (variant == "SM+R")
     assert ("negative_slope.jsonl" in names) == (variant == "SM+LR-layer")
     # every Auto class, in a process of our own making beside the one that the export made
     script = """

@@ -40,7 +40,7 @@ from transformers import (
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, record_attention_entropy
 
-from .callbacks import AttentionEntropyCallback
+from .callbacks import AttentionEntropy, MeasurementCallback, ResidualStream, ZeroActivations
 from .recipe import RecipeError, load_recipe
 from .train import write_atomically
 
@@ -334,22 +334,27 @@ def benchmark_entropy_in_training(sizes: list[str], rounds: int, device: str) ->
 
 
 def benchmark_callback(rounds: int, device: str) -> list[dict[str, Any]]:
-    """The share of training time that the entropy callback of `lnfree train` takes by the recipe `quick`."""
+    """The share of training time that the measurements of `lnfree train` take by the recipe `quick`, SM+R."""
     recipe = load_recipe(QUICK)
     data, batch_size = recipe.data, recipe.training["per_device_train_batch_size"]
-    model = LNFreeForCausalLM(recipe.build_config()).to(device)
+    model = build_lnfree("SM+R", "quick", data.block_size, device)
     input_ids = torch.randint(model.config.vocab_size, (batch_size, data.block_size), device=device)
     probe = torch.randint(model.config.vocab_size, (data.entropy_sequences, data.block_size))
-    callback = AttentionEntropyCallback(probe, data.entropy_steps, Path(), lambda scalars: None)
-    runs = {"step": training_step(model, input_ids), "measurement": lambda: callback.measure(model)}
+    measured = {"entropy": [AttentionEntropy()], "all": [AttentionEntropy(), ResidualStream(), ZeroActivations()]}
+    runs = {"step": training_step(model, input_ids)}
+    for name, quantities in measured.items():
+        callback = MeasurementCallback(quantities, probe, data.entropy_steps, Path(), lambda scalars: None)
+        runs[name] = partial(callback.measure, model)
     seconds = medians(take_turns(runs, rounds, device))
     between = data.entropy_steps * seconds["step"]
     return [
         {
+            "measured": name,
             "step ms": 1e3 * seconds["step"],
-            "measurement ms": 1e3 * seconds["measurement"],
-            "share of the time": seconds["measurement"] / (between + seconds["measurement"]),
+            "measurement ms": 1e3 * seconds[name],
+            "share of the time": seconds[name] / (between + seconds[name]),
         }
+        for name in measured
     ]
 
 
@@ -529,7 +534,7 @@ SECTIONS = {
     "step": "A training step",
     "entropy": "What measuring attention entropy adds to a forward pass",
     "training-entropy": "Entropy measured in every training step",
-    "callback": "Entropy measured by the recipe's cadence",
+    "callback": "What is measured on the way, at the recipe's cadence",
     "generation": "Generating 128 tokens",
     "command": "The training command",
     "start": "Starting",

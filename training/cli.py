@@ -25,6 +25,15 @@ def main(argv: list[str] | None = None) -> int:
         help="fields of the recipe, of LNFreeConfig, or of transformers' TrainingArguments",
     )
 
+    sweep = _add_verb(
+        verbs,
+        "sweep",
+        "train the runs of a sweep that are not finished, each in its own process",
+        "lnfree sweep training/sweeps/study.yaml --jobs 2",
+    )
+    sweep.add_argument("sweep", metavar="SWEEP.yaml")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+
     compare = _add_verb(
         verbs,
         "compare",
@@ -119,6 +128,14 @@ def main(argv: list[str] | None = None) -> int:
             from .train import train
 
             train(load_recipe(arguments.recipe, arguments.overrides))
+        elif arguments.verb == "sweep":
+            import signal
+
+            from .sweep import sweep as run_sweep
+
+            # as Ctrl-C: the runs end with the sweep
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            run_sweep(arguments.sweep, arguments.jobs)
         elif arguments.verb == "compare":
             from .compare import compare
 

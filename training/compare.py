@@ -1,15 +1,18 @@
-"""Finished runs -> the paper's table (Markdown and JSON), heat maps of attention entropy, curves over training."""
+"""Finished runs -> the paper's table (Markdown, JSON, HTML), heat maps of attention entropy, curves over training."""
 
 import json
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
 
 from .callbacks import read_records
-from .recipe import RecipeError
+from .recipe import MODEL_FIELDS, RecipeError
+from .report import build_html
+from .seeds import LEAST_SEEDS, configuration, summarise
+from .stability import REPORT, describe
 from .train import RESULTS, read_results, write_atomically
 
 
@@ -18,12 +21,19 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backe
 
 
 PAPERS_ORDER = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
+# fields of a recipe that decide a run's result, but for variant and seed
+DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "norm_type", "final_norm_type"} | {
+    *("dataset_config", "eval_dataset", "eval_fraction", "text_column", "tokenizer"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
+    *("lr_scheduler_type", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "bf16"),
+}
 RANGES = ["[0, max/4)", "[max/4, max/2)", "[max/2, 3max/4)", "[3max/4, max]"]
 
 
 def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     """
-    Compares the finished runs below a folder; writes `report.md`, `comparison.json`, `heat_maps.png`, `curves.png`.
+    Compares the finished runs below a folder; writes `report.md`, `report.html` (one file, for a browser),
+    `comparison.json`, `heat_maps.png`, `curves.png`.
 
     Args:
         runs_dir: folder whose subfolders are runs.
@@ -38,11 +48,14 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     runs_dir = Path(runs_dir)
     folders = sorted(path.parent for path in runs_dir.glob("*/recipe.yaml"))
     runs = [{"folder": folder, **read_results(folder)} for folder in folders if (folder / RESULTS).is_file()]
-    unfinished = [folder.name for folder in folders if not (folder / RESULTS).is_file()]
+    unfinished = {folder.name: _why_unstable(folder) for folder in folders if not (folder / RESULTS).is_file()}
     if not runs:
         raise RecipeError(f"no finished run in {runs_dir}: none of its subfolders has a {RESULTS}")
-    runs.sort(key=lambda run: (_setting(run), _order(run["variant"]), run["seed"]))
-    groups = [_compare_group(list(group)) for _, group in groupby(runs, key=_setting)]
+    runs.sort(key=lambda run: (setting_of(run), papers_order(run["variant"]), configuration(run), run["seed"]))
+    runs_of_groups = [list(group) for _, group in groupby(runs, key=setting_of)]
+    groups = [_compare_group(group) for group in runs_of_groups]
+    for group, title in zip(groups, _titles(runs_of_groups), strict=True):
+        group["title"] = title
 
     output = Path(output) if output is not None else runs_dir / "report"
     try:
@@ -55,24 +68,47 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     write_atomically(output / "comparison.json", json.dumps({"groups": groups, "unfinished": unfinished}, indent=1))
     report = _markdown(groups, unfinished)
     write_atomically(output / "report.md", report)
+    page = build_html(groups, runs_of_groups, unfinished, plot_heat_maps, RANGES)
+    write_atomically(output / "report.html", page)
     print(report)
-    print(f"report: {output / 'report.md'}")
+    print(f"report: {output / 'report.md'}, and for a browser {output / 'report.html'}")
     return output / "report.md"
 
 
-def _setting(run: dict[str, Any]) -> tuple:
-    """Runs are compared with each other within one setting."""
-    size = tuple(run["recipe"].get(key, 0) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    return run["backbone"], run["block_size"], run["dataset"], run["train_tokens"], size
+def setting_of(run: dict[str, Any]) -> tuple:
+    """Runs are compared with each other within one setting: all that decides the result but variant and seed."""
+    recipe = run["recipe"]
+    decisive = {key: recipe[key] for key in sorted(recipe.keys() & DECISIVE) if recipe[key] is not None}
+    return run["backbone"], run["block_size"], run["dataset"], run["train_tokens"], json.dumps(decisive)
 
 
-def _order(variant: str) -> tuple:
+def _titles(runs_of_groups: list[list[dict[str, Any]]]) -> list[str]:
+    """What the settings are, with the fields in which settings of the same backbone, T and tokens differ."""
+    settings = [setting_of(runs[0]) for runs in runs_of_groups]
+    titles = []
+    for *named, decisive in settings:
+        alike = [json.loads(other[-1]) for other in settings if list(other[:-1]) == named]
+        ours = json.loads(decisive)
+        differing = [key for key in ours if any(other.get(key) != ours[key] for other in alike)]
+        backbone, block_size, dataset, tokens = named
+        title = f"{backbone}, T={block_size}, {dataset}, {tokens:,} training tokens"
+        titles.append(", ".join([title, *(f"{key}={ours[key]}" for key in differing)]))
+    return titles
+
+
+def _why_unstable(folder: Path) -> str:
+    path = folder / REPORT
+    return describe(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""
+
+
+def papers_order(variant: str) -> tuple:
     return (PAPERS_ORDER.index(variant) if variant in PAPERS_ORDER else len(PAPERS_ORDER), variant)
 
 
 def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows of one setting; changes are against SM+LN+G of the same seed."""
-    perplexity = {(run["variant"], run["seed"]): run["perplexity"] for run in runs}
+    perplexity = {(configuration(run), run["seed"]): run["perplexity"] for run in runs}
+    summary = summarise(runs)
     rows = []
     for run in runs:
         baseline = perplexity.get(("SM+LN+G", run["seed"]))
@@ -80,6 +116,7 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
         rows.append(
             {
                 "variant": run["variant"],
+                "configuration": configuration(run),
                 "seed": run["seed"],
                 "perplexity": run["perplexity"],
                 "change_percent": None if baseline is None else 100 * (run["perplexity"] / baseline - 1),
@@ -101,16 +138,54 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
     ]
     first = runs[0]
     setting = {key: first[key] for key in ("backbone", "block_size", "dataset", "train_tokens")}
-    return {**setting, "rows": rows, "headline": headline}
+    return {**setting, "rows": rows, "headline": headline, "summary": summary, "notes": _notes(summary, runs)}
 
 
-def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
+def _notes(summary: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
+    """What the pairs show, and where learned slopes ended, in sentences."""
+    notes = []
+    for pair in summary["pairs"]:
+        first, second, change = pair["first"], pair["second"], pair["change"]
+        number = len(change["by_seed"])
+        note = f"{first} against {second}, paired over {number} seed{'s' if number > 1 else ''}: "
+        note += f"{change['mean']:+.2f} % perplexity"
+        if change["t_interval"] is None:
+            note += f" (fewer than {LEAST_SEEDS} seeds: no interval)."
+        else:
+            note += (
+                f" (95 % interval: {_percent(change['t_interval'])} by t, {_percent(change['bootstrap_interval'])} by "
+                "bootstrap, which is too narrow with few seeds)."
+            )
+        notes.append(note)
+        for seed, lead in pair["ahead"].items():
+            leader, behind = (first, second) if lead["first_leads"] else (second, first)
+            notes.append(
+                f"Seed {seed}: in the evaluations on the way {leader} is ahead of {behind} for good from "
+                f"{lead['from_tokens']:,} tokens on."
+            )
+    for run in runs:
+        if records := read_records(run["folder"] / "negative_slope.jsonl"):
+            first, last = (
+                ", ".join(f"{slope:.4f}" for slope in record["slopes"]) for record in (records[0], records[-1])
+            )
+            notes.append(f"{configuration(run)}, seed {run['seed']}: negative slopes from {first} to {last}.")
+    return notes
+
+
+def _percent(interval: list[float]) -> str:
+    return f"{interval[0]:+.2f} to {interval[1]:+.2f} %"
+
+
+def _markdown(groups: list[dict[str, Any]], unfinished: dict[str, str]) -> str:
     lines = ["# LNFree: comparison of the variants", ""]
     for group in groups:
         rows = group["rows"]
         lines += [
-            f"## {group['backbone']}, T={group['block_size']}, {group['dataset']}, "
-            f"{group['train_tokens']:,} training tokens",
+            f"## {group['title']}",
+            "",
+            "| configuration | seeds | perplexity | 95 % interval (t) | change | 95 % interval (t) | (bootstrap) |",
+            "|---" * 7 + "|",
+            *map(_summary_row, group["summary"]["configurations"]),
             "",
             "| configuration | seed | perplexity | change | evaluation tokens | parameters | NaNs | "
             + " | ".join(f"heads in {name}" for name in RANGES)
@@ -121,8 +196,8 @@ def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
             change = "" if row["change_percent"] is None else f"{row['change_percent']:+.2f} %"
             shares = " | ".join(f"{100 * share:.0f} %" for share in row["head_distribution"])
             lines.append(
-                f"| {row['variant']} | {row['seed']} | {row['perplexity']:.3f} | {change} | {row['eval_tokens']:,} | "
-                f"{row['parameters']:,} | {row['nan_count']} | {shares} |"
+                f"| {row['configuration']} | {row['seed']} | {row['perplexity']:.3f} | {change} | "
+                f"{row['eval_tokens']:,} | {row['parameters']:,} | {row['nan_count']} | {shares} |"
             )
         for headline in group["headline"]:
             lines += [
@@ -130,6 +205,7 @@ def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
                 f"Without LayerNorm, ReLU against GELU (SM+R against SM+G, seed {headline['seed']}): "
                 f"{headline['relu_against_gelu_percent']:+.2f} % perplexity.",
             ]
+        lines += [line for note in group["notes"] for line in ("", note)]
         layers = max(len(row["entropy_by_layer"]) for row in rows)
         lines += [
             "",
@@ -141,12 +217,23 @@ def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
         ]
         for row in rows:
             values = " | ".join(f"{value:.2f}" for value in row["entropy_by_layer"])
-            lines.append(f"| {row['variant']} | {row['seed']} | {values} |")
+            lines.append(f"| {row['configuration']} | {row['seed']} | {values} |")
         lines.append("")
     lines += ["![attention entropy by layer and head](heat_maps.png)", "", "![curves over training](curves.png)", ""]
     if unfinished:
-        lines += [f"Not finished, and left out: {', '.join(unfinished)}.", ""]
+        told = ", ".join(f"{name} {why}".strip() for name, why in unfinished.items())
+        lines += [f"Not finished, and left out: {told}.", ""]
     return "\n".join(lines)
+
+
+def _summary_row(row: dict[str, Any]) -> str:
+    interval, change = row["perplexity_interval"], row["change"]
+    cells = [row["configuration"], str(len(row["seeds"])), f"{row['perplexity']:.3f}"]
+    cells.append("" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
+    cells.append("" if change is None else f"{change['mean']:+.2f} %")
+    for name in ("t_interval", "bootstrap_interval"):
+        cells.append("" if change is None or change[name] is None else _percent(change[name]))
+    return "| " + " | ".join(cells) + " |"
 
 
 def run_title(run: dict[str, Any]) -> str:
@@ -154,14 +241,14 @@ def run_title(run: dict[str, Any]) -> str:
     return f"{run['variant']}\n{run['backbone']}, T={run['block_size']}, seed {run['seed']}"
 
 
-def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str], path: Path):
+def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str], path: Path | BinaryIO):
     """
     Attention entropy by layer and head, a panel a measurement, on one scale from 0 to the largest reachable entropy.
 
     Args:
         measurements: dictionaries with `entropy` and `max_entropy`, each `(layers, heads)`, in nats.
         titles: of the panels.
-        path: of the picture, whose ending says the format.
+        path: of the picture, whose ending says the format, or a file object for a PNG.
     """
     columns = min(len(measurements), 4)
     rows = -(-len(measurements) // columns)

@@ -28,7 +28,6 @@ LOAD_CHECK = Path(__file__).with_name("load_check.py")
 PROMPT = "def __init__(self"
 # in a folder of its own: what reads every .safetensors file beside the config takes them for weights
 PROBE = Path("probe", "logits.safetensors")
-MEASURED = ("log_history.json", "attention_entropy.jsonl", "negative_slope.jsonl")
 
 
 def export(
@@ -89,9 +88,8 @@ def export(
         plot_heat_maps([results["attention_entropy"]], [run_title(results)], folder / "heat_map.png")
         plot_curves([{"folder": run_dir, **results}], folder / "curves.png")
         draw_block(model.config, folder / "block.png")
-        for measured in MEASURED:
-            if (run_dir / measured).is_file():
-                shutil.copyfile(run_dir / measured, folder / measured)
+        for measured in (run_dir / "log_history.json", *run_dir.glob("*.jsonl")):
+            shutil.copyfile(measured, folder / measured.name)
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
         step = int(checkpoint.name.split("-")[-1]) if checkpoint else None

@@ -53,7 +53,7 @@ from safetensors import SafetensorError, safe_open
 import modeling_lnfree
 from model_cards.card import RESULTS_TEMPLATE, TEMPLATE, model_name
 
-from .compare import _order, _setting
+from .compare import papers_order, setting_of
 from .export import PROBE, export
 from .recipe import RecipeError
 from .train import RESULTS, read_results
@@ -185,7 +185,7 @@ def _find_runs(runs_dir: Path) -> list[dict[str, Any]]:
     if unfinished:
         print(f"not finished, and left out: {', '.join(unfinished)}")
     runs = [{"folder": folder, **read_results(folder)} for folder in folders]
-    return sorted(runs, key=lambda run: (_setting(run), _order(run["variant"]), run["seed"]))
+    return sorted(runs, key=lambda run: (setting_of(run), papers_order(run["variant"]), run["seed"]))
 
 
 def _choose(runs: list[dict[str, Any]], seed: int | None) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ def _choose(runs: list[dict[str, Any]], seed: int | None) -> list[dict[str, Any]
         if seed is not None and run["seed"] != seed:
             continue
         first = chosen.setdefault(name, run)
-        if first is not run and (_setting(first) != _setting(run) or first["seed"] == run["seed"]):
+        if first is not run and (setting_of(first) != setting_of(run) or first["seed"] == run["seed"]):
             raise RecipeError(
                 f"{first['folder'].name} and {run['folder'].name} would both be {name}; publish runs of one setting "
                 "from a folder of their own"
@@ -224,7 +224,7 @@ def build(
     chosen = _choose(runs, seed)
     models, problems = [], []
     for run in chosen:
-        siblings = [other for other in chosen if _setting(other) == _setting(run)]
+        siblings = [other for other in chosen if setting_of(other) == setting_of(run)]
         sources = {"main": None}
         if checkpoints:
             found = run["folder"].glob("checkpoint-*")

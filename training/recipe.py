@@ -6,6 +6,7 @@ Its keys are the fields of `DataArguments` below, of `LNFreeConfig` (the model) 
 """
 
 import difflib
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -63,8 +64,22 @@ class DataArguments:
         metadata={"help": "Hub id or folder; None: a byte-level BPE of vocab_size trained on the train part"},
     )
     block_size: int = field(default=128, metadata={"help": "the paper's T: tokens in a training sequence"})
+    train_tokens: int | None = field(
+        default=None,
+        metadata={"help": "budget in tokens, from which max_steps follows; None: max_steps is the budget"},
+    )
+    eval_sequences: int | None = field(
+        default=None,
+        metadata={
+            "help": "sequences, spread over the evaluation part, of the evaluations on the way; the last is always "
+            "over the whole part; None: all"
+        },
+    )
     entropy_steps: int = field(default=100, metadata={"help": "steps between two measurements on the probe batch"})
     entropy_sequences: int = field(default=32, metadata={"help": "sequences of the probe batch"})
+    milestones: list[int] | None = field(
+        default=None, metadata={"help": "steps whose checkpoints are kept beside the newest save_total_limit"}
+    )
     decay_slopes: bool = field(
         default=False,
         metadata={"help": "weight decay on learned negative slopes too, as in the paper's published code"},
@@ -96,6 +111,13 @@ class Recipe:
         variant = config.variant.lower().replace("+", "-")
         return f"{config.backbone}-{variant}-t{self.data.block_size}-seed{self.training['seed']}"
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all processes of the launcher train on in one step."""
+        sequences = self.training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+        accumulated = self.training.get("gradient_accumulation_steps", 1)
+        return sequences * accumulated * self.data.block_size * int(os.environ.get("WORLD_SIZE", 1))
+
     def to_dict(self) -> dict[str, Any]:
         """The flat recipe, with every default of `DataArguments` written out."""
         return {**asdict(self.data), **self.model, **self.training}
@@ -113,13 +135,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         RecipeError: for an unknown key (it names the nearest known one), a value of the wrong type, a model that the
             configuration refuses, and checkpoints that could not be resumed exactly.
     """
-    path = Path(path)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"the recipe {path} must be lines of 'key: value', got {type(values).__name__}")
+    values = read_values(path, "recipe")
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator:
@@ -129,6 +145,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         except yaml.YAMLError:
             raise RecipeError(f"the value of {override!r} is not YAML") from None
     return build_recipe(values)
+
+
+def read_values(path: str | Path, kind: str) -> dict[str, Any]:
+    """The `key: value` lines of a YAML file; raises RecipeError, which calls it a `kind`, for any other file."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"the {kind} {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"the {kind} {path} must be lines of 'key: value', got {type(values).__name__}")
+    return values
 
 
 def build_recipe(values: dict[str, Any]) -> Recipe:
@@ -162,15 +189,21 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     recipe = Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
     data, training = recipe.data, recipe.training
     # a block of one token predicts nothing
-    for name, least in (("block_size", 2), ("entropy_steps", 1), ("entropy_sequences", 1)):
-        if getattr(data, name) < least:
-            raise RecipeError(f"{name} must be at least {least}, got {getattr(data, name)}")
+    for name, least in (
+        *(("block_size", 2), ("train_tokens", 1), ("eval_sequences", 1)),
+        *(("entropy_steps", 1), ("entropy_sequences", 1)),
+    ):
+        value = getattr(data, name)
+        if value is not None and value < least:
+            raise RecipeError(f"{name} must be at least {least}, got {value}")
     for name in (
         *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
         *("logging_steps", "save_steps", "learning_rate"),
     ):
         if not training.get(name, 1) > 0:
             raise RecipeError(f"{name} must be more than 0, got {training[name]}")
+    if data.train_tokens is not None:
+        training["max_steps"] = -(-data.train_tokens // recipe.tokens_per_step)
     if training.get("max_steps", -1) == 0 or training.get("max_steps", -1) < -1:
         raise RecipeError(
             f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {training['max_steps']}"
@@ -201,5 +234,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             f"save_steps must be a multiple of logging_steps, got save_steps={save_steps} and "
             f"logging_steps={logging_steps}"
         )
+    for step in data.milestones or []:
+        if step < 1 or step % save_steps:
+            raise RecipeError(f"milestones must be multiples of save_steps={save_steps}, got {step}")
     training.setdefault("output_dir", f"runs/{recipe.name}")
     return recipe

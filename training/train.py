@@ -4,10 +4,12 @@ Recipe -> Trainer -> finished run. Plainly or by a launcher:
     python -m training.train training/recipes/quick.yaml variant=SM+R
     torchrun --nproc_per_node 2 -m training.train training/recipes/quick.yaml variant=SM+R
 
-A run's folder holds `recipe.yaml`, the last checkpoints, `attention_entropy.jsonl` (and `negative_slope.jsonl`) with
-what was measured on the way, and once it is finished `model/`, `log_history.json` and `results.json`, in this order.
+A run's folder holds `recipe.yaml`, the last checkpoints, what was measured on the way (`attention_entropy.jsonl`,
+`residual_stream.jsonl`, `speed.jsonl`, by variant `zero_activations.jsonl` or `negative_slope.jsonl`), and once it is
+finished `model/`, `log_history.json` and `results.json`, in this order.
 """
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -15,24 +17,40 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import Dataset
 from filelock import FileLock, Timeout
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from safetensors import SafetensorError
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
-from .callbacks import AttentionEntropyCallback, BriefPrinterCallback, BriefProgressCallback, NegativeSlopeCallback
+from .callbacks import (
+    AttentionEntropy,
+    BriefPrinterCallback,
+    BriefProgressCallback,
+    MeasurementCallback,
+    NegativeSlope,
+    ResidualStream,
+    SpeedCallback,
+    ZeroActivations,
+)
+from .checkpoints import last_whole_checkpoint, list_checkpoints, remove_old_checkpoints, write_manifest
 from .data import find_revision, load_documents, load_tokenizer, tokenize_blocks
 from .recipe import Recipe, RecipeError, load_recipe
+from .stability import REPORT, StabilityCallback
 
 
-RESULTS, ASIDE = "results.json", ".incomplete"
+RESULTS, LOCK, ASIDE = "results.json", ".lock", ".incomplete"
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class LNFreeTrainer(Trainer):
@@ -41,9 +59,11 @@ class LNFreeTrainer(Trainer):
     decay on learned negative slopes unless `decay_slopes` asks for it.
     """
 
-    def __init__(self, *args, decay_slopes: bool = False, **kwargs):
+    def __init__(self, *args, decay_slopes: bool = False, milestones: Sequence[int] = (), **kwargs):
         super().__init__(*args, **kwargs)
-        self.decay_slopes = decay_slopes
+        self.decay_slopes, self.milestones = decay_slopes, milestones
+        self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
+        self.add_callback(self.stability)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -65,21 +85,38 @@ class LNFreeTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], *args, **kwargs):
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        for prefix in ("", "eval_"):
+            if f"{prefix}loss" in logs:
+                logs[f"{prefix}perplexity"] = perplexity(logs[f"{prefix}loss"])
         super().log(logs, *args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.last_batch = inputs
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None
+        self.stability.see_gradient(self.state.global_step + 1, float(norm), self.last_batch, scaled)
+        return norm
 
     def _get_output_dir(self, trial):
         return os.path.join(super()._get_output_dir(trial), ASIDE)
 
     def _save_checkpoint(self, model, trial):
         # Written aside, then renamed: a run killed in the middle finds only whole checkpoints.
-        super()._save_checkpoint(model, trial)
+        self.stability.check_weights(self.state.global_step)
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            # torch's own words for a disk that is full
+            raise OSError(errno.EIO, " ".join(str(error).split())) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            os.replace(os.path.join(self._get_output_dir(trial), name), os.path.join(self.args.output_dir, name))
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            write_manifest(aside)
+            os.replace(aside, Path(self.args.output_dir) / aside.name)
+            remove_old_checkpoints(Path(self.args.output_dir), self.args.save_total_limit, self.milestones)
         self.accelerator.wait_for_everyone()
 
 
@@ -93,7 +130,7 @@ def train(recipe: Recipe) -> Path:
     Raises:
         RecipeError: for data that cannot be had, and for a folder that holds a run of another recipe.
     """
-    arguments = _build_arguments(recipe)
+    arguments = build_arguments(recipe)
     run_dir = Path(arguments.output_dir)
     # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
     if int(os.environ.get("RANK", 0)) == 0:
@@ -122,29 +159,50 @@ def train(recipe: Recipe) -> Path:
         model=model,
         args=arguments,
         train_dataset=blocks["train"],
-        eval_dataset=blocks["eval"],
+        eval_dataset=_spread(blocks["eval"], recipe.data.eval_sequences),
         data_collator=_collate,
         compute_metrics=lambda prediction: {"nll": prediction.predictions.mean(dtype="float64").item()},
         processing_class=tokenizer,
         decay_slopes=recipe.data.decay_slopes,
+        milestones=recipe.data.milestones or [],
     )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(BriefPrinterCallback if arguments.disable_tqdm else BriefProgressCallback)
+    # started plainly on several GPUs, the Trainer gives each a batch
+    tokens_per_step = recipe.tokens_per_step * max(1, arguments.n_gpu)
+    trainer.add_callback(SpeedCallback(tokens_per_step, recipe.data.block_size, run_dir / "speed.jsonl", trainer.log))
+    quantities = [AttentionEntropy(), ResidualStream()]
+    if model.config.hidden_act == "relu":
+        quantities.append(ZeroActivations())
+    if model.config.slope_sharing is not None:
+        quantities.append(NegativeSlope())
     probe = blocks["eval"][: recipe.data.entropy_sequences]["input_ids"]
     probe = torch.tensor_split(probe, arguments.world_size)[arguments.process_index]
-    every = recipe.data.entropy_steps
-    trainer.add_callback(AttentionEntropyCallback(probe, every, run_dir / "attention_entropy.jsonl", trainer.log))
-    if model.config.slope_sharing is not None:
-        trainer.add_callback(NegativeSlopeCallback(every, run_dir / "negative_slope.jsonl", trainer.log))
+    trainer.add_callback(MeasurementCallback(quantities, probe, recipe.data.entropy_steps, run_dir, trainer.log))
 
-    checkpoint = get_last_checkpoint(run_dir)
-    runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-    with torch.no_grad(), record_attention_entropy(model) as record:
-        metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        # a resumed run has forgotten how long it took before
-        _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None, origin)
+    with arguments.main_process_first(desc="reading the last checkpoint"):
+        checkpoint = last_whole_checkpoint(run_dir)
+    with _disk_errors_explained(run_dir):
+        runtime = None
+        if checkpoint is not None and _is_trained(checkpoint):
+            # the Trainer would make one step more
+            trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            trainer._load_from_checkpoint(checkpoint)
+        else:
+            runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        with torch.no_grad(), record_attention_entropy(model) as record:
+            metrics = trainer.evaluate(blocks["eval"])
+        if trainer.is_world_process_zero():
+            # a resumed run has forgotten how long it took before
+            metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
+            metrics["train_tokens"] = trainer.state.global_step * tokens_per_step
+            _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None, origin)
     return run_dir
+
+
+def _is_trained(checkpoint: str) -> bool:
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
 
 
 def perplexity(nll: float) -> float:
@@ -165,13 +223,21 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _build_arguments(recipe: Recipe) -> TrainingArguments:
+def build_arguments(recipe: Recipe) -> TrainingArguments:
+    """The Trainer's arguments; raises RecipeError for those that it refuses."""
     # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
     defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
     try:
         return TrainingArguments(**{**defaults, **recipe.training})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"recipe: {' '.join(str(error).split())}") from error
+
+
+def _spread(blocks: Dataset, number: int | None) -> Dataset:
+    """`number` blocks at equal distances."""
+    if number is None or number >= len(blocks):
+        return blocks
+    return blocks.select([index * len(blocks) // number for index in range(number)])
 
 
 def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -181,34 +247,62 @@ def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
     """Locks the run's folder and writes the recipe into it, or checks that the folder is of this very recipe."""
-    path = run_dir / "recipe.yaml"
-    ours = recipe.to_dict()
-    lock = FileLock(run_dir / ".lock")
+    lock = FileLock(run_dir / LOCK)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        # a sweep that looks whether the folder is free holds the lock for a moment
+        lock.acquire(timeout=1)
     except Timeout:
         raise RecipeError(f"another process is training in {run_dir}") from None
     except OSError as error:
         raise RecipeError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
-    if path.is_file():
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
-            if ours.get(key) != theirs.get(key):
-                raise RecipeError(
-                    f"{run_dir} holds a run with {key}={theirs.get(key)!r}, this recipe has {ours.get(key)!r}; "
-                    "name another output_dir"
-                )
+    check_same_recipe(run_dir, recipe)
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
-    write_atomically(path, yaml.safe_dump(ours, sort_keys=False))
+    (run_dir / REPORT).unlink(missing_ok=True)
+    write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     return lock
+
+
+def check_same_recipe(run_dir: Path, recipe: Recipe):
+    """Raises RecipeError if the folder holds a run of another recipe."""
+    path = run_dir / "recipe.yaml"
+    if not path.is_file():
+        return
+    ours, theirs = recipe.to_dict(), yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
+        if ours.get(key) != theirs.get(key):
+            raise RecipeError(
+                f"{run_dir} holds a run with {key}={theirs.get(key)!r}, this recipe has {ours.get(key)!r}; "
+                "name another output_dir"
+            )
+
+
+@contextmanager
+def _disk_errors_explained(run_dir: Path):
+    """A disk that is full or read-only is one line for a person, and what is half written on it makes room."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+            raise
+        shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+        free = shutil.disk_usage(run_dir).free / 1e6
+        last = next((path.name for path in reversed(list_checkpoints(run_dir))), "none")
+        raise RecipeError(
+            f"{run_dir} cannot be written: {error} ({free:.1f} MB free); the last whole checkpoint is {last}, and the "
+            "same command goes on from it"
+        ) from error
 
 
 def write_atomically(path: Path, text: str):
     """Writes a text file that is whole or not there."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _finish(
@@ -230,21 +324,17 @@ def _finish(
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
     write_atomically(run_dir / "log_history.json", json.dumps(state.log_history, indent=1))
 
-    block_size = recipe.data.block_size
-    tokens_per_step = (
-        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size * block_size
-    )
     results = {
         "variant": model.config.variant,
         "backbone": model.config.backbone,
-        "block_size": block_size,
+        "block_size": recipe.data.block_size,
         "seed": arguments.seed,
         "dataset": recipe.data.dataset,
         "perplexity": perplexity(metrics["eval_loss"]),
         "eval_loss": metrics["eval_loss"],
-        "eval_tokens": len(trainer.eval_dataset) * (block_size - 1),
+        "eval_tokens": metrics["eval_tokens"],
         "train_steps": state.global_step,
-        "train_tokens": state.global_step * tokens_per_step,
+        "train_tokens": metrics["train_tokens"],
         "train_seconds": runtime,
         "parameters": model.num_parameters(),
         "attention_entropy": {
@@ -284,3 +374,5 @@ if __name__ == "__main__":
         train(load_recipe(sys.argv[1], sys.argv[2:]))
     except RecipeError as error:
         sys.exit(f"lnfree train: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,75 @@
+"""Checkpoints that are verified when read: each holds a manifest of its files' sizes and hashes."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(checkpoint: Path):
+    """Writes size and SHA-256 of every file of a checkpoint into it, before it gets its name."""
+    files = {
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None for a whole one."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
+            if _digest(path) != expected["sha256"]:
+                return f"the content of {name} has changed"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"it cannot be read: {error}"
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def last_whole_checkpoint(run_dir: Path) -> str | None:
+    """The newest checkpoint that is whole; a damaged one is told, removed, and the one before it taken."""
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return str(checkpoint)
+        print(f"{checkpoint} is damaged and removed: {damage}")
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def remove_old_checkpoints(run_dir: Path, kept: int | None, milestones: Sequence[int]):
+    """Removes all checkpoints but the newest `kept` and those of the milestones; None keeps all."""
+    checkpoints = [path for path in list_checkpoints(run_dir) if _step(path) not in milestones]
+    for checkpoint in checkpoints[: -kept or None] if kept else []:
+        shutil.rmtree(checkpoint)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,122 @@
+"""What several seeds show: means, intervals, paired differences, and from how many tokens on one variant is ahead."""
+
+import json
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+
+LEAST_SEEDS = 3
+BASELINE = "SM+LN+G"
+# first is compared with second: without LayerNorm, with it
+PAIRS = [("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G")]
+
+
+def configuration(run: dict[str, Any]) -> str:
+    """The variant, and what else sets runs of one setting apart."""
+    return run["variant"] + (", slopes decayed" if run["recipe"].get("decay_slopes") else "")
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    Statistics of the runs of one setting, as JSON has them.
+
+    Returns:
+        `configurations`: perplexity (mean over seeds, 95 % interval of Student's t), change against SM+LN+G in percent
+        (paired by seed), and the entropy by layer. `pairs`: the same paired change of ReLU against GELU without and
+        with LayerNorm, and by seed from how many tokens on which of them is ahead. An interval is None with fewer
+        than 3 seeds.
+    """
+    by_configuration: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        by_configuration.setdefault(configuration(run), {})[run["seed"]] = run
+    baseline = by_configuration.get(BASELINE, {})
+    configurations = []
+    for name, seeds in by_configuration.items():
+        perplexities = [run["perplexity"] for run in seeds.values()]
+        entropies = [np.mean(run["attention_entropy"]["entropy"], axis=1) for run in seeds.values()]
+        configurations.append(
+            {
+                "configuration": name,
+                "seeds": sorted(seeds),
+                "perplexity": float(np.mean(perplexities)),
+                "perplexity_interval": t_interval(perplexities),
+                "change": paired_change(seeds, baseline) if name != BASELINE else None,
+                "entropy_by_layer": np.mean(entropies, axis=0).tolist(),
+            }
+        )
+    pairs = [
+        {
+            "first": first,
+            "second": second,
+            "change": paired_change(by_configuration[first], by_configuration[second]),
+            "ahead": ahead(by_configuration[first], by_configuration[second]),
+        }
+        for first, second in PAIRS
+        if first in by_configuration and second in by_configuration
+    ]
+    return {"configurations": configurations, "pairs": [pair for pair in pairs if pair["change"] is not None]}
+
+
+def paired_change(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, Any] | None:
+    """
+    Change of the perplexity from `theirs` to `ours` in percent, by seed, with its mean and two 95 % intervals of that;
+    None if they share no seed.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    changes = [100 * (ours[seed]["perplexity"] / theirs[seed]["perplexity"] - 1) for seed in seeds]
+    return {
+        "by_seed": dict(zip(map(str, seeds), changes, strict=True)),
+        "mean": float(np.mean(changes)),
+        "t_interval": t_interval(changes),
+        "bootstrap_interval": bootstrap_interval(changes),
+    }
+
+
+def t_interval(values: list[float]) -> list[float] | None:
+    """95 % interval of the mean by Student's t; None with fewer than 3 values, or if one is not finite."""
+    if len(values) < LEAST_SEEDS or not np.isfinite(values).all():
+        return None
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    return [float(np.mean(values) - half), float(np.mean(values) + half)]
+
+
+def bootstrap_interval(values: list[float]) -> list[float] | None:
+    """95 % percentile bootstrap interval of the mean; None with fewer than 3 values, or if one is not finite."""
+    if len(values) < LEAST_SEEDS or not np.isfinite(values).all():
+        return None
+    result = scipy.stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=9999, rng=np.random.default_rng(0)
+    )
+    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
+
+
+def ahead(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, Any]:
+    """
+    By seed, who has the lower perplexity at the last common evaluation on the way, and the training tokens of the
+    first evaluation from which on that stays so; seeds without two common evaluations are left out.
+    """
+    found = {}
+    for seed in sorted(ours.keys() & theirs.keys()):
+        first, second = dict(evaluations(ours[seed])), dict(evaluations(theirs[seed]))
+        tokens = sorted(first.keys() & second.keys())
+        if len(tokens) < 2:
+            continue
+        leads = [first[count] < second[count] for count in tokens]
+        changed = [index for index in range(1, len(leads)) if leads[index] != leads[index - 1]]
+        found[str(seed)] = {"first_leads": leads[-1], "from_tokens": tokens[changed[-1] if changed else 0]}
+    return found
+
+
+def evaluations(run: dict[str, Any]) -> list[tuple[int, float]]:
+    """Training tokens and perplexity of a run's evaluations on the way."""
+    log = json.loads((run["folder"] / "log_history.json").read_text(encoding="utf-8"))
+    tokens_per_step = run["train_tokens"] // run["train_steps"]
+    evaluated = [
+        (entry["step"] * tokens_per_step, entry["eval_perplexity"]) for entry in log if "eval_perplexity" in entry
+    ]
+    # the last one, over the whole evaluation part, is the result itself
+    return evaluated[:-1]

@@ -1,0 +1,172 @@
+"""When a run is unstable, and where it broke: it ends there with a report, its last sound checkpoint kept."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from .callbacks import append_record, drop_records_after, read_records
+from .checkpoints import list_checkpoints
+from .recipe import RecipeError
+
+
+REPORT = "instability.json"
+RECENT, BEFORE, FACTOR = 10, 100, 20
+
+
+class UnstableRunError(RecipeError):
+    """A run that ended because it is unstable; its message names the step, what was seen, and where."""
+
+
+class StabilityCallback(TrainerCallback):
+    """
+    Ends a run that is unstable, by `UnstableRunError`:
+
+    - a gradient norm that is not finite, before the weights take that step (with fp16's loss scaling such steps are
+      left out by the scaler, and not looked at);
+    - a loss, of training or evaluation, or an attention map of the probe batch that is not finite;
+    - gradient norms far outside their history: past the warm-up, the median of the last 10 steps is more than 20 times
+      that of the 100 before. One outlier is not enough: clipping takes care of it.
+
+    `gradient_norm.jsonl` holds the norm, before clipping, of every step.
+
+    Args:
+        run_dir: the run's folder.
+        model: to look into once something is wrong.
+    """
+
+    def __init__(self, run_dir: Path, model: torch.nn.Module):
+        self.run_dir, self.model = run_dir, model
+        self.path = run_dir / "gradient_norm.jsonl"
+        self.pending: list[float] = []
+        self.writes = True
+        self.batch: dict[str, torch.Tensor] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.warmup_steps = args.get_warmup_steps(state.max_steps)
+        self.writes = state.is_world_process_zero
+        if self.writes:
+            drop_records_after(self.path, state.global_step)
+        norms = [norm for record in read_records(self.path) for norm in record["norms"]]
+        past_warmup = norms[: state.global_step][self.warmup_steps :]
+        self.norms = [norm for norm in past_warmup if math.isfinite(norm)]
+
+    def see_gradient(self, step: int, norm: float, batch: dict[str, torch.Tensor], scaled: bool):
+        """
+        Looks at the gradient of a step that is about to be made.
+
+        Args:
+            norm: before clipping.
+            batch: inputs of the step, to find again what is not finite.
+            scaled: whether fp16's scaler sees to what is not finite.
+        """
+        self.pending.append(norm)
+        self.batch = batch
+        if not math.isfinite(norm):
+            if not scaled:
+                self.end(step, f"the gradient norm is {norm}", *locate(self.model, self.batch))
+            return
+        if step <= self.warmup_steps:
+            return
+        self.norms = [*self.norms[1 - RECENT - BEFORE :], norm]
+        if len(self.norms) == RECENT + BEFORE:
+            before, recent = statistics.median(self.norms[:BEFORE]), statistics.median(self.norms[BEFORE:])
+            if recent > FACTOR * before:
+                largest = max(
+                    (parameter.grad.norm().item(), name)
+                    for name, parameter in self.model.named_parameters()
+                    if parameter.grad is not None
+                )[1]
+                seen = (
+                    f"the median gradient norm of the last {RECENT} steps is {recent:.3g}, more than {FACTOR} times "
+                    f"the {before:.3g} of the {BEFORE} before"
+                )
+                self.end(step, seen, _layer(largest), f"the largest gradient is that of {largest}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.writes and (state.global_step % args.logging_steps == 0 or state.global_step == state.max_steps):
+            append_record(self.path, {"step": state.global_step, "norms": self.pending})
+            self.pending = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key, value in logs.items():
+            if key in ("loss", "eval_loss") and not math.isfinite(value):
+                self.end(state.global_step, f"the {key} is {value}", *locate(self.model, self.batch))
+            name, _, layer = key.partition("/layer_")
+            if name in ("attention_nan_count", "attention_inf_count") and value:
+                what = "NaN weights" if name == "attention_nan_count" else "infinite scores"
+                found = locate(self.model, self.batch)[1]
+                self.end(state.global_step, f"{value} {what} in the attention of the probe batch", int(layer), found)
+
+    def check_weights(self, step: int):
+        """Before a checkpoint, which must be sound."""
+        if (found := _broken_weights(self.model)) is not None:
+            self.end(step, "the weights are not finite", *found)
+
+    def end(self, step: int, seen: str, layer: int | None, found: str):
+        """Writes the report and ends the run."""
+        last = next((path.name for path in reversed(list_checkpoints(self.run_dir))), None)
+        report = {"step": step, "layer": layer, "seen": seen, "found": found, "last_checkpoint": last}
+        if self.writes:
+            (self.run_dir / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        raise UnstableRunError(f"{self.run_dir} {describe(report)}")
+
+
+def describe(report: dict[str, Any]) -> str:
+    """A report in one line."""
+    layer = "" if report["layer"] is None else f", layer {report['layer']}"
+    last = report["last_checkpoint"]
+    kept = "there is no checkpoint before it" if last is None else f"the last sound checkpoint is {last}"
+    return f"is unstable at step {report['step']}{layer}: {report['seen']}; {report['found']}; {kept}"
+
+
+def locate(model: torch.nn.Module, batch: dict[str, torch.Tensor] | None = None) -> tuple[int | None, str]:
+    """
+    The layer (None outside the layers) and the place where numbers first stop being finite: in the weights, else in a
+    forward pass of the batch, else in its backward pass.
+    """
+    if (found := _broken_weights(model)) is not None:
+        return found
+    if batch is None:
+        return None, "all weights are finite"
+    outputs: list[str] = []
+
+    def look(name: str):
+        def hook(module, args, output):
+            tensor = output if isinstance(output, torch.Tensor) else next(iter(output), None)
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+                outputs.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    model.zero_grad()
+    try:
+        with torch.enable_grad():
+            model(**{key: value.to(model.device) for key, value in batch.items()}).loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if outputs:
+        return _layer(outputs[0]), f"in the forward pass the first output that is not finite is that of {outputs[0]}"
+    # the backward pass goes from the last layer to the first
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return _layer(name), f"in the backward pass the first gradient that is not finite is that of {name}"
+    return None, "weights, outputs and gradients are finite when the batch is computed again"
+
+
+def _broken_weights(model: torch.nn.Module) -> tuple[int | None, str] | None:
+    for name, parameter in model.named_parameters():
+        broken = int((~parameter.isfinite()).sum())
+        if broken:
+            return _layer(name), f"{broken:,} of the {parameter.numel():,} entries of {name} are not finite"
+    return None
+
+
+def _layer(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

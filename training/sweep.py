@@ -1,0 +1,275 @@
+"""
+Many runs from one YAML file: what is not finished is trained, each run in its own process and in a folder named from
+its configuration. It may be interrupted anywhere and any number of times; the same command goes on.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from .callbacks import read_records
+from .recipe import Recipe, RecipeError, load_recipe, read_values
+from .train import LOCK, RESULTS, build_arguments, check_same_recipe, read_results
+
+
+LOG = "train.log"
+# what Recipe.name tells already
+NAMED_KEYS = {"recipe", "variant", "seed", "block_size"}
+
+
+@dataclass
+class Run:
+    """One run of a sweep: its command, its folder, and how far it is."""
+
+    folder: Path
+    command: list[str]
+    max_steps: int
+    state: str = "waiting"  # waiting, running, elsewhere, finished, failed
+    reason: str = ""
+    slot: int = 0
+    process: subprocess.Popen | None = None
+
+    @property
+    def step(self) -> int:
+        """The last step that is known of; its loss was logged."""
+        if self.state == "finished":
+            return self.max_steps
+        records = read_records(self.folder / "speed.jsonl")
+        return records[-1]["step"] if records else 0
+
+    def describe(self) -> str:
+        if self.state == "finished":
+            return f"finished, perplexity {read_results(self.folder)['perplexity']:.3f}"
+        if self.state == "failed":
+            return f"failed, step {self.step} of {self.max_steps}: {self.reason} ({self.folder / LOG})"
+        return "running in another process" if self.state == "elsewhere" else self.state
+
+
+def sweep(path: str | Path, jobs: int = 1) -> Path:
+    """
+    Trains the runs of a sweep that are not finished, `jobs` at a time. A run that fails does not stop the others.
+
+    Returns:
+        The folder of the runs.
+
+    Raises:
+        RecipeError: before any run is started, for a sweep or a recipe in it that a person has to mend; afterwards, if
+            a run failed.
+    """
+    if jobs < 1:
+        raise RecipeError(f"--jobs must be at least 1, got {jobs}")
+    runs_dir, runs = load_sweep(path)
+    print(f"{len(runs)} runs in {runs_dir}, {jobs} at a time", flush=True)
+    progress = _Progress(runs)
+    try:
+        while _advance(runs, jobs):
+            progress.show()
+            time.sleep(0.5)
+    finally:
+        _stop([run.process for run in runs if run.state == "running"])
+    progress.show_results()
+    failed = [run for run in runs if run.state == "failed"]
+    if failed:
+        raise RecipeError(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
+    print(f"all runs are finished; lnfree compare {runs_dir}")
+    return runs_dir
+
+
+def load_sweep(path: str | Path) -> tuple[Path, list[Run]]:
+    """
+    The folder of a sweep and its runs, all checked.
+
+    Raises:
+        RecipeError: for a file that is no sweep, a recipe that is wrong (it names the run), two runs that would share
+            a folder, and a folder that holds a run of another recipe.
+    """
+    path = Path(path)
+    values = read_values(path, "sweep")
+    if not isinstance(values.get("grids"), list):
+        raise RecipeError(f"the sweep {path} must have a list 'grids', got {values.get('grids')!r}")
+    runs_dir = Path(values.pop("output_dir", None) or f"runs/{path.stem}")
+    grids = values.pop("grids")
+    recipes: dict[Path, Recipe] = {}
+    runs = []
+    for number, grid in enumerate(grids):
+        if not isinstance(grid, dict):
+            raise RecipeError(f"grids[{number}] of {path} must be lines of 'key: value', got {grid!r}")
+        axes = [[(key, value) for value in (axis if isinstance(axis, list) else [axis])] for key, axis in grid.items()]
+        for point in product(*axes):
+            try:
+                run, recipe = _load_run(path.parent, runs_dir, {**values, **dict(point)}, set(grid) - NAMED_KEYS)
+            except RecipeError as error:
+                named = ", ".join(f"{key}={value}" for key, value in point)
+                raise RecipeError(f"grids[{number}] of {path}, {named}: {error}") from None
+            if run.folder not in recipes:
+                recipes[run.folder] = recipe
+                runs.append(run)
+            elif recipes[run.folder].to_dict() != recipe.to_dict():
+                raise RecipeError(f"grids[{number}] of {path}: another recipe has the folder {run.folder} too")
+    if not runs:
+        raise RecipeError(f"the sweep {path} has no runs: its grids are empty")
+    return runs_dir, runs
+
+
+def _load_run(base: Path, runs_dir: Path, values: dict[str, Any], told: set[str]) -> tuple[Run, Recipe]:
+    if "output_dir" in values:
+        raise RecipeError("output_dir is of the whole sweep; a run's folder is named from its configuration")
+    if not isinstance(values.get("recipe"), str):
+        raise RecipeError(f"recipe must be a path from the sweep's folder, got {values.get('recipe')!r}")
+    recipe_path = base / values["recipe"]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "recipe"]
+    recipe = load_recipe(recipe_path, overrides)
+    suffixes = [re.sub(r"[^\w.-]+", "-", f"{key}-{json.dumps(values[key])}").strip("-") for key in sorted(told)]
+    folder = runs_dir / "-".join([recipe.name, *suffixes])
+    overrides.append(f"output_dir={folder}")
+    recipe.training["output_dir"] = str(folder)
+    max_steps = build_arguments(recipe).max_steps
+    if max_steps < 1:
+        raise RecipeError("a sweep needs a budget: max_steps or train_tokens")
+    check_same_recipe(folder, recipe)
+    return Run(folder, [sys.executable, "-m", "training.train", str(recipe_path), *overrides], max_steps), recipe
+
+
+def _advance(runs: list[Run], jobs: int) -> bool:
+    """Looks at what runs, starts what may be started; False once there is nothing left to do."""
+    for run in runs:
+        if run.state == "running" and run.process.poll() is not None:
+            run.state, run.reason = _outcome(run)
+        elif run.state in ("waiting", "elsewhere"):
+            # a process that outlived its sweep, or that of another one, trains it: it is left to that
+            if (run.folder / RESULTS).is_file():
+                run.state = "finished"
+            else:
+                run.state = "elsewhere" if _is_claimed(run.folder) else "waiting"
+    active = [run for run in runs if run.state in ("running", "elsewhere")]
+    waiting = [run for run in runs if run.state == "waiting"]
+    for run in waiting[: max(0, jobs - len(active))]:
+        run.slot = min(set(range(jobs)) - {other.slot for other in active if other.state == "running"})
+        _start(run, jobs)
+        active.append(run)
+    return bool(active)
+
+
+def _outcome(run: Run) -> tuple[str, str]:
+    if run.process.returncode == 0 and (run.folder / RESULTS).is_file():
+        return "finished", ""
+    if _is_claimed(run.folder):
+        # another sweep was quicker
+        return "elsewhere", ""
+    lines = [line for line in (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines() if line]
+    if run.process.returncode < 0:
+        return "failed", f"killed by {signal.Signals(-run.process.returncode).name}"
+    return "failed", lines[-1].removeprefix("lnfree train: error: ") if lines else f"exit {run.process.returncode}"
+
+
+def _is_claimed(folder: Path) -> bool:
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _start(run: Run, jobs: int):
+    # more threads than cores make every one of them wait for the others
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    if "," in devices:
+        # one GPU a run: left to itself, the Trainer takes them all
+        environment["CUDA_VISIBLE_DEVICES"] = devices.split(",")[run.slot % len(devices.split(","))]
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with (run.folder / LOG).open("a", encoding="utf-8") as log:
+            run.process = subprocess.Popen(
+                run.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+        run.state = "running"
+    except OSError as error:
+        run.state, run.reason = "failed", f"{run.folder} cannot be written: {error.strerror}"
+
+
+def _stop(processes: list[subprocess.Popen]):
+    """Ends what still runs; every run goes on later from its last whole checkpoint."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class _Progress:
+    """
+    What the terminal shows: a line for each thing that happens, and a table of what runs now, which a terminal draws
+    over and over, and a file receives once a minute.
+    """
+
+    def __init__(self, runs: list[Run]):
+        self.runs = runs
+        self.live = sys.stdout.isatty()
+        self.states = ["waiting"] * len(runs)
+        self.drawn, self.drawn_at = 0, -math.inf
+        self.began: tuple[int, float] | None = None
+
+    def show(self):
+        if self.began is None:
+            self.began = self._steps(), time.monotonic()
+        events = []
+        for index, run in enumerate(self.runs):
+            if run.state != self.states[index]:
+                self.states[index] = run.state
+                events.append(f"{run.folder.name}: {run.describe()}")
+        if self.live:
+            print(f"\033[{self.drawn}A\033[J" if self.drawn else "", end="")
+        for event in events:
+            print(event)
+        if self.live or time.monotonic() - self.drawn_at >= 60:
+            lines = self._table()
+            print("\n".join(lines))
+            self.drawn, self.drawn_at = len(lines), time.monotonic()
+        sys.stdout.flush()
+
+    def _table(self) -> list[str]:
+        active = [run for run in self.runs if run.state in ("running", "elsewhere")]
+        done = sum(run.state in ("finished", "failed") for run in self.runs)
+        width = max((len(run.folder.name) for run in active), default=0)
+        lines = [f"  {run.folder.name:<{width}}  step {run.step} of {run.max_steps}" for run in active]
+        lines.append(f"  {done} of {len(self.runs)} runs done, {self._time_left()} left")
+        columns = shutil.get_terminal_size().columns
+        return [line[: columns - 1] for line in lines] if self.live else lines
+
+    def _steps(self) -> int:
+        return sum(run.step for run in self.runs if run.state != "failed")
+
+    def _time_left(self) -> str:
+        """By the steps that all runs together made in this session."""
+        step, moment = self.began
+        made = self._steps() - step
+        if made <= 0:
+            return "unknown time"
+        left = sum(run.max_steps - run.step for run in self.runs if run.state != "failed")
+        minutes = round(left * (time.monotonic() - moment) / made / 60)
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+
+    def show_results(self):
+        width = max(len(run.folder.name) for run in self.runs)
+        for run in self.runs:
+            print(f"{run.folder.name:<{width}}  {run.describe()}")
