@@ -311,24 +311,35 @@ def long_sweep(write_sweep, unbroken):
 def test_sweep_killed_at_twenty_random_moments_ends_with_the_unbroken_table(long_sweep, tmp_path):
     path, expected = long_sweep
     generator = random.Random(0)
-    kills, delay = 0, 12.0
+    steps_at_kills: list[int] = []
+
+    def last_write() -> int:
+        return max((file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*/*.jsonl")), default=0)
+
     with (tmp_path / "log").open("w") as log:
-        while kills < 20:
+        while len(steps_at_kills) < 20:
+            before = last_write()
             process = start_sweep(path, log)
-            try:
-                # long enough, in the mean, to get past the imports
-                process.wait(timeout=generator.uniform(0, delay))
-                # all done before the twentieth kill: what is finished must be what is expected; begin another one
-                assert process.returncode == 0
-                assert table(tmp_path / "runs") == expected
-                os.rename(tmp_path / "runs", tmp_path / f"runs-{kills}")
-            except subprocess.TimeoutExpired:
+            # every fifth kill falls anywhere, the others while runs are trained, saved and evaluated
+            if len(steps_at_kills) % 5 == 0:
+                time.sleep(generator.uniform(0, 10))
+            else:
+                assert wait_for(lambda: last_write() != before or process.poll() is not None)  # noqa: B023
+                time.sleep(generator.uniform(0, 3))
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                kills += 1
+                steps_at_kills.append(sum(run.step for run in sweep.load_sweep(path)[1]))
+            else:
+                # all was done before the twentieth kill: begin another one
+                assert process.returncode == 0, (tmp_path / "log").read_text()
+                assert table(tmp_path / "runs") == expected
+                os.rename(tmp_path / "runs", tmp_path / f"runs-{len(steps_at_kills)}")
         process = start_sweep(path, log)
         assert process.wait(timeout=600) == 0, (tmp_path / "log").read_text()
     assert table(tmp_path / "runs") == expected
+    # the kills fell into the work
+    assert len({step for step in steps_at_kills if step > 0}) >= 8, steps_at_kills
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ def _load_run(base: Path, runs_dir: Path, values: dict[str, Any], told: set[str]
     recipe = load_recipe(recipe_path, overrides)
     suffixes = [re.sub(r"[^\w.-]+", "-", f"{key}-{json.dumps(values[key])}").strip("-") for key in sorted(told)]
     folder = runs_dir / "-".join([recipe.name, *suffixes])
-    overrides.append(f"output_dir={folder}")
+    overrides.append(f"output_dir={json.dumps(str(folder))}")
     recipe.training["output_dir"] = str(folder)
     max_steps = build_arguments(recipe).max_steps
     if max_steps < 1:
