@@ -105,10 +105,12 @@ def plot_evaluations(runs: list[dict[str, Any]]) -> str | None:
         values = np.array([[value for _, value in curve[:length]] for curve in curves])  # (seeds, evaluations)
         axis.plot(tokens, values.mean(0), color=colour, label=f"{name} ({len(seeds)})", linewidth=1.4)
         axis.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    if not drawn:
+        return _drop(figure)
     axis.set(xlabel="million training tokens", ylabel="perplexity")
     _make_logarithmic(axis)
     axis.legend(fontsize=8, title="configuration (seeds)", title_fontsize=8)
-    return _finish_figure(figure) if drawn else _drop(figure)
+    return _finish_figure(figure)
 
 
 def plot_gradient_norms(runs: list[dict[str, Any]]) -> str | None:
@@ -124,10 +126,12 @@ def plot_gradient_norms(runs: list[dict[str, Any]]) -> str | None:
                 drawn = True
                 label = name if index == 0 else None
                 axis.plot(10 * np.arange(1, len(medians) + 1), medians, color=colour, linewidth=1, label=label)
+    if not drawn:
+        return _drop(figure)
     axis.set(xlabel="step", ylabel="gradient norm")
     _make_logarithmic(axis)
     axis.legend(fontsize=8)
-    return _finish_figure(figure) if drawn else _drop(figure)
+    return _finish_figure(figure)
 
 
 def plot_layers(
