@@ -55,8 +55,12 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 class LNFreeTrainer(Trainer):
     """
-    The Trainer, with checkpoints that are whole or not there, perplexity beside the evaluation loss, and no weight
-    decay on learned negative slopes unless `decay_slopes` asks for it.
+    The Trainer, with checkpoints that are whole or not there, perplexity beside the losses, an end to runs that are
+    unstable, and no weight decay on learned negative slopes unless `decay_slopes` asks for it.
+
+    Args:
+        decay_slopes: weight decay on learned negative slopes too.
+        milestones: steps whose checkpoints are kept beside the newest `save_total_limit`.
     """
 
     def __init__(self, *args, decay_slopes: bool = False, milestones: Sequence[int] = (), **kwargs):
@@ -128,7 +132,9 @@ def train(recipe: Recipe) -> Path:
         The run's folder.
 
     Raises:
-        RecipeError: for data that cannot be had, and for a folder that holds a run of another recipe.
+        RecipeError: for data that cannot be had, for a folder that holds a run of another recipe, and for a disk that
+            cannot be written.
+        UnstableRunError: for a run that is unstable (`StabilityCallback`).
     """
     arguments = build_arguments(recipe)
     run_dir = Path(arguments.output_dir)
