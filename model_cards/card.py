@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_lnfree import LNFreeForCausalLM
+from training.private_cost import BASELINE, comparison, count_operations
+
 
 TEMPLATE = Path(__file__).parent / "lnfree_card.md.jinja"
 CORPORA = {"stdlib": "Python source of the interpreter's standard library"}
@@ -59,4 +62,15 @@ def build_card(name: str, config, results: dict[str, Any], folder: Path) -> Mode
         entropy_by_layer=entropy.mean(1).tolist(),
         max_entropy=float(np.mean(results["attention_entropy"]["max_entropy"])),
         hashes=hashes,
+        private_cost=_private_cost(config, results["block_size"]),
     )
+
+
+def _private_cost(config, length: int) -> str:
+    """Markdown: what one forward pass over `length` tokens costs under encryption."""
+    counts = count_operations(LNFreeForCausalLM, config, length=length)
+    named, baseline = [(counts["variant"], counts["forward"])], counts["forward"]
+    if "baseline" in counts:
+        baseline = counts["baseline"]["forward"]
+        named.insert(0, (BASELINE, baseline))
+    return "\n".join(comparison(named, baseline))

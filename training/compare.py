@@ -8,7 +8,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+
 from .callbacks import read_records
+from .private_cost import BASELINE, comparison, count_operations
 from .recipe import RecipeError
 from .train import RESULTS, read_results, write_atomically
 
@@ -89,6 +92,7 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 "max_entropy": float(np.mean(run["attention_entropy"]["max_entropy"])),
                 "head_distribution": run["attention_entropy"]["head_distribution"],
                 "nan_count": sum(run["attention_entropy"]["nan_count"]),
+                "private_cost": _private_cost(run),
             }
         )
     headline = [
@@ -102,6 +106,14 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
     first = runs[0]
     setting = {key: first[key] for key in ("backbone", "block_size", "dataset", "train_tokens")}
     return {**setting, "rows": rows, "headline": headline}
+
+
+def _private_cost(run: dict[str, Any]) -> dict[str, Any]:
+    """Totals of one forward pass over one sequence, and the same of SM+LN+G with these sizes."""
+    config = LNFreeConfig.from_pretrained(run["folder"] / "model")
+    counts = count_operations(LNFreeForCausalLM, config, length=run["block_size"])
+    forward = {name: counts["forward"][name] for name in ("total", "estimate")}
+    return {"forward": forward, "baseline": counts["baseline"]["forward"] if "baseline" in counts else forward}
 
 
 def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
@@ -142,7 +154,16 @@ def _markdown(groups: list[dict[str, Any]], unfinished: list[str]) -> str:
         for row in rows:
             values = " | ".join(f"{value:.2f}" for value in row["entropy_by_layer"])
             lines.append(f"| {row['variant']} | {row['seed']} | {values} |")
-        lines.append("")
+        costs = {row["variant"]: row["private_cost"] for row in rows}  # no seed changes them
+        named = [(variant, cost["forward"]) for variant, cost in costs.items()]
+        lines += [
+            "",
+            f"Under encryption: operations on private data in one forward pass over {group['block_size']} tokens, "
+            f"counted by running it, beside {BASELINE} of the same sizes:",
+            "",
+            *comparison(named, rows[0]["private_cost"]["baseline"]),
+            "",
+        ]
     lines += ["![attention entropy by layer and head](heat_maps.png)", "", "![curves over training](curves.png)", ""]
     if unfinished:
         lines += [f"Not finished, and left out: {', '.join(unfinished)}.", ""]
