@@ -370,6 +370,18 @@ def test_measure_counts_what_costs_under_encryption(tmp_path, folder, tokenizer,
     assert counts["generation"] is None and "baseline" not in counts
 
 
+def test_measure_finds_the_fewest_bits_of_fixed_point(tmp_path, model, folder, tokenizer, corpus, capsys):
+    arguments = ["measure", folder, "--dataset", corpus, "--batch-size", "3", "--json", str(tmp_path / "m.json")]
+    assert cli.main([*arguments, "--fixed-point"]) == 0
+    results = json.loads((tmp_path / "m.json").read_text())
+    bits = results["fixed_point"]
+    assert bits["perplexity"] == pytest.approx(results["perplexity"], rel=1e-5)
+    assert bits["fixed_point_perplexity"] <= 1.01 * bits["perplexity"]
+    assert f"{bits['integer_bits']} integer and {bits['fraction_bits']} fractional bits" in capsys.readouterr().out
+    assert cli.main([*arguments, "--fixed-point", "--dtype", "bfloat16"]) == 1
+    assert "fixed point is simulated in float32, the model is in bfloat16" in capsys.readouterr().err
+
+
 def test_measure_of_some_rows_of_a_split(model, folder, tokenizer, corpus):
     results = measure(folder, dataset=str(Path(corpus).parent), split="train", max_samples=1, dtype="float64")
     assert results["nll"] == pytest.approx(naive(model, tokenizer, TEXTS[:1])[1][0].mean().item(), abs=1e-6)

@@ -207,20 +207,48 @@ def _run(model: PreTrainedModel, input_ids: Tensor, new_tokens: int) -> dict[str
     }
 
 
-class _OperationCounter(TorchDispatchMode):
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers. Raises ValueError where they are not in one list."""
+    number = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    blocks = next((blocks for blocks in lists if len(blocks) == number), None)
+    if blocks is None:
+        raise ValueError(f"{type(model).__name__} has no list of {number} blocks")
+    return blocks
+
+
+class PrivateDispatchMode(TorchDispatchMode):
+    """Follows private data, from the looked-up embeddings, through every operation of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.private = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        private = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf in self.private]
+        if private or func.overloadpacket.__name__ == "embedding":
+            outputs = self.on_private(func, args, outputs, len(private))
+            for leaf in tree_leaves(outputs):
+                if isinstance(leaf, Tensor):
+                    self.private[leaf] = True
+        return outputs
+
+    def on_private(self, func, args: tuple, outputs, num_private: int):
+        """What an operation on `num_private` private tensors returns; here, `outputs`."""
+        return outputs
+
+
+class _OperationCounter(PrivateDispatchMode):
     """Counts by block, from the hooks, and by operation, from the dispatch, what touches private data."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.num_layers = model.config.get_text_config().num_hidden_layers
-        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-        blocks = next((blocks for blocks in lists if len(blocks) == self.num_layers), None)
-        if blocks is None:
-            raise ValueError(f"{type(model).__name__} has no list of {self.num_layers} blocks")
+        blocks = find_blocks(model)
         self.counts: dict[str, dict[str, Tally]] = {OUTSIDE: {}, **{str(i): {} for i in range(self.num_layers)}}
         self.place = OUTSIDE
         self.composite: nn.Module | None = None
-        self.private = WeakIdKeyDictionary()
         self.handles = []
         for index, block in enumerate(blocks):
             self.handles.append(block.register_forward_pre_hook(lambda *_, place=str(index): self._enter(place)))
@@ -248,15 +276,10 @@ class _OperationCounter(TorchDispatchMode):
         if self.composite is module:
             self.composite = None
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__.rstrip("_")  # in place or not
-        private = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf in self.private]
-        if private or name == "embedding":
-            results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-            self.private.update((result, True) for result in results)
-            if self.composite is None:
-                self._count(name, args, results[0], len(private))
+    def on_private(self, func, args: tuple, outputs, num_private: int):
+        if self.composite is None:
+            output = next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+            self._count(func.overloadpacket.__name__.rstrip("_"), args, output, num_private)  # in place or not
         return outputs
 
     def _count(self, name: str, args: tuple, output: Tensor, num_private: int):
