@@ -1,5 +1,6 @@
 """Finished runs -> the paper's table (Markdown and JSON), heat maps of attention entropy, curves over training."""
 
+import functools
 import json
 from itertools import groupby
 from pathlib import Path
@@ -80,6 +81,7 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for run in runs:
         baseline = perplexity.get(("SM+LN+G", run["seed"]))
         entropy = np.array(run["attention_entropy"]["entropy"])  # (layers, heads)
+        config = (run["folder"] / "model" / "config.json").read_text(encoding="utf-8")
         rows.append(
             {
                 "variant": run["variant"],
@@ -92,7 +94,7 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 "max_entropy": float(np.mean(run["attention_entropy"]["max_entropy"])),
                 "head_distribution": run["attention_entropy"]["head_distribution"],
                 "nan_count": sum(run["attention_entropy"]["nan_count"]),
-                "private_cost": _private_cost(run),
+                "private_cost": _private_cost(config, run["block_size"]),
             }
         )
     headline = [
@@ -108,10 +110,10 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**setting, "rows": rows, "headline": headline}
 
 
-def _private_cost(run: dict[str, Any]) -> dict[str, Any]:
-    """Totals of one forward pass over one sequence, and the same of SM+LN+G with these sizes."""
-    config = LNFreeConfig.from_pretrained(run["folder"] / "model")
-    counts = count_operations(LNFreeForCausalLM, config, length=run["block_size"])
+@functools.cache
+def _private_cost(config: str, length: int) -> dict[str, Any]:
+    """Totals of one forward pass over one sequence, from a config.json, and those of SM+LN+G with these sizes."""
+    counts = count_operations(LNFreeForCausalLM, LNFreeConfig.from_dict(json.loads(config)), length=length)
     forward = {name: counts["forward"][name] for name in ("total", "estimate")}
     return {"forward": forward, "baseline": counts["baseline"]["forward"] if "baseline" in counts else forward}
 
