@@ -185,9 +185,11 @@ def _is_float(leaf: Any) -> bool:
 
 def _round(values: Tensor, integer_bits: int, fraction_bits: int) -> Tensor:
     """In place. Scores that a mask hides stay hidden: the mask is public."""
+    lowest = torch.finfo(values.dtype).min
+    hidden = values <= lowest / 2 if values.numel() and values.amin() <= lowest / 2 else None
     step = 2.0**-fraction_bits
-    rounded = (values / step).round().mul(step).clamp(-(2.0**integer_bits), 2.0**integer_bits - step)
-    return values.copy_(torch.where(values > torch.finfo(values.dtype).min / 2, rounded, values))
+    values.div_(step).round_().mul_(step).clamp_(-(2.0**integer_bits), 2.0**integer_bits - step)
+    return values if hidden is None else values.masked_fill_(hidden, lowest)
 
 
 @contextmanager
