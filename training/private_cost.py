@@ -155,7 +155,7 @@ def count_operations(
     input_ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
     counts = {
         "model_class": model_class.__name__,
-        "variant": getattr(config, "variant", None),
+        "variant": config.variant if config.model_type == "lnfree" else None,
         "batch_size": batch_size,
         "length": length,
         "new_tokens": new_tokens,
