@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_lnfree import LNFreeForCausalLM
+from training.private_cost import BASELINE, comparison, count_operations
+
 
 TEMPLATE = Path(__file__).with_name("lnfree_card.md.jinja")
 RESULTS_TEMPLATE = Path(__file__).with_name("results_card.md.jinja")
@@ -85,6 +88,7 @@ def build_card(
         entropy_by_layer=entropy.mean(1).tolist(),
         max_entropy=float(np.mean(results["attention_entropy"]["max_entropy"])),
         hashes=hashes,
+        private_cost=_private_cost(config, results["block_size"]),
     )
 
 
@@ -101,3 +105,13 @@ def _sibling(results: dict[str, Any], siblings: Sequence[dict[str, Any]]) -> dic
         "entropy": float(np.mean(results["attention_entropy"]["entropy"])),
         "parameters": results["parameters"],
     }
+
+
+def _private_cost(config, length: int) -> str:
+    """Markdown: what one forward pass over `length` tokens costs under encryption."""
+    counts = count_operations(LNFreeForCausalLM, config, length=length)
+    named, baseline = [(counts["variant"], counts["forward"])], counts["forward"]
+    if "baseline" in counts:
+        baseline = counts["baseline"]["forward"]
+        named.insert(0, (BASELINE, baseline))
+    return "\n".join(comparison(named, baseline))

@@ -265,6 +265,9 @@ def test_report_has_the_papers_table(runs_dir, capsys):
     for row in comparison["groups"][0]["rows"]:
         assert sum(row["head_distribution"]) == pytest.approx(1)
         entropy = results.get(row["variant"], train.read_results(runs_dir / row["variant"]))["attention_entropy"]
+        cost = row["private_cost"]["forward"]["total"]
+        assert sum(cost["layer_norm"]["rows"].values()) == 16 * (5 if "LN" in row["variant"] else 1)
+        assert row["private_cost"]["baseline"]["total"]["gelu"]["elements"] == 2 * 16 * 64
         assert row["entropy_by_layer"] == pytest.approx([sum(heads) / 2 for heads in entropy["entropy"]])
     for picture in ("heat_maps.png", "curves.png"):
         assert (runs_dir / "report" / picture).read_bytes().startswith(b"\x89PNG")
@@ -345,6 +348,7 @@ save_file({"logits": again(inputs[:, :16]).logits.detach()}, sys.argv[3])
     probe = load_file(out_dir / "probe" / "logits.safetensors")
     torch.testing.assert_close(trained(probe["input_ids"]).logits.detach(), probe["logits"], atol=1e-6, rtol=1e-5)
     card = (out_dir / "README.md").read_text()
+    assert "## Under encryption" in card and f"| {variant} |" in card
     assert f"**{train.read_results(runs_dir / variant)['perplexity']:.3f}**" in card
     for path in out_dir.iterdir():
         if path.suffix in (".json", ".md", ".yaml", ".py") and path.name != "tokenizer.json":

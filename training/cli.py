@@ -78,6 +78,20 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the weights")
     measure.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     measure.add_argument("--revision", help="branch, tag or commit of the model")
+    measure.add_argument(
+        "--private-cost",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="count what costs under encryption in one forward pass over BATCH_SIZE x MAX_LENGTH tokens, "
+        "and in generating N tokens after them",
+    )
+    measure.add_argument(
+        "--fixed-point",
+        action="store_true",
+        help="find the largest values, and the fewest bits of fixed point that keep perplexity within 1 %%",
+    )
     measure.add_argument("--json", dest="json_path", metavar="FILE", help="write all results")
     measure.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help="draw layers x heads")
     measure.add_argument("--parquet", dest="parquet_path", metavar="FILE", help="write the figures of every text")

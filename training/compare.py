@@ -1,5 +1,6 @@
 """Finished runs -> the paper's table (Markdown, JSON, HTML), heat maps of attention entropy, curves over training."""
 
+import functools
 import json
 from itertools import groupby
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any, BinaryIO
 import matplotlib
 import numpy as np
 
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+
 from .callbacks import read_records
+from .private_cost import BASELINE, comparison, count_operations
 from .recipe import MODEL_FIELDS, RecipeError
 from .report import build_html
 from .seeds import LEAST_SEEDS, configuration, summarise
@@ -113,6 +117,7 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for run in runs:
         baseline = perplexity.get(("SM+LN+G", run["seed"]))
         entropy = np.array(run["attention_entropy"]["entropy"])  # (layers, heads)
+        config = (run["folder"] / "model" / "config.json").read_text(encoding="utf-8")
         rows.append(
             {
                 "variant": run["variant"],
@@ -126,6 +131,7 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 "max_entropy": float(np.mean(run["attention_entropy"]["max_entropy"])),
                 "head_distribution": run["attention_entropy"]["head_distribution"],
                 "nan_count": sum(run["attention_entropy"]["nan_count"]),
+                "private_cost": _private_cost(config, run["block_size"]),
             }
         )
     headline = [
@@ -176,6 +182,14 @@ def _percent(interval: list[float]) -> str:
     return f"{interval[0]:+.2f} to {interval[1]:+.2f} %"
 
 
+@functools.cache
+def _private_cost(config: str, length: int) -> dict[str, Any]:
+    """Totals of one forward pass over one sequence, from a config.json, and those of SM+LN+G with these sizes."""
+    counts = count_operations(LNFreeForCausalLM, LNFreeConfig.from_dict(json.loads(config)), length=length)
+    forward = {name: counts["forward"][name] for name in ("total", "estimate")}
+    return {"forward": forward, "baseline": counts["baseline"]["forward"] if "baseline" in counts else forward}
+
+
 def _markdown(groups: list[dict[str, Any]], unfinished: dict[str, str]) -> str:
     lines = ["# LNFree: comparison of the variants", ""]
     for group in groups:
@@ -218,7 +232,16 @@ def _markdown(groups: list[dict[str, Any]], unfinished: dict[str, str]) -> str:
         for row in rows:
             values = " | ".join(f"{value:.2f}" for value in row["entropy_by_layer"])
             lines.append(f"| {row['configuration']} | {row['seed']} | {values} |")
-        lines.append("")
+        costs = {row["variant"]: row["private_cost"] for row in rows}  # no seed changes them
+        named = [(variant, cost["forward"]) for variant, cost in costs.items()]
+        lines += [
+            "",
+            f"Under encryption: operations on private data in one forward pass over {group['block_size']} tokens, "
+            f"counted by running it, beside {BASELINE} of the same sizes:",
+            "",
+            *comparison(named, rows[0]["private_cost"]["baseline"]),
+            "",
+        ]
     lines += ["![attention entropy by layer and head](heat_maps.png)", "", "![curves over training](curves.png)", ""]
     if unfinished:
         told = ", ".join(f"{name} {why}".strip() for name, why in unfinished.items())

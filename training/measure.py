@@ -30,6 +30,8 @@ from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
 
 from .compare import plot_heat_maps
 from .data import BUILDERS, load_documents
+from .fixed_point import check_model, measure_fixed_point
+from .private_cost import comparison, count_operations, table
 from .recipe import DataArguments, RecipeError
 from .train import perplexity, write_atomically
 
@@ -62,6 +64,8 @@ def measure(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    private_cost: int | None = None,
+    fixed_point: bool = False,
     json_path: str | Path | None = None,
     heat_map_path: str | Path | None = None,
     parquet_path: str | Path | None = None,
@@ -87,6 +91,10 @@ def measure(
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default that of the weights.
         trust_remote_code: whether the code that comes with the model may be run.
         revision: branch, tag or commit of the model.
+        private_cost: count also what costs under encryption, in a forward pass over `batch_size` texts of `max_length`
+            tokens and in generating so many tokens after them.
+        fixed_point: measure also the largest values, and the fewest bits at which perplexity stays within 1 %; takes
+            about ten further passes over the texts.
         json_path: where to write the results.
         heat_map_path: where to draw the entropy of every layer and head.
         parquet_path: where to write the figures of every text, a row each: the negative log-likelihood of its tokens,
@@ -115,6 +123,11 @@ def measure(
         )
         tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
         max_length = check_max_length(model, tokenizer, max_length)
+        if fixed_point:
+            check_model(model)
+        if private_cost is not None:
+            sizes = {"length": max_length, "batch_size": batch_size, "new_tokens": private_cost}
+            operations = count_operations(type(model), model.config, **sizes)
     except (OSError, ValueError) as error:
         raise RecipeError(f"model {model_id!r} cannot be measured: {_one_line(error)}") from error
 
@@ -150,6 +163,18 @@ def measure(
         if counts["predicted_tokens"] == 0:
             raise RecipeError(f"dataset {dataset!r} has no text of two tokens in the column {text_column!r}")
 
+    if fixed_point:
+
+        @torch.no_grad()
+        def evaluate() -> float:
+            likelihoods = []
+            for batch in tqdm(_batches(_read(rows, dataset), batch_size), desc="fixed point", unit="batch"):
+                token_ids = encode([_text(row, text_column) for _, row in batch], tokenizer)
+                likelihoods += _negative_log_likelihoods(model, [ids[:max_length] for ids in token_ids if ids])
+            return torch.cat(likelihoods).double().mean().item()
+
+        bits = measure_fixed_point(model, evaluate)
+
     nll = total_nll / counts["predicted_tokens"]
     results = {
         "model": model_id,
@@ -169,6 +194,8 @@ def measure(
         "nll": nll,
         **counts,
         "attention_entropy": summarize(record),
+        **({} if private_cost is None else {"private_cost": operations}),
+        **({"fixed_point": bits} if fixed_point else {}),
         "seconds": time.perf_counter() - started,
         "versions": {
             "python": platform.python_version(),
@@ -310,3 +337,38 @@ def _print(results: dict[str, Any]):
         + ", ".join(f"{value:.2f}" for value in entropy["layer_entropy"])
         + f"; heads in the quarters of their largest entropy: {shares}"
     )
+    if "fixed_point" in results:
+        bits = results["fixed_point"]
+        print(
+            f"largest residual {bits['largest_residual']:.3g}, attention score {bits['largest_score']:.3g}, value of "
+            f"any operation {bits['largest_value']:.3g}, which {bits['integer_bits_to_hold']} integer bits hold"
+        )
+        if bits["integer_bits"] is None:
+            print("fixed point: no number of bits that was tried keeps perplexity within 1 %")
+        else:
+            print(
+                f"fixed point that saturates keeps perplexity {bits['perplexity']:.3f} within 1 % with "
+                f"{bits['integer_bits']} integer and {bits['fraction_bits']} fractional bits "
+                f"({bits['fixed_point_perplexity']:.3f})"
+            )
+    if "private_cost" in results:
+        _print_private_cost(results["private_cost"])
+
+
+def _print_private_cost(counts: dict[str, Any]):
+    """A table by block and one of totals, for each phase."""
+    name, baseline = counts["variant"] or counts["model_class"], counts.get("baseline")
+    inputs = f"{counts['batch_size']} x {counts['length']} tokens"
+    for phase, title in (
+        ("forward", f"one forward pass over {inputs}"),
+        ("generation", f"generating {counts['new_tokens']} tokens after {inputs}, with a cache"),
+    ):
+        if counts[phase] is None:
+            continue
+        named = [(name, counts[phase])]
+        if baseline is not None:
+            named.insert(0, (baseline["variant"], baseline[phase]))
+        places = [*((str(i), layer) for i, layer in enumerate(counts[phase]["layers"]))]
+        print(f"\nprivate cost of {title}:\n")
+        print("\n".join(table([*places, ("outside", counts[phase]["outside"])], "layer")), end="\n\n")
+        print("\n".join(comparison(named, baseline and baseline[phase])))

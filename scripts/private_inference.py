@@ -1,0 +1,382 @@
+"""
+Two parties compute an exported model's next tokens, one with the weights and one with the prompt, and neither in the
+clear, beside the same tokens computed in the clear:
+
+    bash scripts/private_inference.sh runs/quick/exports/* --json private.json --plot private.png
+
+Each export runs in two processes on loopback, with CrypTen 0.4.1: additive shares in the ring of 64-bit integers with
+16 fractional bits. Party 0, the server, reads `model.safetensors` and shares every weight by its name; party 1, the
+client, shares its tokens as one-hot rows, alone sees the logits, chooses the next token and shares that. Keys and
+values stay shared in a cache. Counted are rounds, bytes of both parties together, and seconds, by operation.
+
+What this does not protect. CrypTen's default provider is a trusted first party: party 0 deals the multiplication
+triples and so could unmask all that is opened, the prompt too; and dealing them costs nothing here, where a real
+offline phase costs more than what is counted. The parties are honest but curious: one that deviates is not noticed.
+Public are the configuration, the number of tokens, and one constant a norm (below). CrypTen is a research tool.
+
+The operations are CrypTen's own functions, with what they need to converge on these models:
+
+- Causal mask: hidden scores are replaced by -12, not lowered, and their exponentials are multiplied by 0. CrypTen's
+  exponential is (1 + x / 256)^256, which is garbage for the usual -1e4.
+- LayerNorm: rows are divided by the root of the norm's median variance before their own is computed, since CrypTen's
+  inverse root converges near 1. The constants come from the clear model on this file's text, and are public.
+- GELU: the tanh form. The erf of CrypTen diverges outside of a small range.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, multiprocessing, nn
+from transformers import AutoTokenizer
+
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+
+
+# CrypTen imports from it what it needs for ONNX only; torch has dropped it
+sys.modules.setdefault("torch.onnx.symbolic_registry", types.ModuleType("torch.onnx.symbolic_registry"))
+try:
+    import crypten
+    import crypten.communicator
+except ImportError as error:
+    sys.exit(f"private_inference: {error}; bash scripts/private_inference.sh installs what is missing and runs this")
+
+SERVER, CLIENT = 0, 1
+PROMPT = "def __init__(self, name, value=None):\n        self.name = name\n        self.value ="
+HIDDEN_SCORE = -12.0
+OPERATIONS = ("embedding", "layer_norm", "linear", "attention products", "softmax", "activation", "logits")
+NOT_PROTECTED = (
+    "Not protected: party 0 (the server) deals the triples and could unmask the prompt; deviating parties are not "
+    "noticed; no offline phase is counted."
+)
+
+
+class Meter:
+    """Rounds, bytes (sent and received by this party) and seconds by operation, since the last `take`."""
+
+    def __init__(self):
+        self.costs: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def measure(self, operation: str) -> Iterator[None]:
+        communicator = crypten.communicator.get()
+        before, started = communicator.get_communication_stats(), time.perf_counter()
+        yield
+        after, seconds = communicator.get_communication_stats(), time.perf_counter() - started
+        cost = self.costs.setdefault(operation, {"rounds": 0, "bytes": 0, "seconds": 0.0})
+        cost["rounds"] += after["rounds"] - before["rounds"]
+        cost["bytes"] += after["bytes"] - before["bytes"]
+        cost["seconds"] += seconds
+
+    def take(self) -> dict[str, dict[str, float]]:
+        costs, self.costs = self.costs, {}
+        return costs
+
+
+class PrivateModel:
+    """
+    The model on shares: GPT-2 backbone, GELU or ReLU. T queries, S keys, D width, H heads, d head dimension.
+
+    Args:
+        weights: by their names in the export, shared.
+        variances: public median variance of the rows that each norm receives, by the norm's name.
+    """
+
+    def __init__(self, config: LNFreeConfig, weights: dict[str, Any], variances: dict[str, float], meter: Meter):
+        self.config, self.weights, self.variances, self.meter = config, weights, variances, meter
+        self.cache: list[tuple[Any, Any]] = [()] * config.num_hidden_layers
+        self.length = 0
+
+    def forward(self, tokens):
+        """Logits `(T, vocab)` of the next T tokens (one-hot rows `(T, vocab)`), all shared."""
+        queries = tokens.size(0)
+        with self.meter.measure("embedding"):
+            positions = self.weights["model.embed_positions.weight"][self.length : self.length + queries]
+            states = tokens.matmul(self.weights["model.embed_tokens.weight"]) + positions  # (T, D)
+        self.length += queries
+        for layer in range(self.config.num_hidden_layers):
+            name = f"model.layers.{layer}"
+            states = states + self.attend(self.normalize(states, f"{name}.input_layernorm"), layer)
+            hidden = self.normalize(states, f"{name}.post_attention_layernorm")
+            hidden = self.activate(self.project(hidden, f"{name}.mlp.up_proj"))
+            states = states + self.project(hidden, f"{name}.mlp.down_proj")
+        states = self.normalize(states, "model.norm")
+        with self.meter.measure("logits"):
+            return states.matmul(self.weights["model.embed_tokens.weight"].t())
+
+    def project(self, states, name: str):
+        with self.meter.measure("linear"):
+            states = states.matmul(self.weights[f"{name}.weight"].t())
+            bias = self.weights.get(f"{name}.bias")
+            return states if bias is None else states + bias
+
+    def attend(self, states, layer: int):
+        name, heads = f"model.layers.{layer}.self_attn", self.config.num_attention_heads
+        query, key, value = (
+            self.project(states, f"{name}.{part}_proj").reshape(states.size(0), heads, -1).transpose(0, 1)
+            for part in "qkv"
+        )  # (H, T, d)
+        if self.cache[layer]:
+            key, value = (
+                crypten.cat([past, new], dim=1) for past, new in zip(self.cache[layer], (key, value), strict=True)
+            )
+        self.cache[layer] = (key, value)  # (H, S, d)
+        with self.meter.measure("attention products"):
+            scores = (query * query.size(-1) ** -0.5).matmul(key.transpose(1, 2))  # (H, T, S)
+        with self.meter.measure("softmax"):
+            weights = self.softmax(scores)
+        with self.meter.measure("attention products"):
+            output = weights.matmul(value)
+        return self.project(output.transpose(0, 1).reshape(states.size()), f"{name}.o_proj")
+
+    def softmax(self, scores):
+        """CrypTen's softmax over the keys that the causal mask leaves visible."""
+        queries, keys = scores.size(1), scores.size(2)
+        visible = torch.ones(queries, keys).tril(keys - queries)
+        scores = scores * visible + HIDDEN_SCORE * (1 - visible)
+        exponentials = (scores - scores.max(-1, keepdim=True)[0]).exp() * visible
+        with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
+            return exponentials * exponentials.sum(-1, keepdim=True).reciprocal()
+
+    def normalize(self, states, name: str):
+        """LayerNorm, or nothing where the export has none."""
+        if name not in self.variances:
+            return states
+        with self.meter.measure("layer_norm"):
+            scale = self.variances[name] ** -0.5
+            states = (states - states.mean(-1, keepdim=True)) * scale
+            variance = states.square().mean(-1, keepdim=True) + self.config.layer_norm_eps * scale**2
+            return states * variance.inv_sqrt() * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def activate(self, states):
+        with self.meter.measure("activation"):
+            if self.config.hidden_act == "relu":
+                return states.relu()
+            inner = (2 / torch.pi) ** 0.5 * (states + 0.044715 * states.square() * states)
+            return 0.5 * states * (1 + inner.tanh())
+
+
+def run_party(rank: int, folder: Path, aside: Path, variances: dict[str, float], length: int, new_tokens: int):
+    """One party's process; writes what it measured, and the client what it received, below `aside`."""
+    torch.set_num_threads(1)
+    environment = {"DISTRIBUTED_BACKEND": "gloo", "RENDEZVOUS": f"file://{aside}/rendezvous"}
+    os.environ.update(environment, WORLD_SIZE="2", RANK=str(rank))
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    crypten.init()
+    crypten.cfg.communicator.verbose = True  # or nothing is counted
+    config = LNFreeConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        shapes = LNFreeForCausalLM(config).state_dict()
+    # the client knows no weight, only the shapes
+    weights = load_file(folder / "model.safetensors") if rank == SERVER else {}
+    prompt = load_file(aside / "prompt.safetensors")["input_ids"] if rank == CLIENT else None
+    meter, results, costs = Meter(), [], []
+    with crypten.no_grad():
+        shared = {
+            name: crypten.cryptensor(weights[name] if rank == SERVER else torch.zeros(shape.shape), src=SERVER)
+            for name, shape in shapes.items()
+            if name != "lm_head.weight"  # tied to the embeddings
+        }
+        model = PrivateModel(config, shared, variances, meter)
+        for step in range(new_tokens):
+            rows = torch.zeros(length if step == 0 else 1, config.vocab_size)
+            if rank == CLIENT:
+                rows = F.one_hot(prompt, config.vocab_size).float()
+            logits = model.forward(crypten.cryptensor(rows, src=CLIENT))
+            with meter.measure("logits"):
+                opened = logits.reveal(dst=CLIENT)
+            if rank == CLIENT:
+                # not by get_plain_text: 0.4.1 decodes -131071 as -2.99998, and others just above a negative integer
+                logits = opened.float() / logits.encoder.scale
+                results.append(logits)
+                prompt = logits[-1:].argmax(-1)
+            costs.append(meter.take())
+    (aside / f"costs{rank}.json").write_text(json.dumps(costs), encoding="utf-8")
+    if rank == CLIENT:
+        save_file({"logits": torch.cat(results)}, aside / "logits.safetensors")
+    crypten.uninit()
+
+
+@torch.no_grad()
+def measure_variances(model: LNFreeForCausalLM, input_ids: Tensor) -> dict[str, float]:
+    """Median variance of the rows `(T, D)` that every LayerNorm of the clear model receives, by its name."""
+    variances, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+
+            def record(module, args, name=name):
+                variances[name] = args[0].var(-1, unbiased=False).median().item()
+
+            handles.append(module.register_forward_pre_hook(record))
+    model(input_ids)
+    for handle in handles:
+        handle.remove()
+    return variances
+
+
+@torch.no_grad()
+def run(folder: Path, prompt: str, new_tokens: int) -> dict[str, Any]:
+    """Runs one export privately and in the clear; returns costs by operation and how far the two are apart."""
+    model = LNFreeForCausalLM.from_pretrained(folder).eval()
+    config, tokenizer = model.config, AutoTokenizer.from_pretrained(folder)
+    if config.backbone != "gpt2" or config.hidden_act not in ("relu", "gelu_pytorch_tanh"):
+        sys.exit(
+            f"private_inference: {folder} is {config.variant} on {config.backbone}; only GPT-2 with G or R is run"
+        )
+    input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    length = input_ids.shape[1]
+    if length + new_tokens - 1 > config.max_position_embeddings:
+        sys.exit(
+            f"private_inference: {length} tokens of the prompt and {new_tokens} new ones do not fit into "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    text = tokenizer(Path(__file__).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+    variances = measure_variances(model, text[:, : config.max_position_embeddings])
+    with tempfile.TemporaryDirectory() as aside:
+        aside = Path(aside)
+        save_file({"input_ids": input_ids[0]}, aside / "prompt.safetensors")
+        multiprocessing.spawn(run_party, (folder.resolve(), aside, variances, length, new_tokens), nprocs=2)
+        logits = load_file(aside / "logits.safetensors")[
+            "logits"
+        ]  # of the prompt, then of each new token but the last
+        parties = [json.loads((aside / f"costs{rank}.json").read_text(encoding="utf-8")) for rank in (SERVER, CLIENT)]
+    private = logits[length - 1 :].argmax(-1)
+    clear = input_ids
+    for _ in range(new_tokens):
+        clear = torch.cat((clear, model(clear).logits[:, -1:].argmax(-1)), dim=1)
+    # at the private tokens, so that the two can be compared wherever they lead
+    expected = model(torch.cat((input_ids[0], private[:-1]))[None]).logits[0]
+    errors = (logits - expected).abs()
+    results = folder / "results.json"
+    return {
+        "export": folder.name,
+        "variant": config.variant,
+        "perplexity": json.loads(results.read_text(encoding="utf-8"))["perplexity"] if results.is_file() else None,
+        "prompt_tokens": length,
+        "private_tokens": private.tolist(),
+        "clear_tokens": clear[0, length:].tolist(),
+        "private_text": tokenizer.decode(private),
+        "equal_tokens": int((private == clear[0, length:]).sum()),
+        "equal_argmax": int((logits.argmax(-1) == expected.argmax(-1)).sum()),
+        "positions": len(logits),
+        "largest_error": errors.max().item(),
+        "mean_error": errors.mean().item(),
+        "largest_logit": expected.abs().max().item(),
+        "prompt": _together([party[0] for party in parties]),
+        "new_token": _together([party[-1] for party in parties]) if new_tokens > 1 else None,
+        "variances": variances,
+    }
+
+
+def _together(parties: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Costs by operation and in total: each byte is counted where it is sent and where it arrives."""
+    by_operation = {
+        name: {
+            "rounds": parties[SERVER][name]["rounds"],
+            "bytes": sum(party[name]["bytes"] for party in parties) / 2,
+            "seconds": statistics.mean(party[name]["seconds"] for party in parties),
+        }
+        for name in OPERATIONS
+        if name in parties[SERVER]
+    }
+    total = {key: sum(cost[key] for cost in by_operation.values()) for key in ("rounds", "bytes", "seconds")}
+    return {**by_operation, "total": total}
+
+
+def to_markdown(runs: list[dict[str, Any]]) -> str:
+    """A table of all runs, and one by operation."""
+    lines = [
+        f"One pass over a prompt of {runs[0]['prompt_tokens']} tokens, and one over a new token with the cache:",
+        "",
+        "| configuration | perplexity | rounds | MB | s | a new token: rounds | MB | s | tokens as in the clear "
+        "| argmax as in the clear | error of the logits: largest | mean |",
+        "|---" * 12 + "|",
+    ]
+    for run in runs:
+        perplexity = "" if run["perplexity"] is None else f"{run['perplexity']:.3f}"
+        costs = " | ".join(_cost(run[phase] and run[phase]["total"]) for phase in ("prompt", "new_token"))
+        lines.append(
+            f"| {run['variant']} | {perplexity} | {costs} | {run['equal_tokens']} of {len(run['clear_tokens'])} "
+            f"| {run['equal_argmax']} of {run['positions']} | {run['largest_error']:.4f} | {run['mean_error']:.4f} |"
+        )
+    lines += ["", "The pass over the prompt by operation, rounds / MB / s:", ""]
+    lines += ["| operation | " + " | ".join(run["variant"] for run in runs) + " |", "|---" * (1 + len(runs)) + "|"]
+    for name in (*OPERATIONS, "total"):
+        cells = (_cost(run["prompt"].get(name), separator=" / ") for run in runs)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", NOT_PROTECTED])
+
+
+def _cost(cost: dict[str, float] | None, separator: str = " | ") -> str:
+    if cost is None:
+        return separator.join(("0", "0", "0"))
+    return separator.join((f"{cost['rounds']:,}", f"{cost['bytes'] / 1e6:.2f}", f"{cost['seconds']:.1f}"))
+
+
+def plot(runs: list[dict[str, Any]], path: str):
+    """Perplexity against bytes and against rounds of the pass over the prompt."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    for axis, key, unit, factor in ((axes[0], "bytes", "MB", 1e6), (axes[1], "rounds", "rounds", 1)):
+        values = [run["prompt"]["total"][key] / factor for run in runs]
+        for run, value in zip(runs, values, strict=True):
+            axis.scatter(value, run["perplexity"], s=50)
+            # below the point with LayerNorm and above without, since such pairs lie close together
+            offset = (7, -13 if "LN" in run["variant"] else 5)
+            axis.annotate(run["variant"], (value, run["perplexity"]), xytext=offset, textcoords="offset points")
+        margin = 0.2 * (max(values) - min(values)) or 0.1 * max(values)
+        axis.set(xlim=(min(values) - margin, max(values) + 2 * margin), xlabel=f"{unit} of one private pass")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("perplexity")
+    axes[0].margins(y=0.2)
+    figure.suptitle(f"Two parties, {runs[0]['prompt_tokens']} tokens, CrypTen on loopback", fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main():
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("exports", nargs="+", type=Path, metavar="EXPORT_DIR")
+    parser.add_argument("--prompt", default=PROMPT, help="default: %(default)r")
+    parser.add_argument("--new-tokens", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw perplexity against bytes and rounds")
+    arguments = parser.parse_args()
+    if arguments.new_tokens < 1:
+        parser.error(f"--new-tokens must be at least 1, got {arguments.new_tokens}")
+    for folder in arguments.exports:
+        for name in ("config.json", "model.safetensors", *(["results.json"] if arguments.plot else [])):
+            if not (folder / name).is_file():
+                parser.error(f"{folder} is not an export: it has no {name}")
+    runs = [run(folder, arguments.prompt, arguments.new_tokens) for folder in arguments.exports]
+    order = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
+    runs.sort(key=lambda run: order.index(run["variant"]) if run["variant"] in order else len(order))
+    print(to_markdown(runs))
+    if arguments.json:
+        versions = {"crypten": "0.4.1", "torch": torch.__version__}
+        document = {"runs": runs, "versions": versions, "not_protected": NOT_PROTECTED}
+        Path(arguments.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    if arguments.plot:
+        plot(runs, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The two-party run, in its own environment, against the models in the clear."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .conftest import tiny_model
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "private_inference.sh"
+VARIANTS = ["SM+LN+G", "SM+R"]
+
+
+@pytest.fixture
+def exports(tmp_path):
+    """Two small models with a token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    folders = []
+    for number, variant in enumerate(VARIANTS):
+        folders.append(tmp_path / variant)
+        tiny_model(variant, vocab_size=256, num_hidden_layers=2).save_pretrained(folders[-1])
+        PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folders[-1])
+        (folders[-1] / "results.json").write_text(json.dumps({"perplexity": 10.0 + number}))
+    return folders
+
+
+# Installs CrypTen into .venv/private where that has not been done, so that nothing is skipped.
+@pytest.mark.slow
+def test_two_parties_compute_the_clear_tokens_and_count_their_messages(exports, tmp_path):
+    outputs = tmp_path / "private.json", tmp_path / "private.png"
+    command = ["bash", SCRIPT, *exports, "--prompt", "def f(", "--new-tokens", "3"]
+    run = subprocess.run([*command, "--json", outputs[0], "--plot", outputs[1]], capture_output=True, text=True)
+    assert run.returncode == 0, (
+        f"{SCRIPT.name} installs what it needs into .venv/private; if that failed, there by hand: "
+        f"pip install --no-deps crypten==0.4.1; pip install omegaconf onnx\n{run.stderr}"
+    )
+    assert outputs[1].read_bytes().startswith(b"\x89PNG")
+    document = json.loads(outputs[0].read_text())
+    assert "party 0" in document["not_protected"] and document["not_protected"] in run.stdout
+    results = {result["variant"]: result for result in document["runs"]}
+    assert list(results) == VARIANTS
+    for result in results.values():
+        assert (
+            result["private_tokens"] == result["clear_tokens"] and result["equal_argmax"] == result["positions"] == 8
+        )
+        assert 0 < result["largest_error"] < 0.05 * result["largest_logit"]
+        total = result["prompt"]["total"]
+        assert total["rounds"] == sum(cost["rounds"] for name, cost in result["prompt"].items() if name != "total")
+        assert result["new_token"]["total"]["bytes"] < total["bytes"]
+    baseline, ours = (results[variant]["prompt"] for variant in VARIANTS)
+    # by hand: a product of shares opens both factors, each party sends its own, 8 bytes an element
+    width, inner, length = 32, 128, 6
+    factors = 2 * (4 * (length + width) * width + (length + inner) * width + (length + width) * inner)
+    assert ours["linear"] == {"rounds": 12, "bytes": 2 * 8 * factors, "seconds": ours["linear"]["seconds"]}
+    for name in ("softmax", "linear", "embedding", "logits"):
+        assert [ours[name][key] for key in ("rounds", "bytes")] == [baseline[name][key] for key in ("rounds", "bytes")]
+    assert 5 * ours["layer_norm"]["rounds"] == baseline["layer_norm"]["rounds"]  # 4 in the blocks and the final one
+    assert ours["activation"]["bytes"] < baseline["activation"]["bytes"]
+
+
+@pytest.mark.slow
+def test_wrong_arguments_are_one_line(exports, tmp_path):
+    for arguments, message in (
+        ([tmp_path], "is not an export: it has no config.json"),
+        ([*exports, "--new-tokens", "0"], "--new-tokens must be at least 1, got 0"),
+        ([*exports, "--new-tokens", "99"], "99 new ones do not fit into max_position_embeddings=64"),
+    ):
+        run = subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True)
+        assert run.returncode != 0 and message in run.stderr.strip().splitlines()[-1], run.stderr

@@ -1,0 +1,432 @@
+"""
+What a model costs under encryption: its operations on private data, counted by running it, and a partial estimate.
+
+The model runs on torch's meta device, which computes shapes and no numbers, with eager attention, so that every
+operation passes by a dispatch mode as the model asks for it; hooks on the blocks say whose it is. Any causal language
+model of transformers is counted, at any size, from its configuration alone.
+
+What is counted is what touches private data, everything that follows from the looked-up embeddings: positions, rotary
+angles and causal masks are public.
+
+- `softmax`, `layer_norm`, `rms_norm`: rows by their length. Hidden keys are part of a row, since eager attention
+  computes them; a protocol may leave them out, since the causal mask is public.
+- `gelu`, `relu`, `leaky_relu` and whatever else is not linear, under its name in torch: elements.
+- `comparison`: one for every element of a ReLU or leaky ReLU, n - 1 for the maximum of a softmax row of n.
+- `matmul`: elements of the products; `opening`: elements of both factors of a product of two private tensors (the
+  weights are the server's), which a protocol with multiplication triples opens under a mask.
+- `truncation`: elements of products, which have twice the fractional bits: matrix products, products by element and
+  with constants, and the leaky ReLU's slope. Those inside a softmax, a norm or a GELU depend on how a protocol
+  approximates them, and are not counted.
+
+`calls` is how many operations follow one another, with a maximum of n as ceil(log2(n)) comparisons. Not counted: the
+lookup of the private tokens' embeddings, and the choice of the next token from the logits, which the client makes.
+"""
+
+import copy
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from modeling_lnfree.modeling_lnfree import CACHE_NAME
+
+
+BASELINE = "SM+LN+G"
+OUTSIDE = "outside"  # of the blocks: embeddings, final norm, head
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one element (`bits` that each of two parties sends) and one call (`rounds`) of an operation cost."""
+
+    rounds: int
+    bits: int
+    composition: str
+
+
+# Ring elements of K = 64 bits, N = 2 parties, log2(64) = 6. Online phase only.
+PROTOCOL = "SEMI2K of SPU, 2 parties, 64-bit ring, online phase; rounds and bits, so of no particular network"
+SOURCES = {
+    "kernels": "the cost that SPU's source states for each kernel: github.com/secretflow/spu, "
+    "libspu/mpc/semi2k/conversion.h at 086ec9bc62ed and arithmetic.h at 15b63f65f4a3",
+    "gelu": "PUMA's piecewise polynomial (arXiv 2307.12533) as its benchmark computes it: "
+    "github.com/AntCPLab/puma_benchmarks, bench_gpt2/bench_gpt2.py at b2e1cd4bb441",
+}
+PRICES = {
+    "comparison": Price(
+        rounds=(6 + 1) + 1 + 1,
+        bits=(5 + 1 + 2) * 64,
+        composition="msb_a2b (log K + 1 rounds, 5 K bits), b2a (1, K), and mul_aa (1, 2 K) to select by the bit",
+    ),
+    "gelu": Price(
+        # the powers of x (7 rounds with their truncations) are ready before the comparisons
+        rounds=(6 + 1) + 1 + 1,
+        bits=(3 * (5 + 1 + 2) + 4 * (2 + 1) + 7 * 1) * 64,
+        composition="3 comparisons with their selections, 4 products for the powers of x (mul_aa, trunc_a), "
+        "7 products with coefficients (trunc_a)",
+    ),
+    "opening": Price(rounds=1, bits=64, composition="mmul_aa, mul_aa (1 round, K bits an element of either factor)"),
+    "truncation": Price(rounds=1, bits=64, composition="trunc_a, probabilistic (1 round, K bits)"),
+}
+# What has no published figure that could be checked. The comparisons of a softmax are priced; this is what remains.
+UNPRICED = {
+    "softmax": "the exponentials and the reciprocal of its sums",
+    "layer_norm": "all of it: squares, inverse root, products",
+    "rms_norm": "all of it: squares, inverse root, products",
+}
+
+# modules that may compute by several operations of torch what counts as one here
+_MODULES = {"GELU": "gelu", "RMSNorm": "rms_norm"}
+# by a constant or by a private tensor
+_PRODUCTS = {"mul", "div", "mean"}
+_LINEAR = {
+    *("embedding", "add", "sub", "rsub", "neg", "sum", "cat", "stack", "clone", "alias", "detach", "copy", "_to_copy"),
+    *("view", "_unsafe_view", "_reshape_alias", "t", "transpose", "permute", "expand", "repeat", "unsqueeze"),
+    *("squeeze", "slice", "select", "split", "split_with_sizes", "where", "masked_fill", "index_select"),
+}  # fmt: skip
+
+
+@dataclass
+class Tally:
+    """How often an operation runs, and on how much; `rows` by their length where it works on rows."""
+
+    calls: int = 0
+    elements: int = 0
+    rows: Counter = field(default_factory=Counter)
+
+    def add(self, other: "Tally"):
+        self.calls += other.calls
+        self.elements += other.elements
+        self.rows.update(other.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = {str(length): rows for length, rows in sorted(self.rows.items())}
+        return {"calls": self.calls, "elements": self.elements, **({"rows": rows} if rows else {})}
+
+
+def count_operations(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    length: int,
+    batch_size: int = 1,
+    new_tokens: int = 0,
+) -> dict[str, Any]:
+    """
+    Counts the operations on private data of one forward pass and, with `new_tokens`, of generating with a cache.
+
+    Args:
+        model_class: of a causal language model, such as `LNFreeForCausalLM` or `GPT2LMHeadModel`.
+        config: its configuration.
+        length: tokens of the input.
+        batch_size: inputs.
+        new_tokens: tokens to generate after the input: a pass over the input that computes the last position's logits
+            only, and `new_tokens - 1` passes over one token each.
+
+    Returns:
+        `forward`, and `generation` or None: each with `layers` (a dictionary by operation for every block), `outside`,
+        `total`, and `estimate` (see `estimate`). An operation has `calls`, `elements`, and `rows` by their length.
+        For an LNFree model other than SM+LN+G also `baseline`: the same of SM+LN+G with these sizes, totals only.
+
+    Raises:
+        ValueError: for a length past the model's positions, and for a model that cannot be run without its numbers.
+    """
+    if min(length, batch_size) < 1 or new_tokens < 0:
+        raise ValueError(
+            f"length and batch_size must be at least 1 and new_tokens at least 0, got length={length}, "
+            f"batch_size={batch_size}, new_tokens={new_tokens}"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # the last new token is not an input
+    if positions is not None and length + max(new_tokens - 1, 0) > positions:
+        raise ValueError(
+            f"length={length} and new_tokens={new_tokens} need {length + max(new_tokens - 1, 0)} positions, the model "
+            f"has {positions}"
+        )
+    with torch.device("meta"):
+        model = model_class._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    input_ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+    counts = {
+        "model_class": model_class.__name__,
+        "variant": config.variant if config.model_type == "lnfree" else None,
+        "batch_size": batch_size,
+        "length": length,
+        "new_tokens": new_tokens,
+        "forward": _run(model, input_ids, 0),
+        "generation": _run(model, input_ids, new_tokens) if new_tokens else None,
+    }
+    if counts["variant"] not in (None, BASELINE):
+        sizes = {"length": length, "batch_size": batch_size, "new_tokens": new_tokens}
+        baseline = count_operations(model_class, _baseline_config(config), **sizes)
+        counts["baseline"] = {
+            "variant": BASELINE,
+            **{phase: baseline[phase] and _totals(baseline[phase]) for phase in ("forward", "generation")},
+        }
+    return counts
+
+
+def _baseline_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """SM+LN+G of the same sizes and backbone."""
+    fields = config.to_dict()
+    gelu = "gelu" if config.position_embedding_type == "rotary" else "gelu_pytorch_tanh"
+    fields |= {"norm_type": "layernorm", "final_norm_type": "layernorm", "hidden_act": gelu}
+    return type(config).from_dict({**fields, "negative_slope": None, "slope_sharing": None})
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, input_ids: Tensor, new_tokens: int) -> dict[str, Any]:
+    with _OperationCounter(model) as counter:
+        try:
+            # a cache in any case: without one, transformers looks for packed sequences in the positions' numbers
+            output = model(input_ids, use_cache=True, logits_to_keep=1 if new_tokens else 0)
+            for _ in range(new_tokens - 1):
+                output = model(input_ids[:, :1], use_cache=True, **{CACHE_NAME: output[CACHE_NAME]})
+        except (NotImplementedError, RuntimeError) as error:
+            message = " ".join(str(error).split())
+            raise ValueError(f"{type(model).__name__} cannot be run on the meta device: {message}") from error
+    total: dict[str, Tally] = {}
+    for tallies in counter.counts.values():
+        for name, tally in tallies.items():
+            total.setdefault(name, Tally()).add(tally)
+    by_place = {
+        place: {name: tally.to_dict() for name, tally in sorted(tallies.items())}
+        for place, tallies in (*counter.counts.items(), ("total", total))
+    }
+    return {
+        "layers": [by_place[str(index)] for index in range(counter.num_layers)],
+        "outside": by_place[OUTSIDE],
+        "total": by_place["total"],
+        "estimate": estimate(by_place["total"]),
+    }
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers. Raises ValueError where they are not in one list."""
+    number = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    blocks = next((blocks for blocks in lists if len(blocks) == number), None)
+    if blocks is None:
+        raise ValueError(f"{type(model).__name__} has no list of {number} blocks")
+    return blocks
+
+
+class PrivateDispatchMode(TorchDispatchMode):
+    """Follows private data, from the looked-up embeddings, through every operation of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.private = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        private = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf in self.private]
+        if private or func.overloadpacket.__name__ == "embedding":
+            outputs = self.on_private(func, args, outputs, len(private))
+            for leaf in tree_leaves(outputs):
+                if isinstance(leaf, Tensor):
+                    self.private[leaf] = True
+        return outputs
+
+    def on_private(self, func, args: tuple, outputs, num_private: int):
+        """What an operation on `num_private` private tensors returns; here, `outputs`."""
+        return outputs
+
+
+class _OperationCounter(PrivateDispatchMode):
+    """Counts by block, from the hooks, and by operation, from the dispatch, what touches private data."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.num_layers = model.config.get_text_config().num_hidden_layers
+        blocks = find_blocks(model)
+        self.counts: dict[str, dict[str, Tally]] = {OUTSIDE: {}, **{str(i): {} for i in range(self.num_layers)}}
+        self.place = OUTSIDE
+        self.composite: nn.Module | None = None
+        self.handles = []
+        for index, block in enumerate(blocks):
+            self.handles.append(block.register_forward_pre_hook(lambda *_, place=str(index): self._enter(place)))
+            self.handles.append(block.register_forward_hook(lambda *_: self._enter(OUTSIDE)))
+        for module in model.modules():
+            name = next((name for part, name in _MODULES.items() if part in type(module).__name__), None)
+            if name is not None:
+                self.handles.append(module.register_forward_pre_hook(lambda m, args, n=name: self._begin(n, m, args)))
+                self.handles.append(module.register_forward_hook(lambda m, *_: self._end(m)))
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.remove()
+        return super().__exit__(*exception)
+
+    def _enter(self, place: str):
+        self.place = place
+
+    def _begin(self, name: str, module: nn.Module, args: tuple[Tensor, ...]):
+        if self.composite is None:
+            self.composite = module
+            self._add(name, args[0].numel(), row=args[0].shape[-1] if name == "rms_norm" else None)
+
+    def _end(self, module: nn.Module):
+        if self.composite is module:
+            self.composite = None
+
+    def on_private(self, func, args: tuple, outputs, num_private: int):
+        if self.composite is None:
+            output = next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+            self._count(func.overloadpacket.__name__.rstrip("_"), args, output, num_private)  # in place or not
+        return outputs
+
+    def _count(self, name: str, args: tuple, output: Tensor, num_private: int):
+        size = output.numel()
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            left, right = (args[0], args[1]) if name in ("mm", "bmm") else (args[1], args[2])
+            self._add("matmul", size)
+            self._add("opening", left.numel() + right.numel())
+            self._add("truncation", size)
+        elif name in _PRODUCTS:
+            if num_private > 1:
+                self._add("opening", num_private * size)
+            self._add("truncation", size)
+        elif name == "_softmax":
+            length = output.shape[args[1]]
+            self._add("softmax", size, row=length)
+            if length > 1:
+                self._add("comparison", size - size // length, calls=math.ceil(math.log2(length)))
+        elif name == "native_layer_norm":
+            self._add("layer_norm", size, row=math.prod(args[1]))
+        elif name in ("relu", "leaky_relu", "_prelu_kernel"):
+            self._add("relu" if name == "relu" else "leaky_relu", size)
+            self._add("comparison", size)
+            if name != "relu":
+                self._add("truncation", size)
+        elif name not in _LINEAR:
+            self._add(name, size)
+
+    def _add(self, name: str, elements: int, *, calls: int = 1, row: int | None = None):
+        rows = Counter({row: elements // row}) if row is not None else Counter()
+        self.counts[self.place].setdefault(name, Tally()).add(Tally(calls, elements, rows))
+
+
+def estimate(total: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """
+    From `PRICES`: what the operations with a published figure cost, one after the other.
+
+    Returns:
+        `rounds`, `bytes_per_party` (sent by each of two parties), `by_operation` with both, `without_figure` (what is
+        left out, by operation), `protocol` and `sources`.
+    """
+    by_operation = {
+        name: {
+            "rounds": price.rounds * total[name]["calls"],
+            "bytes_per_party": price.bits * total[name]["elements"] // 8,
+            "composition": price.composition,
+        }
+        for name, price in PRICES.items()
+        if name in total
+    }
+    priced = {*PRICES, "matmul", "relu", "leaky_relu"}
+    return {
+        "rounds": sum(cost["rounds"] for cost in by_operation.values()),
+        "bytes_per_party": sum(cost["bytes_per_party"] for cost in by_operation.values()),
+        "by_operation": by_operation,
+        "without_figure": {
+            name: {**count, "what": UNPRICED.get(name, "all of it")}
+            for name, count in total.items()
+            if name not in priced
+        },
+        "protocol": PROTOCOL,
+        "sources": SOURCES,
+    }
+
+
+def _totals(phase: dict[str, Any]) -> dict[str, Any]:
+    return {name: phase[name] for name in ("total", "estimate")}
+
+
+# ---- as Markdown
+
+
+_ROWS = ("softmax", "layer_norm", "rms_norm")
+_FIRST = (*_ROWS, "gelu", "relu", "leaky_relu")
+_LAST = ("comparison", "opening", "truncation")
+
+
+def table(counts: list[tuple[str, dict[str, Any]]], heading: str) -> list[str]:
+    """
+    Lines of a Markdown table with a row for each of the named `counts` (dictionaries by operation): rows of softmax
+    and norms with their lengths, elements of all else that occurs.
+    """
+    found = {name for _, count in counts for name in count} - {"matmul"}
+    others = sorted(found - {*_FIRST, *_LAST})
+    columns = [name for name in (*_FIRST, *others, *_LAST) if name in found]
+    titles = [f"{name} rows x length" if name in _ROWS else name for name in columns]
+    lines = [f"| {heading} | " + " | ".join(titles) + " |", "|---" * (1 + len(columns)) + "|"]
+    for title, count in counts:
+        lines.append(f"| {title} | " + " | ".join(_cell(count.get(name)) for name in columns) + " |")
+    return lines
+
+
+def _cell(count: dict[str, Any] | None) -> str:
+    if count is None:
+        return "0"
+    if "rows" not in count:
+        return f"{count['elements']:,}"
+    rows = list(count["rows"].items())
+    if len(rows) == 1:
+        return f"{rows[0][1]:,} x {rows[0][0]}"
+    return f"{sum(number for _, number in rows):,} x {rows[0][0]} to {rows[-1][0]}"
+
+
+def comparison(named: list[tuple[str, dict[str, Any]]], baseline: dict[str, Any] | None) -> list[str]:
+    """
+    Lines of Markdown: the totals of each of the named phases (`total` and `estimate`), the estimate, and what each has
+    more or fewer of than `baseline`, the phase of SM+LN+G.
+    """
+    lines = table([(name, phase["total"]) for name, phase in named], "configuration")
+    last = "" if baseline is None else f" against {BASELINE} |"
+    lines += [
+        "",
+        f"| configuration | rounds | MB sent by each party | without a figure |{last}",
+        "|---" * (4 + (baseline is not None)) + "|",
+    ]
+    for name, phase in named:
+        cost = phase["estimate"]
+        missing = ", ".join(_amount_of(name, count) for name, count in cost["without_figure"].items()) or "nothing"
+        line = f"| {name} | {cost['rounds']:,} | {cost['bytes_per_party'] / 1e6:.2f} | {missing} |"
+        if baseline is not None:
+            line += f" {', '.join(difference(phase['total'], baseline['total'])) or 'the same'} |"
+        lines.append(line)
+    kinds = {name: count["what"] for _, phase in named for name, count in phase["estimate"]["without_figure"].items()}
+    lines += [
+        "",
+        f"Rounds (one operation after the other) and MB are those of one protocol ({PROTOCOL}), composed of "
+        f"{SOURCES['kernels']}; GELU as {SOURCES['gelu']}. What has no published figure that could be checked is not "
+        "in them: " + "; ".join(f"{name} ({what})" for name, what in kinds.items()) + ".",
+    ]
+    return lines
+
+
+def _amount_of(name: str, count: dict[str, Any]) -> str:
+    return f"{_amount(name, count):,} {name}{' rows' if name in _ROWS else ''}"
+
+
+def difference(total: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
+    """What a total has more or fewer of than another: `-1,536 layer_norm rows`, `+65,536 relu`."""
+    changes = []
+    for name in (*_FIRST, *_LAST):
+        ours, theirs = (_amount(name, counts.get(name)) for counts in (total, baseline))
+        if ours != theirs:
+            changes.append(f"{ours - theirs:+,} {name}{' rows' if name in _ROWS else ''}")
+    return changes
+
+
+def _amount(name: str, count: dict[str, Any] | None) -> int:
+    if count is None:
+        return 0
+    return sum(count["rows"].values()) if name in _ROWS else count["elements"]
