@@ -194,13 +194,16 @@ def _markdown(groups: list[dict[str, Any]], unfinished: dict[str, str]) -> str:
     lines = ["# LNFree: comparison of the variants", ""]
     for group in groups:
         rows = group["rows"]
+        lines += [f"## {group['title']}", ""]
+        configurations = group["summary"]["configurations"]
+        if any(len(row["seeds"]) > 1 for row in configurations):
+            lines += [
+                "| configuration | seeds | perplexity | 95 % interval (t) | change | 95 % interval (t) | (bootstrap) |",
+                "|---" * 7 + "|",
+                *map(_summary_row, configurations),
+                "",
+            ]
         lines += [
-            f"## {group['title']}",
-            "",
-            "| configuration | seeds | perplexity | 95 % interval (t) | change | 95 % interval (t) | (bootstrap) |",
-            "|---" * 7 + "|",
-            *map(_summary_row, group["summary"]["configurations"]),
-            "",
             "| configuration | seed | perplexity | change | evaluation tokens | parameters | NaNs | "
             + " | ".join(f"heads in {name}" for name in RANGES)
             + " |",
@@ -253,7 +256,8 @@ def _summary_row(row: dict[str, Any]) -> str:
     interval, change = row["perplexity_interval"], row["change"]
     cells = [row["configuration"], str(len(row["seeds"])), f"{row['perplexity']:.3f}"]
     cells.append("" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
-    cells.append("" if change is None else f"{change['mean']:+.2f} %")
+    baseline = row["configuration"] == BASELINE
+    cells.append("0" if baseline else "" if change is None else f"{change['mean']:+.2f} %")
     for name in ("t_interval", "bootstrap_interval"):
         cells.append("" if change is None or change[name] is None else _percent(change[name]))
     return "| " + " | ".join(cells) + " |"
