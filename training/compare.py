@@ -198,7 +198,7 @@ def _markdown(groups: list[dict[str, Any]], unfinished: dict[str, str]) -> str:
         configurations = group["summary"]["configurations"]
         if any(len(row["seeds"]) > 1 for row in configurations):
             lines += [
-                "| configuration | seeds | perplexity | 95 % interval (t) | change | 95 % interval (t) | (bootstrap) |",
+                "| configuration | seeds | perplexity | 95 % interval (t) | change | 95 % interval (t) | bootstrap |",
                 "|---" * 7 + "|",
                 *map(_summary_row, configurations),
                 "",
