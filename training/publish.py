@@ -51,8 +51,10 @@ from huggingface_hub.utils import sha
 from safetensors import SafetensorError, safe_open
 
 import modeling_lnfree
+from model_cards import card
 from model_cards.card import RESULTS_TEMPLATE, TEMPLATE, model_name
 
+from . import private_cost
 from .compare import papers_order, setting_of
 from .export import PROBE, export
 from .recipe import RecipeError
@@ -287,8 +289,9 @@ def _private_strings(runs_dir: Path, namespace: str, aside: Path) -> list[str]:
         user = getpass.getuser()
     except (KeyError, OSError):  # nobody, as in some containers
         user = ""
-    # a name that is a word of every card cannot be told from it
-    spoken = set(re.findall(r"\w+", TEMPLATE.read_text(encoding="utf-8")))
+    # a name that is a word of the cards cannot be told from it
+    sources = (TEMPLATE, Path(card.__file__), Path(private_cost.__file__))
+    spoken = set(re.findall(r"\w+", "".join(source.read_text(encoding="utf-8") for source in sources)))
     return sorted(paths) + ([user] if user not in spoken | {namespace, ""} else [])
 
 
