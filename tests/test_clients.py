@@ -312,6 +312,19 @@ def test_transformer_lens_sees_what_the_model_computes(variant, backbone):
     assert (ablated - logits).abs().max() > 1e-2
 
 
+def test_transformer_lens_on_an_export(model, tokenizer):
+    needs("transformer_lens")
+    from modeling_lnfree.adapters.transformer_lens import load_bridge
+
+    text = "def main(argument):"
+    input_ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    expected = model(input_ids, output_hidden_states=True)
+    bridge = load_bridge(model, tokenizer)
+    logits, cache = bridge.run_with_cache(bridge.to_tokens(text))
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(cache["blocks.1.hook_resid_pre"], expected.hidden_states[1], atol=1e-5, rtol=1e-5)
+
+
 def test_nnsight_reads_and_sets_hidden_states(model, tokenizer):
     nnsight = needs("nnsight")
     text = "def main(argument):"
@@ -411,8 +424,8 @@ def test_what_vllm_asks_of_a_custom_model(variant, backbone, tmp_path, monkeypat
     linears = {name for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)}
     styles = {name.replace("*", str(i)): s for name, s in type(config).base_model_tp_plan.items() for i in range(3)}
     assert linears == set(styles) and set(styles.values()) == {"colwise", "rowwise"}
-    # pipeline parallelism by name, with one list of blocks; with learned positions, which the body adds to what comes in
-    # from the stage before, vLLM's way does not work
+    # pipeline parallelism by name, with one list of blocks; not with learned positions, which the body would add again
+    # at every stage
     if backbone == "pythia":
         children = {name for name, child in empty.named_children() if list(child.parameters())}
         assert children - {"learned_slope"} <= set(config.base_model_pp_plan)
