@@ -1,10 +1,22 @@
 """LNFree: GPT language models without LayerNorm, and exact attention entropy of any Hub model (arXiv 2410.09637)."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_lnfree import LNFreeConfig
 from .metrics.attention_entropy.entropy import compute_attention_entropy, record_attention_entropy
-from .modeling_lnfree import LNFreeForCausalLM, LNFreeForSequenceClassification, LNFreeModel, LNFreePreTrainedModel
+from .modeling_lnfree import (
+    LNFreeForCausalLM,
+    LNFreeForSequenceClassification,
+    LNFreeForTokenClassification,
+    LNFreeModel,
+    LNFreePreTrainedModel,
+)
 
 
 # With the package installed, the Auto classes know the model type and no remote code is needed.
@@ -12,17 +24,20 @@ AutoConfig.register("lnfree", LNFreeConfig)
 AutoModel.register(LNFreeConfig, LNFreeModel)
 AutoModelForCausalLM.register(LNFreeConfig, LNFreeForCausalLM)
 AutoModelForSequenceClassification.register(LNFreeConfig, LNFreeForSequenceClassification)
+AutoModelForTokenClassification.register(LNFreeConfig, LNFreeForTokenClassification)
 
 # `save_pretrained` and `push_to_hub` carry the model's code along, for those who have no package.
 LNFreeConfig.register_for_auto_class()
 LNFreeModel.register_for_auto_class("AutoModel")
 LNFreeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 LNFreeForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+LNFreeForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
 __all__ = [
     "LNFreeConfig",
     "LNFreeForCausalLM",
     "LNFreeForSequenceClassification",
+    "LNFreeForTokenClassification",
     "LNFreeModel",
     "LNFreePreTrainedModel",
     "compute_attention_entropy",

@@ -38,6 +38,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_lnfree.LNFreeModel",
     "AutoModelForCausalLM": "modeling_lnfree.LNFreeForCausalLM",
     "AutoModelForSequenceClassification": "modeling_lnfree.LNFreeForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_lnfree.LNFreeForTokenClassification",
 }
 
 # What transformers itself passes to a config, or writes in a config.json, without declaring a field for it.
@@ -106,7 +107,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         embedding_dropout, attention_dropout, hidden_dropout (`float`): dropout probability of the embeddings, the
             attention weights, and the output of attention and feed-forward layer.
         initializer_range (`float`): standard deviation of the initial weights; no extra scaling with depth.
-        classifier_dropout (`float`): dropout before the classification head.
+        classifier_dropout (`float`): dropout before the classification heads.
 
     Raises:
         ValueError: for a combination that makes no model (also as `huggingface_hub`'s `StrictDataclassError`), and for

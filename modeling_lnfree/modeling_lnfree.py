@@ -40,6 +40,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -536,4 +537,60 @@ class LNFreeForSequenceClassification(LNFreePreTrainedModel):  # trf-ignore: TRF
         return (positions * is_token.to(positions)).argmax(-1)
 
 
-__all__ = ["LNFreePreTrainedModel", "LNFreeModel", "LNFreeForCausalLM", "LNFreeForSequenceClassification"]
+class LNFreeForTokenClassification(LNFreePreTrainedModel):  # trf-ignore: TRF057
+    """The decoder with a linear head on every token; a token's class is told from it and what stands before it."""
+
+    def __init__(self, config: LNFreeConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = LNFreeModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(  # trf-ignore: TRF057
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, seq_len)`): classes of the tokens, not shifted; -100 is
+                ignored. `num_items_in_batch` among the keywords makes gradient accumulation exact.
+
+        Returns:
+            `TokenClassifierOutput` with `loss` in nats per token and `logits` `(batch_size, seq_len, num_labels)`.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=past_key_values if cache is None else cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "LNFreePreTrainedModel",
+    "LNFreeModel",
+    "LNFreeForCausalLM",
+    "LNFreeForSequenceClassification",
+    "LNFreeForTokenClassification",
+]

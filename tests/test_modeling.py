@@ -8,10 +8,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.distributed import DistributedConfig
 
-from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, LNFreeForSequenceClassification, LNFreeModel
+from modeling_lnfree import (
+    LNFreeConfig,
+    LNFreeForCausalLM,
+    LNFreeForSequenceClassification,
+    LNFreeForTokenClassification,
+    LNFreeModel,
+)
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
 from .conftest import every_backbone, every_variant, random_ids, tiny_config, tiny_model
@@ -561,8 +575,65 @@ def test_batch_without_any_sign_of_padding_is_refused():
         model(random_ids(2, 6))
 
 
+@every_variant
+@every_backbone
+def test_token_classes_are_a_linear_map_of_the_final_states(variant, backbone):
+    model = LNFreeForTokenClassification(tiny_config(variant, backbone, num_labels=5)).eval()
+    model.score.bias.data.normal_()
+    input_ids, labels = random_ids(2, 9), torch.randint(5, (2, 9))
+    labels[0, 4:] = -100
+    states = model.model(input_ids).last_hidden_state
+    output = model(input_ids, labels=labels)
+    torch.testing.assert_close(output.logits, states @ model.score.weight.T + model.score.bias)
+    # the class of each token itself, not of the next
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
+    pads = torch.zeros(2, 3, dtype=torch.long)
+    padded, mask = torch.cat([input_ids, pads], 1), torch.cat([torch.ones_like(input_ids), pads], 1)
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, :9], output.logits, atol=1e-5, rtol=1e-5)
+
+
+def _train_head(head, num_labels, folder, batch_size, accumulation):
+    torch.manual_seed(0)
+    model = head(tiny_config(num_labels=num_labels, embedding_dropout=0.0, pad_token_id=0))
+    rows = []
+    for length in (9, 3, 7, 2, 8, 4, 6, 5):  # micro-batches with different token counts
+        ids = random_ids(length).tolist() + [0] * (9 - length)
+        labels = [i % num_labels if i else -100 for i in ids] if head is LNFreeForTokenClassification else length % 3
+        rows.append({"input_ids": ids, "attention_mask": [int(i > 0) for i in ids], "labels": labels})
+    arguments = TrainingArguments(
+        folder,
+        max_steps=1,
+        learning_rate=0.1,
+        max_grad_norm=0,
+        optim="sgd",
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("head", [LNFreeForSequenceClassification, LNFreeForTokenClassification])
+def test_trainer_accumulates_a_heads_gradients_exactly(head, tmp_path):
+    whole_loss, whole = _train_head(head, 3, tmp_path, batch_size=8, accumulation=1)
+    loss, parameters = _train_head(head, 3, tmp_path, batch_size=2, accumulation=4)
+    assert loss == pytest.approx(whole_loss, abs=1e-4)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, whole[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_installed_package_registers_the_type(tmp_path):
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     tiny_model("SM+R").save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LNFreeForCausalLM
@@ -571,6 +642,7 @@ def test_installed_package_registers_the_type(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the score head is new
         assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is LNFreeForSequenceClassification
+        assert type(AutoModelForTokenClassification.from_pretrained(tmp_path)) is LNFreeForTokenClassification
 
 
 # ------------------------------------------------------------------------------------------------- tensor parallelism

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from modeling_lnfree import LNFreeForCausalLM, LNFreeForSequenceClassification, LNFreeModel
+from modeling_lnfree import (
+    LNFreeForCausalLM,
+    LNFreeForSequenceClassification,
+    LNFreeForTokenClassification,
+    LNFreeModel,
+)
 
 from .conftest import tiny_config
 
@@ -43,7 +48,10 @@ def test_data_flows_one_way():
         assert not imports(path) & {"training", "modeling_lnfree"}, path
 
 
-@pytest.mark.parametrize("model_class", [LNFreeModel, LNFreeForCausalLM, LNFreeForSequenceClassification])
+@pytest.mark.parametrize(
+    "model_class",
+    [LNFreeModel, LNFreeForCausalLM, LNFreeForSequenceClassification, LNFreeForTokenClassification],
+)
 def test_every_save_carries_the_code_and_names_every_class(model_class, tmp_path):
     model_class(tiny_config(num_labels=3)).save_pretrained(tmp_path)
     for name in ("configuration_lnfree.py", "modeling_lnfree.py"):
@@ -54,6 +62,7 @@ def test_every_save_carries_the_code_and_names_every_class(model_class, tmp_path
         "AutoModel",
         "AutoModelForCausalLM",
         "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
     }
     for reference in auto_map.values():
         module, name = reference.split(".")

@@ -96,6 +96,17 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help="draw layers x heads")
     measure.add_argument("--parquet", dest="parquet_path", metavar="FILE", help="write the figures of every text")
 
+    convert = _add_verb(
+        verbs,
+        "import",
+        "a GPT-2 or GPT-NeoX checkpoint as a model of this family, with equal logits, or the other way",
+        "lnfree import openai-community/gpt2 imported/gpt2",
+    )
+    convert.add_argument("model_id", metavar="MODEL_ID_OR_PATH", help="model of the Hub, or a folder")
+    convert.add_argument("out_dir", metavar="OUT_DIR")
+    convert.add_argument("--to-stock", action="store_true", help="write a model of this family as the stock class")
+    convert.add_argument("--revision", help="branch, tag or commit of the model")
+
     publish = _add_verb(
         verbs,
         "publish",
@@ -163,6 +174,12 @@ def main(argv: list[str] | None = None) -> int:
 
             options = {name: value for name, value in vars(arguments).items() if name not in ("verb", "model_id")}
             run_measure(arguments.model_id, **options)
+        elif arguments.verb == "import":
+            from .convert import convert as run_convert
+
+            run_convert(
+                arguments.model_id, arguments.out_dir, to_stock=arguments.to_stock, revision=arguments.revision
+            )
         elif arguments.verb == "publish":
             from .publish import publish as run_publish
 

