@@ -71,10 +71,13 @@ class AttentionEntropyCallback(MeasurementCallback):
     batch in evaluation mode: the distribution before dropout, without padding.
 
     Args:
-        probe (`torch.LongTensor` of shape `(num_sequences, seq_len)`): the probe batch.
+        probe (`dict` of `torch.LongTensor` of shape `(num_sequences, seq_len)`): the probe batch, `input_ids` and, if
+            documents are separated, `position_ids`.
     """
 
-    def __init__(self, probe: torch.Tensor, every: int, path: Path, log: Callable[[dict[str, float]], None]):
+    def __init__(
+        self, probe: dict[str, torch.Tensor], every: int, path: Path, log: Callable[[dict[str, float]], None]
+    ):
         super().__init__(every, path, log)
         self.probe = probe
 
@@ -82,7 +85,7 @@ class AttentionEntropyCallback(MeasurementCallback):
         was_training = model.training
         model.eval()
         with torch.no_grad(), record_attention_entropy(model) as record:
-            model(input_ids=self.probe.to(model.device), use_cache=False)
+            model(**{name: value.to(model.device) for name, value in self.probe.items()}, use_cache=False)
         model.train(was_training)
         entropy = record.entropy.tolist()
         nan_count = record.nan_count.sum(-1).tolist()

@@ -8,27 +8,33 @@ A run's folder holds `recipe.yaml`, the last checkpoints, `attention_entropy.jso
 what was measured on the way, and once it is finished `model/`, `log_history.json` and `results.json`, in this order.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
 from filelock import FileLock, Timeout
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
 from .callbacks import AttentionEntropyCallback, BriefPrinterCallback, BriefProgressCallback, NegativeSlopeCallback
-from .data import load_documents, load_tokenizer, tokenize_blocks
-from .recipe import Recipe, RecipeError, load_recipe
+from .data import document_positions, load_documents, load_tokenizer, tokenize_blocks
+from .recipe import DataArguments, Recipe, RecipeError, load_recipe
 
 
 RESULTS, ASIDE = "results.json", ".incomplete"
@@ -38,11 +44,36 @@ class LNFreeTrainer(Trainer):
     """
     The Trainer, with checkpoints that are whole or not there, perplexity beside the evaluation loss, and no weight
     decay on learned negative slopes unless `decay_slopes` asks for it.
+
+    A stream is split by process. Checkpoints hold its place in every process, `stream_RANK.pt`; training goes on from
+    those in `stream_states`, a folder.
     """
 
     def __init__(self, *args, decay_slopes: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.decay_slopes = decay_slopes
+        self.stream, self.stream_states = None, None
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        # not prepared by Accelerate, which would fetch ahead of what is trained on, and split the rows a second time
+        self.stream = StatefulDataLoader(
+            split_dataset_by_node(self.train_dataset, self.args.process_index, self.args.world_size),
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            # its own, so that entering the stream again takes nothing from the generator of dropout
+            generator=torch.Generator(),
+        )
+        if self.stream_states is not None:
+            self.stream.load_state_dict(torch.load(Path(self.stream_states) / self._stream_name, weights_only=True))
+        return self.stream
+
+    @property
+    def _stream_name(self) -> str:
+        return f"stream_{self.args.process_index}.pt"
 
     def get_decay_parameter_names(self, model) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -74,6 +105,9 @@ class LNFreeTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         # Written aside, then renamed: a run killed in the middle finds only whole checkpoints.
         super()._save_checkpoint(model, trial)
+        if self.stream is not None:
+            aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            torch.save(self.stream.state_dict(), aside / self._stream_name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
@@ -93,6 +127,10 @@ def train(recipe: Recipe) -> Path:
         RecipeError: for data that cannot be had, and for a folder that holds a run of another recipe.
     """
     arguments = _build_arguments(recipe)
+    if arguments.world_size % recipe.data.fsdp_size:
+        raise RecipeError(
+            f"fsdp_size={recipe.data.fsdp_size} must divide the number of processes, {arguments.world_size}"
+        )
     run_dir = Path(arguments.output_dir)
     # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
     if int(os.environ.get("RANK", 0)) == 0:
@@ -104,7 +142,7 @@ def train(recipe: Recipe) -> Path:
     with arguments.main_process_first(desc="data preparation"):
         documents = load_documents(recipe.data, arguments.seed)
         tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
-        blocks = tokenize_blocks(documents, tokenizer, recipe.data)
+        blocks = tokenize_blocks(documents, tokenizer, recipe.data, arguments.seed)
 
     set_seed(arguments.seed)
     model = LNFreeForCausalLM(
@@ -115,29 +153,40 @@ def train(recipe: Recipe) -> Path:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    if recipe.data.fsdp_size > 1:
+        model = _shard(model.to(arguments.device), recipe.data.fsdp_size, arguments.world_size)
+    collate = functools.partial(_collate, boundary=tokenizer.eos_token_id if recipe.data.separate_documents else None)
     trainer = LNFreeTrainer(
         model=model,
         args=arguments,
         train_dataset=blocks["train"],
         eval_dataset=blocks["eval"],
-        data_collator=_collate,
+        data_collator=collate,
         compute_metrics=lambda prediction: {"nll": prediction.predictions.mean(dtype="float64").item()},
         processing_class=tokenizer,
         decay_slopes=recipe.data.decay_slopes,
     )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(BriefPrinterCallback if arguments.disable_tqdm else BriefProgressCallback)
-    probe = blocks["eval"][: recipe.data.entropy_sequences]["input_ids"]
-    probe = torch.tensor_split(probe, arguments.world_size)[arguments.process_index]
+    probe = collate(list(blocks["eval"].take(min(recipe.data.entropy_sequences, len(blocks["eval"])))))
+    del probe["labels"]
+    probe = {
+        name: torch.tensor_split(value, arguments.world_size)[arguments.process_index] for name, value in probe.items()
+    }
     every = recipe.data.entropy_steps
     trainer.add_callback(AttentionEntropyCallback(probe, every, run_dir / "attention_entropy.jsonl", trainer.log))
     if model.config.slope_sharing is not None:
         trainer.add_callback(NegativeSlopeCallback(every, run_dir / "negative_slope.jsonl", trainer.log))
 
     checkpoint = get_last_checkpoint(run_dir)
+    if checkpoint is not None:
+        _prepare_to_resume(trainer, checkpoint)
     runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     with torch.no_grad(), record_attention_entropy(model) as record:
         metrics = trainer.evaluate()
+    model.config.use_cache = True  # the Trainer switches it off for training
+    if trainer.is_world_process_zero() or recipe.data.fsdp_size > 1:  # a sharded model is gathered by all together
+        model.save_pretrained(run_dir / ASIDE / "model", is_main_process=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         # a resumed run has forgotten how long it took before
         _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None)
@@ -171,9 +220,41 @@ def _build_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(f"recipe: {' '.join(str(error).split())}") from error
 
 
-def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _collate(rows: list[dict[str, torch.Tensor]], boundary: int | None = None) -> dict[str, torch.Tensor]:
     input_ids = torch.stack([row["input_ids"] for row in rows])  # (batch, T)
-    return {"input_ids": input_ids, "labels": input_ids}
+    batch = {"input_ids": input_ids, "labels": input_ids}
+    return batch if boundary is None else {**batch, "position_ids": document_positions(input_ids, boundary)}
+
+
+def _shard(model: LNFreeForCausalLM, fsdp_size: int, world_size: int) -> LNFreeForCausalLM:
+    """
+    Shards a fresh model, of equal weights in every process, by FSDP2; several nodes hold replicas of each other.
+
+    transformers' own engine: on CPU, Accelerate's gives DDP without a word.
+    """
+    config = DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=world_size // fsdp_size)
+    config, _, mesh = model.prepare_distribute_model(config)
+    model = model.maybe_distribute_model(model, config, mesh)
+    model.tie_weights()
+    return model
+
+
+def _prepare_to_resume(trainer: LNFreeTrainer, checkpoint: str):
+    if trainer.args.save_only_model:
+        raise RecipeError(
+            f"{checkpoint} holds the weights alone: the run was interrupted and cannot be resumed; name another "
+            "output_dir"
+        )
+    if isinstance(trainer.train_dataset, IterableDataset):
+        written = len(list(Path(checkpoint).glob("stream_*.pt")))
+        if written != trainer.args.world_size:
+            raise RecipeError(
+                f"{checkpoint} was written by {written} processes and is read by {trainer.args.world_size}: a stream "
+                "goes on in as many as it was split in"
+            )
+        # the stream is entered where it was left, not read again from its start
+        trainer.args.ignore_data_skip = True
+        trainer.stream_states = checkpoint
 
 
 def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
@@ -189,7 +270,8 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
     except OSError as error:
         raise RecipeError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
     if path.is_file():
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # a field that the run did not know yet had its default's effect
+        theirs = {**asdict(DataArguments()), **yaml.safe_load(path.read_text(encoding="utf-8"))}
         for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
             if ours.get(key) != theirs.get(key):
                 raise RecipeError(
@@ -213,8 +295,6 @@ def _finish(
 ):
     """Writes the model, the log and, last, the results that mark the run as finished."""
     model, state, arguments = trainer.model, trainer.state, trainer.args
-    model.config.use_cache = True  # the Trainer switches it off for training
-    model.save_pretrained(run_dir / ASIDE / "model")
     trainer.processing_class.save_pretrained(run_dir / ASIDE / "model")
     shutil.rmtree(run_dir / "model", ignore_errors=True)
     os.replace(run_dir / ASIDE / "model", run_dir / "model")
