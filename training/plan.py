@@ -8,7 +8,7 @@ counter: the figures are those of this very model with its activation checkpoint
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from transformers import TrainingArguments
 
 from modeling_lnfree import LNFreeForCausalLM
@@ -18,6 +18,11 @@ from .recipe import Recipe, RecipeError
 
 
 GIB = 2**30
+# torch counts the attention of accelerators only
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
 
 
 def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict[str, float | int | None]:
@@ -71,7 +76,7 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         tracker.track_external(model, optimizer)
         with tracker:
             step(min(accumulation, 2))  # from the second on, gradients wait while activations grow
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
             step(1)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     peak = {getattr(part, "value", part): size for part, size in peak.items()}
