@@ -80,7 +80,10 @@ from training.recipe import load_recipe
 
 class Watched(train.LNFreeTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
-        assert all(isinstance(p, DTensor) == (sys.argv[1] == "sharded") for p in self.model.parameters())
+        # those that are updated: a pass without gradients, as measuring is, leaves the outermost ones gathered
+        updated = [p for group in self.optimizer.param_groups for p in group["params"]]
+        assert len(updated) == len(list(self.model.parameters()))
+        assert all(isinstance(p, DTensor) == (sys.argv[1] == "sharded") for p in updated)
         path = Path(self.args.output_dir) / f"seen-{self.state.global_step + 1}-{self.args.process_index}.pt"
         torch.save(inputs["input_ids"], path)
         return super().training_step(model, inputs, *args, **kwargs)
@@ -95,7 +98,7 @@ def launch(tmp_path, values, processes, sharded=False, environment=None):
     recipe, script = tmp_path / f"{run_dir.name}.yaml", tmp_path / "watch.py"
     recipe.write_text(yaml.safe_dump(values))
     script.write_text(WATCH)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     return subprocess.Popen(
         [*command, str(script), "sharded" if sharded else "whole", str(recipe)],
         cwd=ROOT,

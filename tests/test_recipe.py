@@ -24,7 +24,7 @@ def test_every_recipe_makes_every_variant(path, variant):
     recipe = load_recipe(path, [f"variant={variant}"])
     assert recipe.build_config().variant == variant
     assert f"lnfree train training/recipes/{path.name}" in path.read_text().splitlines()[1]
-    arguments = TrainingArguments(**{**recipe.training, "fp16": False})
+    arguments = TrainingArguments(**{**recipe.training, "fp16": False, "bf16": False})
     tokens = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * recipe.data.block_size
     if path.stem.startswith(("gpt2", "pythia")):
         # the paper's optimisation
