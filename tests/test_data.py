@@ -1,17 +1,24 @@
 """Data: no text in both parts, blocks that are the text again, one path for the embedded corpus and any dataset."""
 
 import json
+from collections import Counter
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
+from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer
 
 from training import data
-from training.recipe import DataArguments, RecipeError
+from training.recipe import DataArguments, RecipeError, build_recipe
+
+from .conftest import random_ids, tiny_model
 
 
 DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(200)]
@@ -153,3 +160,125 @@ def test_part_smaller_than_a_block(jsonl):
     tokenizer = data.load_tokenizer(arguments, documents["train"], 400)
     with pytest.raises(RecipeError, match="fewer than block_size=100000 tokens"):
         data.tokenize_blocks(documents, tokenizer, arguments)
+
+
+# ------------------------------------------------------------------------------------------ streams
+
+
+def stream(folder, rank=0, processes=1, **more):
+    options = {"dataset": str(folder), "streaming": True, "tokenizer": str(folder / "bpe"), "block_size": 17, **more}
+    arguments = DataArguments(**options)
+    documents = data.load_documents(arguments, seed=3)
+    tokenizer = data.load_tokenizer(arguments, None, None)
+    blocks = data.tokenize_blocks(documents, tokenizer, arguments, seed=3)
+    return split_dataset_by_node(blocks["train"], rank, processes), tokenizer
+
+
+@pytest.fixture
+def streamed(tmp_path, jsonl):
+    """A folder of four files to train on, whose documents may be counted, and one to evaluate on."""
+
+    def write(files: int) -> Path:
+        folder = tmp_path / f"{files}-files"
+        folder.mkdir()
+        for index in range(files):
+            rows = "".join(json.dumps({"content": text}) + "\n" for text in DOCUMENTS[index:160:files])
+            (folder / f"train-{index}.jsonl").write_text(rows)
+        # the first differs from a document of the train part in white space alone
+        held_out = ["\n\n" + DOCUMENTS[7].replace("    ", "\t"), *DOCUMENTS[160:]]
+        (folder / "validation.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in held_out))
+        arguments = DataArguments(dataset=str(jsonl))
+        tokenizer = data.load_tokenizer(arguments, data.load_documents(arguments, 0)["train"], 400)
+        tokenizer.save_pretrained(folder / "bpe")
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(("files", "processes"), [(4, 1), (4, 2), (3, 2), (1, 2)])
+def test_stream_gives_every_token_once_in_a_pass(streamed, files, processes, monkeypatch):
+    monkeypatch.setattr("datasets.IterableDataset.repeat", lambda self, times: self)
+    folder = streamed(files)
+    blocks = []
+    for rank in range(processes):
+        part, tokenizer = stream(folder, rank, processes, shuffle_buffer=11)
+        ours = [row["input_ids"].tolist() for row in part]
+        assert ours and all(len(block) == 17 for block in ours)
+        blocks += ours
+    # document 7 stands in the evaluation part
+    texts = [text for text in DOCUMENTS[:160] if text != DOCUMENTS[7]]
+    expected = Counter(token for text in texts for token in tokenizer(text)["input_ids"])
+    seen = Counter(token for block in blocks for token in block)
+    assert seen.pop(tokenizer.eos_token_id) == 17 * len(blocks) - expected.total() >= len(texts)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_goes_on_where_it_was_left(streamed, workers):
+    folder = streamed(4)
+
+    def loader():
+        part, _ = stream(folder, shuffle_buffer=11)
+        return StatefulDataLoader(part, batch_size=3, num_workers=workers, generator=torch.Generator())
+
+    unbroken = [batch["input_ids"] for batch in islice(loader(), 150)]  # more than a pass
+    assert len({tuple(row) for batch in unbroken for row in batch.tolist()}) < 3 * 150
+    for left in (1, 10, 37):
+        first = loader()
+        batches = iter(first)
+        for _ in range(left):
+            next(batches)
+        second = loader()
+        second.load_state_dict(first.state_dict())
+        rest = [batch["input_ids"] for batch in islice(second, 12)]
+        assert torch.stack(rest).equal(torch.stack(unbroken[left : left + 12]))
+
+
+def test_order_of_a_stream_follows_the_seed(streamed):
+    folder = streamed(1)
+    arguments = DataArguments(dataset=str(folder), streaming=True, tokenizer=str(folder / "bpe"), block_size=17)
+    documents = data.load_documents(arguments, seed=0)
+    tokenizer = data.load_tokenizer(arguments, None, None)
+    orders = [
+        [
+            row["input_ids"].tolist()
+            for row in islice(data.tokenize_blocks(documents, tokenizer, arguments, s)["train"], 9)
+        ]
+        for s in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_documents_trained_on_are_left_out_of_the_evaluation(streamed, capsys):
+    folder = streamed(2)
+    parts = data.load_documents(DataArguments(dataset=str(folder)), seed=0)
+    assert list(parts["eval"]["content"]) == DOCUMENTS[160:]
+    assert sorted(parts["train"]["content"]) == sorted(DOCUMENTS[:160])
+    assert (
+        "1 of 41 documents to evaluate on are also trained on: left out of the evaluation" in capsys.readouterr().out
+    )
+
+
+def test_stream_needs_what_it_cannot_find_out(streamed, jsonl):
+    folder = streamed(1)
+    with pytest.raises(RecipeError, match="streaming=True needs evaluation data of its own"):
+        data.load_documents(DataArguments(dataset=str(jsonl), streaming=True), seed=0)
+    with pytest.raises(RecipeError, match="text_column='text' is not a column.*content"):
+        data.load_documents(DataArguments(dataset=str(folder), streaming=True, text_column="text"), seed=0)
+    with pytest.raises(RecipeError, match="streaming=True needs a tokenizer and max_steps"):
+        build_recipe({"dataset": str(folder), "streaming": True, "tokenizer": "x"})
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
+def test_separated_documents_are_blind_to_each_other(backbone, implementation):
+    model = tiny_model("SM+R", backbone, attn_implementation=implementation)
+    input_ids = random_ids(2, 24)
+    input_ids[0, [3, 4, 15]] = input_ids[1, [0, 23]] = end = 1
+    positions = data.document_positions(input_ids, end)
+    logits = model(input_ids, position_ids=positions, use_cache=False).logits
+    for row, starts in enumerate([[0, 4, 5, 16, 24], [0, 1, 24]]):
+        for start, stop in pairwise(starts):
+            assert positions[row, start:stop].tolist() == list(range(stop - start))
+            alone = model(input_ids[row : row + 1, start:stop]).logits[0]
+            torch.testing.assert_close(logits[row, start:stop], alone, atol=1e-5, rtol=1e-5)

@@ -24,7 +24,7 @@ def test_every_recipe_makes_every_variant(path, variant):
     recipe = load_recipe(path, [f"variant={variant}"])
     assert recipe.build_config().variant == variant
     assert f"lnfree train training/recipes/{path.name}" in path.read_text().splitlines()[1]
-    arguments = TrainingArguments(**{**recipe.training, "fp16": False})
+    arguments = TrainingArguments(**{**recipe.training, "fp16": False, "bf16": False})
     tokens = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * recipe.data.block_size
     if path.stem.startswith(("gpt2", "pythia")):
         # the paper's optimisation
@@ -32,6 +32,15 @@ def test_every_recipe_makes_every_variant(path, variant):
         assert (arguments.learning_rate, arguments.weight_decay, arguments.warmup_steps) == (0.001, 0.1, 0.05)
         assert (arguments.max_grad_norm, arguments.adam_epsilon, arguments.seed) == (1.0, 1e-8, 1337)
         assert recipe.training["fp16"] and recipe.build_config().initializer_range == 0.02
+
+
+def test_recipe_of_eight_processes_is_the_papers():
+    node, paper = (load_recipe(path) for name in ("node8_", "") for path in RECIPES if path.stem == f"{name}gpt2_t128")
+    ours, theirs = (TrainingArguments(**{**recipe.training, "fp16": False, "bf16": False}) for recipe in (node, paper))
+    assert 8 * ours.train_batch_size == theirs.train_batch_size * theirs.gradient_accumulation_steps
+    assert node.build_config() == paper.build_config() and ours.max_steps == theirs.max_steps
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type", "max_grad_norm"):
+        assert getattr(ours, name) == getattr(theirs, name)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def assert_same_result(ours: Path, theirs: Path):
 
 
 def measure(quantity, model, probe):
-    [(record, scalars)] = callbacks.MeasurementCallback([quantity], probe, 1, Path("unused"), print).measure(model)
+    [(record, scalars)] = callbacks.MeasurementCallback(
+        [quantity], {"input_ids": probe}, 1, Path("unused"), print
+    ).measure(model)
     return record, scalars
 
 
@@ -107,7 +109,7 @@ def test_one_forward_pass_serves_all_quantities():
     passes = []
     model.register_forward_pre_hook(lambda module, args: passes.append(module.training))
     quantities = [callbacks.AttentionEntropy(), callbacks.ResidualStream(), callbacks.NegativeSlope()]
-    callback = callbacks.MeasurementCallback(quantities, random_ids(2, 8), 1, Path("unused"), print)
+    callback = callbacks.MeasurementCallback(quantities, {"input_ids": random_ids(2, 8)}, 1, Path("unused"), print)
     measured = callback.measure(model)
     assert passes == [False] and model.training and not model.model.layers[0]._forward_hooks
     assert [set(record) for record, _ in measured] == [

@@ -339,7 +339,7 @@ def benchmark_callback(rounds: int, device: str) -> list[dict[str, Any]]:
     data, batch_size = recipe.data, recipe.training["per_device_train_batch_size"]
     model = build_lnfree("SM+R", "quick", data.block_size, device)
     input_ids = torch.randint(model.config.vocab_size, (batch_size, data.block_size), device=device)
-    probe = torch.randint(model.config.vocab_size, (data.entropy_sequences, data.block_size))
+    probe = {"input_ids": torch.randint(model.config.vocab_size, (data.entropy_sequences, data.block_size))}
     measured = {"entropy": [AttentionEntropy()], "all": [AttentionEntropy(), ResidualStream(), ZeroActivations()]}
     runs = {"step": training_step(model, input_ids)}
     for name, quantities in measured.items():

@@ -37,7 +37,8 @@ class MeasurementCallback(TrainerCallback):
     Args:
         quantities: what is measured; each has a JSON-lines file in `run_dir`, with one record a measurement. Resuming
             drops the records after the checkpoint's step.
-        probe (`torch.LongTensor` of shape `(num_sequences, seq_len)`): the probe batch.
+        probe (`dict` of `torch.LongTensor` of shape `(num_sequences, seq_len)`): the probe batch, `input_ids` and, if
+            documents are separated, `position_ids`.
         every: steps between two measurements.
         log: the Trainer's `log`, so that every `report_to` receives the scalars.
     """
@@ -45,7 +46,7 @@ class MeasurementCallback(TrainerCallback):
     def __init__(
         self,
         quantities: list[Quantity],
-        probe: torch.Tensor,
+        probe: dict[str, torch.Tensor],
         every: int,
         run_dir: Path,
         log: Callable[[dict[str, float]], None],
@@ -81,7 +82,7 @@ class MeasurementCallback(TrainerCallback):
         with torch.no_grad(), ExitStack() as stack:
             for quantity in self.quantities:
                 stack.enter_context(quantity.watch(model))
-            model(input_ids=self.probe.to(model.device), use_cache=False)
+            model(**{name: value.to(model.device) for name, value in self.probe.items()}, use_cache=False)
         model.train(was_training)
         return [quantity.measure(model) for quantity in self.quantities]
 

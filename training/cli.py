@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="key=value",
         help="fields of the recipe, of LNFreeConfig, or of transformers' TrainingArguments",
     )
+    train.add_argument("--plan", action="store_true", help="print memory, steps and time, and start nothing")
+    train.add_argument("--processes", type=int, metavar="N", help="of the plan: processes, one a GPU (default: 1)")
+    train.add_argument("--flops", type=float, metavar="F", help="of the plan: FLOP/s that a process sustains")
 
     sweep = _add_verb(
         verbs,
@@ -145,10 +148,18 @@ def main(argv: list[str] | None = None) -> int:
     benchmark.add_argument("--json", dest="json_path", metavar="FILE", help="write all figures")
 
     arguments = parser.parse_args(argv)
+    if arguments.verb == "train" and not arguments.plan and (arguments.processes or arguments.flops):
+        train.error("--processes and --flops are of --plan; torchrun starts processes: see the README")
     from .recipe import RecipeError
 
     try:
-        if arguments.verb == "train":
+        if arguments.verb == "train" and arguments.plan:
+            from .plan import print_plan
+            from .recipe import load_recipe
+
+            recipe = load_recipe(arguments.recipe, arguments.overrides)
+            print_plan(recipe, 1 if arguments.processes is None else arguments.processes, arguments.flops)
+        elif arguments.verb == "train":
             from .recipe import load_recipe
             from .train import train
 

@@ -1,4 +1,8 @@
-"""Documents -> tokens -> blocks of exactly T tokens; the embedded corpus and any dataset with a text column alike."""
+"""
+Documents -> tokens -> blocks of exactly T tokens; the embedded corpus and any dataset with a text column alike.
+
+A dataset is prepared once and cached, or with `streaming=true` read, shuffled and tokenised while training goes on.
+"""
 
 import functools
 import hashlib
@@ -11,7 +15,9 @@ import tempfile
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, DatasetDict
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
@@ -24,25 +30,27 @@ END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
 
 
-def load_documents(arguments: DataArguments, seed: int) -> DatasetDict:
+def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | IterableDataset]:
     """
     The documents to train and to evaluate on, in a column `arguments.text_column`.
 
     Args:
-        seed: of the order of the documents to train on.
+        seed: of the order of the documents to train on; of a stream, of the order of its files.
 
     Returns:
-        `DatasetDict` with `"train"` (shuffled) and `"eval"`. Without evaluation data of its own, a dataset is split by
-        a hash of each document's text, so that no text stands in both.
+        `"train"` (shuffled, or a stream) and `"eval"`. Without evaluation data of its own, a dataset is split by a
+        hash of each document's text, so that no text stands in both. Texts that are equal but for white space stand in
+        one part only as well: left out of the evaluation, or out of a stream, which is not known beforehand.
 
     Raises:
-        RecipeError: for a dataset that cannot be loaded, or that has no such column.
+        RecipeError: for a dataset that cannot be loaded, or that has no such column; for a stream without evaluation
+            data of its own.
     """
     if arguments.dataset == "stdlib":
         source = {"root": sysconfig.get_path("stdlib"), "version": sys.version, "text_column": arguments.text_column}
         loaded = {"train": Dataset.from_generator(_stdlib_documents, gen_kwargs=source)}
     else:
-        loaded = _load(arguments.dataset, arguments.dataset_config)
+        loaded = _load(arguments.dataset, arguments.dataset_config, arguments.streaming)
     train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     if arguments.eval_dataset is not None:
         loaded = _load(arguments.eval_dataset, None)
@@ -50,16 +58,23 @@ def load_documents(arguments: DataArguments, seed: int) -> DatasetDict:
     else:
         held_out = loaded.get("validation", loaded.get("test"))
     for split in (train, held_out):
-        if split is not None and arguments.text_column not in split.column_names:
+        if split is not None and arguments.text_column not in (names := _column_names(split)):
             raise RecipeError(
-                f"text_column={arguments.text_column!r} is not a column of the dataset, which has "
-                f"{', '.join(split.column_names)}"
+                f"text_column={arguments.text_column!r} is not a column of the dataset, which has {', '.join(names)}"
             )
+    if arguments.streaming:
+        if held_out is None:
+            raise RecipeError(
+                "streaming=True needs evaluation data of its own, as holding some out would read the whole stream: "
+                "name an eval_dataset, or a dataset with a validation or test split"
+            )
+        return _stream(train, held_out, arguments.text_column, seed)
     if held_out is None:
         split = functools.partial(train.filter, _is_held_out, input_columns=arguments.text_column)
         held_out = split(fn_kwargs={"fraction": arguments.eval_fraction, "wanted": True})
         train = split(fn_kwargs={"fraction": arguments.eval_fraction, "wanted": False})
-    return DatasetDict({"train": train.shuffle(seed=seed), "eval": held_out})
+    held_out = _without_duplicates(held_out, train, arguments.text_column)
+    return {"train": train.shuffle(seed=seed), "eval": held_out}
 
 
 def find_revision(arguments: DataArguments) -> str | None:
@@ -73,18 +88,63 @@ def find_revision(arguments: DataArguments) -> str | None:
     return datasets.load_dataset_builder(name, config).hash
 
 
-def _load(name: str, config: str | None) -> DatasetDict:
+def _load(name: str, config: str | None, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
     try:
         if Path(name).is_file():
             builder = BUILDERS.get(Path(name).suffix)
             if builder is None:
                 raise RecipeError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
-            return datasets.load_dataset(builder, data_files=name)
-        return datasets.load_dataset(name, config)
+            return datasets.load_dataset(builder, data_files=name, streaming=streaming)
+        return datasets.load_dataset(name, config, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"dataset {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _column_names(split: Dataset | IterableDataset) -> list[str]:
+    # a stream of JSON does not know them before its first row
+    return split.column_names or list(next(iter(split), {}))
+
+
+def _stream(train: IterableDataset, held_out: Dataset | IterableDataset, text_column: str, seed: int):
+    # the evaluation part is finite and read often
+    held_out = Dataset.from_list(list(held_out.select_columns(text_column)))
+    known = {_content_hash(text) for text in held_out[text_column]}
+    train = train.select_columns(text_column).filter(
+        _is_known, input_columns=text_column, fn_kwargs={"known": known, "wanted": False}
+    )
+    _report(f"documents of the stream that equal one of the {len(held_out)} to evaluate on are left out of it")
+    # an epoch other than 0 puts the files in an order of its own; `shuffle` would lose its buffer on resuming
+    train.set_epoch(1 + seed)
+    return {"train": train, "eval": held_out}
+
+
+def _without_duplicates(held_out: Dataset, train: Dataset, text_column: str) -> Dataset:
+    """The documents to evaluate on that do not stand in `train`; how many do is printed."""
+    known = {_content_hash(text) for text in held_out[text_column]}
+    found = functools.partial(train.filter, _is_known, input_columns=text_column, desc="looking for duplicates")
+    seen = {_content_hash(text) for text in found(fn_kwargs={"known": known, "wanted": True})[text_column]}
+    if not seen:
+        return held_out
+    kept = held_out.filter(_is_known, input_columns=text_column, fn_kwargs={"known": seen, "wanted": False})
+    number = len(held_out) - len(kept)
+    _report(f"{number} of {len(held_out)} documents to evaluate on are also trained on: left out of the evaluation")
+    return kept
+
+
+def _content_hash(text: str) -> bytes:
+    """Equal for texts that differ in white space only."""
+    return hashlib.sha256("".join(text.split()).encode("utf-8", "surrogatepass")).digest()
+
+
+def _is_known(text: str, known: set[bytes], wanted: bool) -> bool:
+    return (_content_hash(text) in known) == wanted
+
+
+def _report(line: str):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line)
 
 
 def _stdlib_documents(root: str, version: str, text_column: str):
@@ -146,38 +206,55 @@ def load_tokenizer(arguments: DataArguments, train: Dataset, vocab_size: int | N
 
 
 def tokenize_blocks(
-    documents: DatasetDict, tokenizer: PreTrainedTokenizerFast, arguments: DataArguments
-) -> DatasetDict:
+    documents: dict[str, Dataset | IterableDataset],
+    tokenizer: PreTrainedTokenizerFast,
+    arguments: DataArguments,
+    seed: int = 0,
+) -> dict[str, Dataset | IterableDataset]:
     """
     Tokens in blocks: every document is followed by the end-of-text token, all are laid end to end, and the row is cut
     in blocks of exactly `arguments.block_size` tokens. What is left after each thousand documents is dropped.
 
+    In a stream the blocks of each `arguments.shuffle_buffer` documents are shuffled, what is left is filled up with
+    end-of-text tokens to a block of its own, so that no token is lost, and after its last document it begins again.
+
+    Args:
+        seed: of the order of the blocks in a stream.
+
     Returns:
-        `DatasetDict` with one column `input_ids`, cached by `datasets`.
+        `"train"` and `"eval"` with one column `input_ids`, cached by `datasets` where they are no stream.
 
     Raises:
         RecipeError: if a part is too small for one block.
     """
     backend = tokenizer.backend_tokenizer
-    blocks = documents.map(
-        _tokenize,
-        batched=True,
-        remove_columns=documents["train"].column_names,
-        fn_kwargs={
-            # the cache's key must not depend on the truncation and padding of the tokenizer's last use
-            "tokenizer_json": json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}),
-            "end_of_text": tokenizer.eos_token_id,
-            "block_size": arguments.block_size,
-            "text_column": arguments.text_column,
-        },
-        desc="tokenising",
-    )
-    for name, part in blocks.items():
-        if len(part) == 0:
+    tokenize = {
+        # the cache's key must not depend on the truncation and padding of the tokenizer's last use
+        "tokenizer_json": json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}),
+        "end_of_text": tokenizer.eos_token_id,
+        "block_size": arguments.block_size,
+        "text_column": arguments.text_column,
+    }
+    blocks = {}
+    for name, part in documents.items():
+        if isinstance(part, IterableDataset):
+            blocks[name] = part.map(
+                _tokenize_and_shuffle,
+                batched=True,
+                batch_size=arguments.shuffle_buffer,
+                with_indices=True,
+                remove_columns=arguments.text_column,
+                fn_kwargs={**tokenize, "seed": seed},
+            ).repeat(None)
+            continue
+        blocks[name] = part.map(
+            _tokenize, batched=True, remove_columns=part.column_names, fn_kwargs=tokenize, desc="tokenising"
+        )
+        if len(blocks[name]) == 0:
             raise RecipeError(
                 f"the {name} part of the dataset has fewer than block_size={arguments.block_size} tokens"
             )
-    return blocks.with_format("torch")
+    return {name: part.with_format("torch") for name, part in blocks.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -185,8 +262,37 @@ def _tokenizer(tokenizer_json: str) -> Tokenizer:
     return Tokenizer.from_str(tokenizer_json)
 
 
-def _tokenize(batch, tokenizer_json: str, end_of_text: int, block_size: int, text_column: str):
+def _tokens(texts: list[str], tokenizer_json: str, end_of_text: int) -> list[int]:
     tokens = []
-    for encoding in _tokenizer(tokenizer_json).encode_batch_fast(batch[text_column], add_special_tokens=False):
+    for encoding in _tokenizer(tokenizer_json).encode_batch_fast(texts, add_special_tokens=False):
         tokens += [*encoding.ids, end_of_text]
+    return tokens
+
+
+def _tokenize(batch, tokenizer_json: str, end_of_text: int, block_size: int, text_column: str):
+    tokens = _tokens(batch[text_column], tokenizer_json, end_of_text)
     return {"input_ids": [tokens[i : i + block_size] for i in range(0, len(tokens) - block_size + 1, block_size)]}
+
+
+def _tokenize_and_shuffle(batch, indices, *, end_of_text: int, block_size: int, text_column: str, seed: int, **kwargs):
+    tokens = _tokens(batch[text_column], end_of_text=end_of_text, **kwargs)
+    tokens += [end_of_text] * (-len(tokens) % block_size)
+    # follows from the place in the stream alone: a stream that was left and entered again goes on as it would have
+    order = np.random.default_rng([seed, indices[0]]).permutation(len(tokens) // block_size)
+    return {"input_ids": [tokens[i * block_size : (i + 1) * block_size] for i in order.tolist()]}
+
+
+def document_positions(input_ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
+    """
+    Positions that start again after every end-of-text token; the model then attends within each document only.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, T)`).
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, T)`.
+    """
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    first = torch.zeros_like(input_ids)
+    first[:, 1:] = torch.where(input_ids[:, :-1] == end_of_text, index[:, 1:], 0)
+    return index - first.cummax(1).values

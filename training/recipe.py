@@ -59,6 +59,15 @@ class DataArguments:
     )
     eval_fraction: float = field(default=0.05, metadata={"help": "share of the documents held out by hash"})
     text_column: str = field(default="content", metadata={"help": "column of the dataset that holds the text"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read, shuffle and tokenise the train part while training; needs max_steps"}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "documents of a stream whose blocks are shuffled with each other"}
+    )
+    separate_documents: bool = field(
+        default=False, metadata={"help": "no attention across the documents of a block; positions start at each again"}
+    )
     tokenizer: str | None = field(
         default=None,
         metadata={"help": "Hub id or folder; None: a byte-level BPE of vocab_size trained on the train part"},
@@ -83,6 +92,13 @@ class DataArguments:
     decay_slopes: bool = field(
         default=False,
         metadata={"help": "weight decay on learned negative slopes too, as in the paper's published code"},
+    )
+    fsdp_size: int = field(
+        default=1,
+        metadata={
+            "help": "processes that share one copy of weights, gradients and optimiser by FSDP2, the others being "
+            "replicas of theirs; 1: every process has its own (DDP)"
+        },
     )
 
 
@@ -192,6 +208,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     for name, least in (
         *(("block_size", 2), ("train_tokens", 1), ("eval_sequences", 1)),
         *(("entropy_steps", 1), ("entropy_sequences", 1)),
+        *(("shuffle_buffer", 1), ("fsdp_size", 1)),
     ):
         value = getattr(data, name)
         if value is not None and value < least:
@@ -222,6 +239,13 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         raise RecipeError(
             "a recipe without a tokenizer trains one, and needs a vocab_size of at least 258 (256 bytes and 2 special "
             f"tokens), got {recipe.model.get('vocab_size')}"
+        )
+    if data.streaming and (data.tokenizer is None or training.get("max_steps", -1) < 0):
+        raise RecipeError("streaming=True needs a tokenizer and max_steps: a stream's end is not known beforehand")
+    if data.fsdp_size > 1 and training.get("save_strategy") != "no" and not training.get("save_only_model"):
+        raise RecipeError(
+            f"a run with fsdp_size={data.fsdp_size} cannot be resumed: say so by save_only_model=true (checkpoints of "
+            "the weights alone) or save_strategy=no"
         )
     if data.block_size > config.max_position_embeddings:
         raise RecipeError(

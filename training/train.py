@@ -10,6 +10,7 @@ finished `model/`, `log_history.json` and `results.json`, in this order.
 """
 
 import errno
+import functools
 import importlib.metadata
 import json
 import os
@@ -19,16 +20,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.distributed import DistributedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
@@ -44,8 +49,8 @@ from .callbacks import (
     ZeroActivations,
 )
 from .checkpoints import last_whole_checkpoint, list_checkpoints, remove_old_checkpoints, write_manifest
-from .data import find_revision, load_documents, load_tokenizer, tokenize_blocks
-from .recipe import Recipe, RecipeError, load_recipe
+from .data import document_positions, find_revision, load_documents, load_tokenizer, tokenize_blocks
+from .recipe import DataArguments, Recipe, RecipeError, load_recipe
 from .stability import REPORT, StabilityCallback
 
 
@@ -58,6 +63,9 @@ class LNFreeTrainer(Trainer):
     The Trainer, with checkpoints that are whole or not there, perplexity beside the losses, an end to runs that are
     unstable, and no weight decay on learned negative slopes unless `decay_slopes` asks for it.
 
+    A stream is split by process. Checkpoints hold its place in every process, `stream_RANK.pt`; training goes on from
+    those in `stream_states`, a folder.
+
     Args:
         decay_slopes: weight decay on learned negative slopes too.
         milestones: steps whose checkpoints are kept beside the newest `save_total_limit`.
@@ -68,6 +76,28 @@ class LNFreeTrainer(Trainer):
         self.decay_slopes, self.milestones = decay_slopes, milestones
         self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
         self.add_callback(self.stability)
+        self.stream, self.stream_states = None, None
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        # not prepared by Accelerate, which would fetch ahead of what is trained on, and split the rows a second time
+        self.stream = StatefulDataLoader(
+            split_dataset_by_node(self.train_dataset, self.args.process_index, self.args.world_size),
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            # its own, so that entering the stream again takes nothing from the generator of dropout
+            generator=torch.Generator(),
+        )
+        if self.stream_states is not None:
+            self.stream.load_state_dict(torch.load(Path(self.stream_states) / self._stream_name, weights_only=True))
+        return self.stream
+
+    @property
+    def _stream_name(self) -> str:
+        return f"stream_{self.args.process_index}.pt"
 
     def get_decay_parameter_names(self, model) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -115,6 +145,9 @@ class LNFreeTrainer(Trainer):
         except RuntimeError as error:
             # torch's own words for a disk that is full
             raise OSError(errno.EIO, " ".join(str(error).split())) from error
+        if self.stream is not None:
+            aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            torch.save(self.stream.state_dict(), aside / self._stream_name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -137,6 +170,10 @@ def train(recipe: Recipe) -> Path:
         UnstableRunError: for a run that is unstable (`StabilityCallback`).
     """
     arguments = build_arguments(recipe)
+    if arguments.world_size % recipe.data.fsdp_size:
+        raise RecipeError(
+            f"fsdp_size={recipe.data.fsdp_size} must divide the number of processes, {arguments.world_size}"
+        )
     run_dir = Path(arguments.output_dir)
     # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
     if int(os.environ.get("RANK", 0)) == 0:
@@ -148,7 +185,7 @@ def train(recipe: Recipe) -> Path:
     with arguments.main_process_first(desc="data preparation"):
         documents = load_documents(recipe.data, arguments.seed)
         tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
-        blocks = tokenize_blocks(documents, tokenizer, recipe.data)
+        blocks = tokenize_blocks(documents, tokenizer, recipe.data, arguments.seed)
         # now: both may have moved on when the training ends
         origin = {"eval_revision": find_revision(recipe.data), "commit": _commit()}
 
@@ -161,12 +198,15 @@ def train(recipe: Recipe) -> Path:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    if recipe.data.fsdp_size > 1:
+        model = _shard(model.to(arguments.device), recipe.data.fsdp_size, arguments.world_size)
+    collate = functools.partial(_collate, boundary=tokenizer.eos_token_id if recipe.data.separate_documents else None)
     trainer = LNFreeTrainer(
         model=model,
         args=arguments,
         train_dataset=blocks["train"],
         eval_dataset=_spread(blocks["eval"], recipe.data.eval_sequences),
-        data_collator=_collate,
+        data_collator=collate,
         compute_metrics=lambda prediction: {"nll": prediction.predictions.mean(dtype="float64").item()},
         processing_class=tokenizer,
         decay_slopes=recipe.data.decay_slopes,
@@ -182,12 +222,17 @@ def train(recipe: Recipe) -> Path:
         quantities.append(ZeroActivations())
     if model.config.slope_sharing is not None:
         quantities.append(NegativeSlope())
-    probe = blocks["eval"][: recipe.data.entropy_sequences]["input_ids"]
-    probe = torch.tensor_split(probe, arguments.world_size)[arguments.process_index]
+    probe = collate(list(blocks["eval"].take(min(recipe.data.entropy_sequences, len(blocks["eval"])))))
+    del probe["labels"]
+    probe = {
+        name: torch.tensor_split(value, arguments.world_size)[arguments.process_index] for name, value in probe.items()
+    }
     trainer.add_callback(MeasurementCallback(quantities, probe, recipe.data.entropy_steps, run_dir, trainer.log))
 
     with arguments.main_process_first(desc="reading the last checkpoint"):
         checkpoint = last_whole_checkpoint(run_dir)
+    if checkpoint is not None:
+        _prepare_to_resume(trainer, checkpoint)
     with _disk_errors_explained(run_dir):
         runtime = None
         if checkpoint is not None and _is_trained(checkpoint):
@@ -198,6 +243,10 @@ def train(recipe: Recipe) -> Path:
             runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
         with torch.no_grad(), record_attention_entropy(model) as record:
             metrics = trainer.evaluate(blocks["eval"])
+        model.config.use_cache = True  # the Trainer switches it off for training
+        # a sharded model is gathered by all together
+        if trainer.is_world_process_zero() or recipe.data.fsdp_size > 1:
+            model.save_pretrained(run_dir / ASIDE / "model", is_main_process=trainer.is_world_process_zero())
         if trainer.is_world_process_zero():
             # a resumed run has forgotten how long it took before
             metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
@@ -246,9 +295,41 @@ def _spread(blocks: Dataset, number: int | None) -> Dataset:
     return blocks.select([index * len(blocks) // number for index in range(number)])
 
 
-def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _collate(rows: list[dict[str, torch.Tensor]], boundary: int | None = None) -> dict[str, torch.Tensor]:
     input_ids = torch.stack([row["input_ids"] for row in rows])  # (batch, T)
-    return {"input_ids": input_ids, "labels": input_ids}
+    batch = {"input_ids": input_ids, "labels": input_ids}
+    return batch if boundary is None else {**batch, "position_ids": document_positions(input_ids, boundary)}
+
+
+def _shard(model: LNFreeForCausalLM, fsdp_size: int, world_size: int) -> LNFreeForCausalLM:
+    """
+    Shards a fresh model, of equal weights in every process, by FSDP2; several nodes hold replicas of each other.
+
+    transformers' own engine: on CPU, Accelerate's gives DDP without a word.
+    """
+    config = DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=world_size // fsdp_size)
+    config, _, mesh = model.prepare_distribute_model(config)
+    model = model.maybe_distribute_model(model, config, mesh)
+    model.tie_weights()
+    return model
+
+
+def _prepare_to_resume(trainer: LNFreeTrainer, checkpoint: str):
+    if trainer.args.save_only_model:
+        raise RecipeError(
+            f"{checkpoint} holds the weights alone: the run was interrupted and cannot be resumed; name another "
+            "output_dir"
+        )
+    if isinstance(trainer.train_dataset, IterableDataset):
+        written = len(list(Path(checkpoint).glob("stream_*.pt")))
+        if written != trainer.args.world_size:
+            raise RecipeError(
+                f"{checkpoint} was written by {written} processes and is read by {trainer.args.world_size}: a stream "
+                "goes on in as many as it was split in"
+            )
+        # the stream is entered where it was left, not read again from its start
+        trainer.args.ignore_data_skip = True
+        trainer.stream_states = checkpoint
 
 
 def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
@@ -274,7 +355,8 @@ def check_same_recipe(run_dir: Path, recipe: Recipe):
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         return
-    ours, theirs = recipe.to_dict(), yaml.safe_load(path.read_text(encoding="utf-8"))
+    # a field that the run did not know yet had its default's effect
+    ours, theirs = recipe.to_dict(), {**asdict(DataArguments()), **yaml.safe_load(path.read_text(encoding="utf-8"))}
     for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
         if ours.get(key) != theirs.get(key):
             raise RecipeError(
@@ -322,8 +404,6 @@ def _finish(
 ):
     """Writes the model, the log and, last, the results that mark the run as finished."""
     model, state, arguments = trainer.model, trainer.state, trainer.args
-    model.config.use_cache = True  # the Trainer switches it off for training
-    model.save_pretrained(run_dir / ASIDE / "model")
     trainer.processing_class.save_pretrained(run_dir / ASIDE / "model")
     shutil.rmtree(run_dir / "model", ignore_errors=True)
     os.replace(run_dir / ASIDE / "model", run_dir / "model")

@@ -1,0 +1,314 @@
+"""Real processes by torchrun: equal to one process, killed and resumed, sharded, and fed from a Hub on loopback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from training import callbacks, cli, data, plan, train
+from training.recipe import DataArguments, RecipeError, build_recipe
+
+from .hub_server import TOKEN, HubServer
+
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [f"x{i:04d} = {i * i % 9973:06d}" for i in range(96)]  # 14 bytes: with its end, a block of 15 tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setattr(data, "HF_HOME", str(cache))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
+        patch.setenv("HF_HOME", str(cache))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set of two files to train on, and a tokenizer of single bytes."""
+    folder = tmp_path_factory.mktemp("dataset")
+    parts = {"train-0": DOCUMENTS[:40], "train-1": DOCUMENTS[40:80], "validation": DOCUMENTS[80:]}
+    for name, texts in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    arguments = DataArguments(dataset=str(folder))
+    data.load_tokenizer(arguments, data.load_documents(arguments, 0)["train"], 258).save_pretrained(folder / "bytes")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def values(folder):
+    return {
+        "dataset": str(folder),
+        "tokenizer": str(folder / "bytes"),
+        "vocab_size": 258,
+        "block_size": 15,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.1,
+        "embedding_dropout": 0.0,
+        "max_steps": 20,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "entropy_steps": 10,
+        "entropy_sequences": 6,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+# every block that a process trains on goes to a file; a sharded model is looked at
+WATCH = """
+import sys, torch
+from pathlib import Path
+from torch.distributed.tensor import DTensor
+from training import train
+from training.recipe import load_recipe
+
+class Watched(train.LNFreeTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        # those that are updated: a pass without gradients, as measuring is, leaves the outermost ones gathered
+        updated = [p for group in self.optimizer.param_groups for p in group["params"]]
+        assert len(updated) == len(list(self.model.parameters()))
+        assert all(isinstance(p, DTensor) == (sys.argv[1] == "sharded") for p in updated)
+        path = Path(self.args.output_dir) / f"seen-{self.state.global_step + 1}-{self.args.process_index}.pt"
+        torch.save(inputs["input_ids"], path)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+train.LNFreeTrainer = Watched
+train.train(load_recipe(sys.argv[2]))
+"""
+
+
+def launch(tmp_path, values, processes, sharded=False, environment=None):
+    run_dir = Path(values["output_dir"])
+    recipe, script = tmp_path / f"{run_dir.name}.yaml", tmp_path / "watch.py"
+    recipe.write_text(yaml.safe_dump(values))
+    script.write_text(WATCH)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    return subprocess.Popen(
+        [*command, str(script), "sharded" if sharded else "whole", str(recipe)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(run_dir):
+    return [entry["loss"] for entry in json.loads((run_dir / "log_history.json").read_text()) if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["SM+R", "SM+LN+G", "SM+LR-global"])
+def test_equal_global_batches_give_equal_runs(values, tmp_path, variant):
+    ways = {
+        "accumulated": (1, {"gradient_accumulation_steps": 2}),
+        "one": (1, {"per_device_train_batch_size": 8}),
+        "ddp": (2, {}),
+        "fsdp": (2, {"fsdp_size": 2}),
+    }
+    for name, (processes, more) in ways.items():
+        run = {**values, "variant": variant, "output_dir": str(tmp_path / name), **more}
+        finish(launch(tmp_path, run, processes, sharded=name == "fsdp"))
+        # there were as many processes as there should be
+        assert len(list((tmp_path / name).glob("seen-20-*.pt"))) == processes
+    expected, log = train.read_results(tmp_path / "one"), losses(tmp_path / "one")
+    assert len(log) == 20 and log[-1] < log[0] - 0.5
+    weights = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for name in ("accumulated", "ddp", "fsdp"):
+        assert losses(tmp_path / name) == pytest.approx(log, abs=1e-5)
+        results = train.read_results(tmp_path / name)
+        assert results["train_tokens"] == expected["train_tokens"] == 20 * 8 * 15
+        assert results["parameters"] == expected["parameters"]
+        assert results["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+        entropy = [callbacks.read_records(tmp_path / run / "attention_entropy.jsonl") for run in ("one", name)]
+        for ours, theirs in zip(*entropy, strict=True):
+            torch.testing.assert_close(
+                torch.tensor(ours["entropy"]), torch.tensor(theirs["entropy"]), atol=1e-4, rtol=0
+            )
+        # an ordinary model, whatever it was trained by
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
+        saved = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert saved.keys() == weights.keys()
+        assert all(torch.equal(saved[key], model.state_dict()[key]) for key in saved)
+
+
+def test_sharded_run_says_beforehand_that_it_cannot_be_resumed(values, tmp_path):
+    with pytest.raises(RecipeError, match="fsdp_size=2 cannot be resumed: say so by save_only_model=true"):
+        build_recipe({**values, "fsdp_size": 2, "save_strategy": "steps"})
+    run = {**values, "output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_only_model": True}
+    run |= {"save_steps": 2, "max_steps": 2}
+    train.train(build_recipe(run))
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(RecipeError, match="checkpoint-2 holds the weights alone"):
+        train.train(build_recipe(run))
+    with pytest.raises(RecipeError, match="fsdp_size=2 must divide the number of processes, 1"):
+        train.train(build_recipe({**values, "fsdp_size": 2, "output_dir": str(tmp_path / "other")}))
+
+
+PUSH = """
+import sys
+from datasets import load_dataset
+parts = load_dataset(sys.argv[1])
+parts["train"].push_to_hub("me/documents", split="train", num_shards=2)
+parts["validation"].push_to_hub("me/documents", split="validation")
+"""
+
+
+@pytest.mark.slow
+def test_stream_from_the_hub_is_read_once_by_two_processes_also_across_a_kill(folder, values, tmp_path):
+    with HubServer().running() as server:
+        hub = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        hub["HF_HOME"] = str(tmp_path / "home")
+        push = subprocess.run(
+            [sys.executable, "-c", PUSH, str(folder)], env=os.environ | hub, capture_output=True, text=True
+        )
+        assert push.returncode == 0, push.stderr
+        # 80 documents of a block each, 4 to a process in a step: one pass
+        values = {**values, "dataset": "me/documents", "streaming": True, "shuffle_buffer": 7, "max_steps": 10}
+        values |= {"save_strategy": "steps", "save_steps": 2}
+        whole, killed = ({**values, "output_dir": str(tmp_path / name)} for name in ("whole", "killed"))
+        finish(launch(tmp_path, whole, 2, environment=hub))
+        process = launch(tmp_path, killed, 2, environment=hub)
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "killed" / "checkpoint-4").is_dir() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "killed" / "results.json").is_file()
+        with pytest.raises(AssertionError, match="was written by 2 processes and is read by 1"):
+            finish(launch(tmp_path, killed, 1, environment=hub))
+        finish(launch(tmp_path, killed, 2, environment=hub))
+    tokenizer = data.load_tokenizer(DataArguments(tokenizer=values["tokenizer"]), None, None)
+    seen = {}
+    for name in ("whole", "killed"):
+        steps = [torch.load(tmp_path / name / f"seen-{step}-{r}.pt") for step in range(1, 11) for r in (0, 1)]
+        assert sorted(tokenizer.batch_decode(torch.cat(steps)[:, :-1])) == DOCUMENTS[:80]
+        seen[name] = torch.stack(steps)
+    assert seen["whole"].equal(seen["killed"])
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "whole"))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    results = [train.read_results(tmp_path / name) for name in ("killed", "whole")]
+    assert results[0]["eval_loss"] == results[1]["eval_loss"]
+
+
+def trained(values, tmp_path, name, **more):
+    train.train(build_recipe({**values, "output_dir": str(tmp_path / name), **more}))
+    return load_file(tmp_path / name / "model" / "model.safetensors"), losses(tmp_path / name)
+
+
+def test_activation_checkpointing_changes_no_weight_and_bfloat16_little(values, tmp_path):
+    weights, log = trained(values, tmp_path, "plain")
+    checkpointed, _ = trained(values, tmp_path, "checkpointed", activation_checkpointing=True)
+    torch.testing.assert_close(checkpointed, weights, atol=1e-6, rtol=0)
+    half, half_log = trained(values, tmp_path, "half", bf16=True)
+    assert half_log == pytest.approx(log, rel=0.02) and half_log != log
+    assert all(tensor.dtype == torch.float32 for tensor in half.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_compiled_training_equals_eager(values, tmp_path):
+    weights, log = trained(values, tmp_path, "plain", max_steps=5)
+    compiled, compiled_log = trained(values, tmp_path, "compiled", max_steps=5, torch_compile=True)
+    assert compiled_log == pytest.approx(log, abs=1e-4) and compiled.keys() == weights.keys()
+
+
+# ------------------------------------------------------------------------------------------ the plan
+
+
+# the peak of a training process, above what stood before the model was built
+MEASURE = """
+import re, sys
+from pathlib import Path
+from training import train
+from training.recipe import load_recipe
+
+def resident(mark):
+    return 1024 * int(re.search(mark + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+before = []
+def set_seed(seed, real=train.set_seed):
+    real(seed)
+    Path("/proc/self/clear_refs").write_text("5")
+    before.append(resident("VmRSS"))
+
+train.set_seed = set_seed
+train.train(load_recipe(sys.argv[1]))
+print(resident("VmHWM") - before[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process's peak memory")
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"activation_checkpointing": True},
+        {"bf16": True},
+        {"hidden_size": 1024, "num_attention_heads": 8, "block_size": 64, "gradient_accumulation_steps": 2},
+    ],
+    ids=["plain", "checkpointing", "bfloat16", "accumulation"],
+)
+def test_planned_memory_is_the_measured(values, tmp_path, more):
+    values = {**values, "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4, "block_size": 256}
+    values |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 4, "max_steps": 2, "vocab_size": 2000}
+    values |= {"entropy_sequences": 2, "output_dir": str(tmp_path / "run"), **more}
+    values |= {"dataset": "stdlib", "tokenizer": None, "eval_fraction": 0.01}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    # glibc gives back at once what is freed, and the peak is of what was in use
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    measured = int(run.stdout.splitlines()[-1])
+    planned = plan.plan(build_recipe(values))
+    assert planned["memory"] == pytest.approx(measured, rel=0.15)
+
+
+def test_plan_counts_by_hand(values, capsys, tmp_path):
+    recipe = build_recipe({**values, "variant": "SM+R", "gradient_accumulation_steps": 3, "max_steps": 7})
+    planned = plan.plan(recipe, processes=2, flops=1e9)
+    # embeddings and positions; by layer 4 projections, 2 of the MLP, biases of query and key; the last norm
+    parameters = 258 * 16 + 15 * 16 + 2 * (4 * 16**2 + 2 * 16 * 64 + 2 * 16) + 2 * 16
+    assert planned["parameters"] == parameters
+    assert planned["weights"] == planned["gradients"] == planned["communication"] == planned["traffic"]
+    assert planned["weights"] == 4 * parameters == planned["checkpoint"] / 3
+    assert planned["optimizer"] == pytest.approx(8 * parameters, rel=0.01)
+    assert (planned["tokens_per_step"], planned["tokens"]) == (4 * 3 * 15 * 2, 7 * 4 * 3 * 15 * 2)
+    assert planned["seconds"] == pytest.approx(planned["tokens"] * planned["flops_per_token"] / 2e9)
+    # 6 a weight of every product; 7 products of T x T by head in attention, one of them computed again
+    products = 258 * 16 + 2 * (4 * 16**2 + 2 * 16 * 64)
+    assert planned["flops_per_token"] == 6 * products + 2 * 7 * 2 * 15 * 16
+    sharded = plan.plan(build_recipe({**values, "variant": "SM+R", "fsdp_size": 2}), processes=2)
+    assert (sharded["weights"], sharded["seconds"]) == (2 * parameters, None)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "run")}))
+    assert cli.main(["train", "--plan", "--processes", "8", "--flops", "1e12", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "480" in printed.splitlines()[2] and "GB/s to keep up" in printed and not (tmp_path / "run").exists()
+    assert cli.main(["train", "--plan", str(path), "fsdp_size=3"]) == 1
+    assert "processes must be a multiple of fsdp_size=3, got 1" in capsys.readouterr().err

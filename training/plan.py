@@ -1,0 +1,162 @@
+"""
+`lnfree train --plan`: what a run will need, before anything starts.
+
+One training step runs on fake tensors, which have shapes but no memory, under torch's own memory tracker and FLOP
+counter: the figures are those of this very model with its activation checkpointing and precision, not of a formula.
+"""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import TrainingArguments
+
+from modeling_lnfree import LNFreeForCausalLM
+
+from .data import load_tokenizer
+from .recipe import Recipe, RecipeError
+
+
+GIB = 2**30
+# torch counts the attention of accelerators only
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(
+        q, k, v
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *args, **kwargs: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict[str, float | int | None]:
+    """
+    What training by the recipe needs.
+
+    Args:
+        processes: of the launcher, one for each GPU.
+        flops: floating-point operations that one process does in a second, sustained.
+
+    Returns:
+        `parameters`, `tokens_per_step`, `steps` and `tokens` (None without `max_steps`), `flops_per_token` (forward,
+        backward and what activation checkpointing computes again), `traffic` (bytes that a process sends in a step),
+        `checkpoint` (bytes), `seconds` (None without `flops`), and bytes of memory in a process at the peak of a step:
+        `weights`, `gradients`, `optimizer`, `activations`, `communication`, and their sum `memory`.
+
+    Raises:
+        RecipeError: for a number of processes that the recipe cannot use, and for an optimiser other than AdamW.
+    """
+    training, block_size, fsdp_size = recipe.training, recipe.data.block_size, recipe.data.fsdp_size
+    if processes < 1 or processes % fsdp_size:
+        raise RecipeError(f"processes must be a multiple of fsdp_size={fsdp_size}, got {processes}")
+    if flops is not None and not flops > 0:
+        raise RecipeError(f"flops must be more than 0, got {flops}")
+    if not training.get("optim", "adamw_torch").startswith("adamw_torch"):
+        raise RecipeError(f"a plan knows the memory of AdamW only, got optim={training['optim']}")
+    sequences = training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+    accumulation = training.get("gradient_accumulation_steps", 1)
+
+    with FakeTensorMode():
+        model = LNFreeForCausalLM(_config(recipe)).train()
+        if training.get("activation_checkpointing") or training.get("gradient_checkpointing"):
+            model.activation_checkpointing_enable()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        input_ids = torch.zeros(sequences, block_size, dtype=torch.long)
+
+        tracker = MemTracker()
+
+        def step(micro_batches: int):
+            for _ in range(micro_batches):
+                # float16 takes the same room
+                half = bool(training.get("bf16") or training.get("fp16"))
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+                loss.backward()
+                tracker.reset_mod_stats()  # it refuses a second forward pass otherwise; the peak stays
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step(1)  # the optimiser's state comes into being
+        tracker.track_external(model, optimizer)
+        with tracker:
+            step(min(accumulation, 2))  # from the second on, gradients wait while activations grow
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+            step(1)
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    peak = {getattr(part, "value", part): size for part, size in peak.items()}
+
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    sent, communication = 0.0, 0
+    if fsdp_size > 1:
+        # whole at a time: embedding and head, a layer and the one fetched ahead, and a layer's gradient
+        layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters()) * 4
+        communication = weights - layer * len(model.model.layers) + 3 * layer
+        # weights are gathered forward and backward, gradients are scattered, in every micro-batch but the last of them
+        sent = weights * (fsdp_size - 1) / fsdp_size * (2 * accumulation + 1)
+    elif processes > 1:
+        communication = weights  # the buckets in which gradients are summed
+    replicas = processes // fsdp_size
+    sent += 2 * weights / fsdp_size * (replicas - 1) / replicas
+    memory = {
+        "weights": weights / fsdp_size,
+        "gradients": peak["Gradient"] / fsdp_size,
+        "optimizer": peak["Optstate"] / fsdp_size,
+        "activations": peak["Activation"] + peak["Temp"] + peak["Other"],
+        "communication": communication,
+    }
+    tokens_per_step = sequences * accumulation * block_size * processes
+    flops_per_token = counter.get_total_flops() / input_ids.numel()
+    steps = training.get("max_steps", -1)
+    steps = steps if steps > 0 else None
+    tokens = None if steps is None else steps * tokens_per_step
+    return {
+        "parameters": model.num_parameters(),
+        "tokens_per_step": tokens_per_step,
+        "steps": steps,
+        "tokens": tokens,
+        "flops_per_token": flops_per_token,
+        "traffic": sent,
+        "checkpoint": weights if training.get("save_only_model") else 3 * weights,
+        "seconds": None if flops is None or tokens is None else tokens * flops_per_token / (flops * processes),
+        **memory,
+        "memory": sum(memory.values()),
+    }
+
+
+def _config(recipe: Recipe):
+    # with a vocab_size in the recipe, a plan needs no tokenizer and no network
+    if recipe.data.tokenizer is None or "vocab_size" in recipe.model:
+        return recipe.build_config()
+    tokenizer = load_tokenizer(recipe.data, None, None)
+    return recipe.build_config(vocab_size=len(tokenizer))
+
+
+def print_plan(recipe: Recipe, processes: int, flops: float | None):
+    """Prints the plan, a line a figure."""
+    planned = plan(recipe, processes, flops)
+    config, fsdp_size = recipe.build_config(), recipe.data.fsdp_size
+    ways = [f"{fsdp_size} by FSDP2"] if fsdp_size > 1 else []
+    ways += [f"{processes // fsdp_size} replicas"] if processes > fsdp_size else []
+    lines = {
+        "model": f"{config.variant} on {config.backbone}, {planned['parameters']:,} parameters",
+        "processes": f"{processes}" + (f" ({' x '.join(ways)})" if ways else ""),
+        "tokens a step": f"{planned['tokens_per_step']:,}",
+        "steps": "until the epochs end (max_steps is not set)",
+    }
+    if planned["steps"] is not None:
+        lines["steps"] = f"{planned['steps']:,}, {planned['tokens']:,} tokens"
+    lines["memory"] = f"{planned['memory'] / GIB:.2f} GiB in a process at the peak of a step, of which"
+    for part in ("weights", "gradients", "optimizer", "activations", "communication"):
+        lines[f"  {part}"] = f"{planned[part] / GIB:.2f} GiB"
+    lines["checkpoint"] = f"{planned['checkpoint'] / GIB:.2f} GiB"
+    lines["computing"] = f"{planned['flops_per_token']:.3g} FLOPs a token"
+    lines["network"] = f"{planned['traffic'] / GIB:.2f} GiB sent by a process in a step"
+    if flops is not None:
+        seconds_a_step = planned["tokens_per_step"] * planned["flops_per_token"] / (flops * processes)
+        lines["time"] = f"{seconds_a_step:.3g} s a step at {flops:.3g} FLOP/s in each process"
+        if planned["seconds"] is not None:
+            lines["time"] += f", {planned['seconds'] / 3600:.1f} hours in all"
+        if planned["traffic"]:
+            lines["network"] += f": {planned['traffic'] / seconds_a_step / 1e9:.2f} GB/s to keep up"
+    for name, value in lines.items():
+        print(f"{name:<15} {value}")
