@@ -147,7 +147,11 @@ def test_what_the_stock_class_cannot_express_is_a_clear_error(variant, fields, r
 # ------------------------------------------------------------------------------------------ published LN-free models
 
 
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_neox], ids=["gpt2", "pythia"])
+@pytest.mark.parametrize(
+    "build",
+    [tiny_gpt2, tiny_neox, lambda: tiny_neox(attention_bias=False, tie_word_embeddings=True)],
+    ids=["gpt2", "pythia", "neox-no-attention-bias"],
+)
 def test_published_ln_free_models_become_really_ln_free(build, tmp_path):
     theirs = remove_layernorm_by_scaling(build())
     theirs.save_pretrained(tmp_path / "stock")
@@ -333,6 +337,8 @@ def test_import_with_the_tokenizer_of_gpt2(tmp_path):
     assert after("Hello world")["input_ids"] == [15496, 995]  # as GPT-2 has always read it
     assert after(text)["input_ids"] == before(text)["input_ids"]
     assert after.decode(after(text)["input_ids"]) == text
+    convert(tmp_path / "ours", tmp_path / "back", to_stock=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "back")(text)["input_ids"] == before(text)["input_ids"]
     # one who has never heard of the project generates with it
     code = (
         "from transformers import pipeline\n"

@@ -56,6 +56,7 @@ _ACTIVATIONS = {
     "relu": "relu",
     "leaky_relu": "leaky_relu",
 }
+_PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + ["mlp.up_proj", "mlp.down_proj"]  # of a block
 # An epsilon that no variance of a residual stream reaches: the published models without LayerNorm have 1e12.
 _LN_FREE_EPS = 1e9
 # largest difference of a logit, as a share of the largest logit
@@ -63,7 +64,12 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def convert(
-    model_id: str, out_dir: str | Path, *, to_stock: bool = False, revision: str | None = None, shard_size: str = "2GB"
+    model_id: str | Path,
+    out_dir: str | Path,
+    *,
+    to_stock: bool = False,
+    revision: str | None = None,
+    shard_size: str = "2GB",
 ) -> Path:
     """
     Converts a checkpoint with its tokenizer, loads the result back, and compares its logits with the original's. No
@@ -87,7 +93,7 @@ def convert(
         RecipeError: for a model that cannot be loaded, one that the other class cannot express, an `out_dir` that is
             not empty, and logits that differ.
     """
-    out_dir = Path(out_dir)
+    model_id, out_dir = str(model_id), Path(out_dir)
     if out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir()):
         raise RecipeError(f"{out_dir} exists and is not empty; name a new folder")
     try:
@@ -119,7 +125,7 @@ def convert(
     return out_dir
 
 
-def _load(model_id: str, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
+def _load(model_id: str | Path, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(model_id, revision=revision)
         if config.model_type not in model_types:
@@ -276,12 +282,12 @@ def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
     the final norm, for which the output projection has no place, goes into the stream with the last block's output.
 
     Args:
-        state: weights under this family's names, LayerNorms and all biases included.
+        state: weights under this family's names, LayerNorms included.
         config: their configuration, with `norm_type="layernorm"`.
 
     Returns:
-        The configuration without norms: `norm_type` and `final_norm_type` are `"none"`, and the output projection is
-        a matrix of its own, unlike the embedding it may have been tied to.
+        The configuration without norms: `norm_type` and `final_norm_type` are `"none"`, all projections have biases,
+        and the output projection is a matrix of its own, unlike the embedding it may have been tied to.
 
     Raises:
         RecipeError: if the final norm has a bias where its weight is 0.
@@ -306,6 +312,9 @@ def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
         centre("model.embed_positions.weight", -1)
     for index in range(config.num_hidden_layers):
         block = f"model.layers.{index}"
+        for name in _PROJECTIONS:
+            matrix = state[f"{block}.{name}.weight"]
+            state.setdefault(f"{block}.{name}.bias", matrix.new_zeros(len(matrix)))
         read_from(f"{block}.input_layernorm", *(f"{block}.self_attn.{p}_proj" for p in "qkv"))
         read_from(f"{block}.post_attention_layernorm", f"{block}.mlp.up_proj")
         for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -319,8 +328,9 @@ def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
     matrix, last = state["lm_head.weight"], f"model.layers.{config.num_hidden_layers - 1}.mlp.down_proj.bias"
     state["lm_head.weight"] = (matrix.double() * weight).to(matrix.dtype)
     state[last] = (state[last].double() + shift).to(matrix.dtype)
-    norms = {"norm_type": "none", "final_norm_type": "none", "layer_norm_eps": 1e-5}
-    return LNFreeConfig.from_dict({**config.to_dict(), **norms, "tie_word_embeddings": False})
+    without = {"norm_type": "none", "final_norm_type": "none", "layer_norm_eps": 1e-5}
+    without |= {"biased_projections": list(PROJECTIONS), "tie_word_embeddings": False}
+    return LNFreeConfig.from_dict({**config.to_dict(), **without})
 
 
 def _config_from_gpt2(config: GPT2Config) -> LNFreeConfig:
