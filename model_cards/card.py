@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_lnfree import LNFreeForCausalLM
-from training.private_cost import BASELINE, comparison, count_operations
-
 
 TEMPLATE = Path(__file__).with_name("lnfree_card.md.jinja")
 RESULTS_TEMPLATE = Path(__file__).with_name("results_card.md.jinja")
@@ -28,6 +25,7 @@ def build_card(
     config,
     results: dict[str, Any],
     folder: Path,
+    private_cost: str,
     *,
     namespace: str | None = None,
     siblings: Sequence[dict[str, Any]] = (),
@@ -41,6 +39,7 @@ def build_card(
         config: the model's `LNFreeConfig`.
         results: of the run, as `results.json` holds them.
         folder: the export, whose `.py` files are listed with their hashes.
+        private_cost: Markdown, what a forward pass costs under encryption.
         namespace: user or organisation of the Hub, where it goes there.
         siblings: results of the published variants that it is compared with, itself among them.
         step: the training step of the weights, where they are not those at the end.
@@ -88,7 +87,7 @@ def build_card(
         entropy_by_layer=entropy.mean(1).tolist(),
         max_entropy=float(np.mean(results["attention_entropy"]["max_entropy"])),
         hashes=hashes,
-        private_cost=_private_cost(config, results["block_size"]),
+        private_cost=private_cost,
     )
 
 
@@ -105,13 +104,3 @@ def _sibling(results: dict[str, Any], siblings: Sequence[dict[str, Any]]) -> dic
         "entropy": float(np.mean(results["attention_entropy"]["entropy"])),
         "parameters": results["parameters"],
     }
-
-
-def _private_cost(config, length: int) -> str:
-    """Markdown: what one forward pass over `length` tokens costs under encryption."""
-    counts = count_operations(LNFreeForCausalLM, config, length=length)
-    named, baseline = [(counts["variant"], counts["forward"])], counts["forward"]
-    if "baseline" in counts:
-        baseline = counts["baseline"]["forward"]
-        named.insert(0, (BASELINE, baseline))
-    return "\n".join(comparison(named, baseline))

@@ -20,6 +20,7 @@ from model_cards.diagram import draw_block
 from modeling_lnfree import LNFreeForCausalLM
 
 from .compare import plot_curves, plot_heat_maps, run_title
+from .private_cost import describe_forward
 from .recipe import RecipeError
 from .train import read_results
 
@@ -93,7 +94,8 @@ def export(
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
         step = int(checkpoint.name.split("-")[-1]) if checkpoint else None
-        card = build_card(name, model.config, results, folder, namespace=namespace, siblings=siblings, step=step)
+        cost = describe_forward(type(model), model.config, results["block_size"])
+        card = build_card(name, model.config, results, folder, cost, namespace=namespace, siblings=siblings, step=step)
         card.save(folder / "README.md")
         _write_probe(folder / PROBE, model)
         prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]

@@ -412,6 +412,16 @@ def comparison(named: list[tuple[str, dict[str, Any]]], baseline: dict[str, Any]
     return lines
 
 
+def describe_forward(model_class: type[PreTrainedModel], config: PreTrainedConfig, length: int) -> str:
+    """Markdown: what one forward pass over `length` tokens costs, beside SM+LN+G for a model of another variant."""
+    counts = count_operations(model_class, config, length=length)
+    named, baseline = [(counts["variant"], counts["forward"])], counts["forward"]
+    if "baseline" in counts:
+        baseline = counts["baseline"]["forward"]
+        named.insert(0, (BASELINE, baseline))
+    return "\n".join(comparison(named, baseline))
+
+
 def _amount_of(name: str, count: dict[str, Any]) -> str:
     return f"{_amount(name, count):,} {name}{' rows' if name in _ROWS else ''}"
 
