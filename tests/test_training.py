@@ -148,7 +148,8 @@ def test_measuring_changes_nothing(runs_dir, recipe_values, tmp_path):
 def test_nan_in_the_attention_is_counted_and_never_a_number(runs_dir):
     model = LNFreeForCausalLM.from_pretrained(runs_dir / "SM+R" / "model").eval()
     model.model.layers[1].self_attn.q_proj.weight.data[:8] = math.nan  # the first of two heads
-    callback = callbacks.AttentionEntropyCallback(torch.randint(300, (3, 16)), 1, Path("unused"), print)
+    probe = {"input_ids": torch.randint(300, (3, 16))}
+    callback = callbacks.AttentionEntropyCallback(probe, 1, Path("unused"), print)
     record, scalars = callback.measure(model)
     assert math.isnan(record["entropy"][1][0]) and record["nan_count"][1] > 0 == record["nan_count"][0]
     assert math.isfinite(record["entropy"][0][0]) and math.isnan(scalars["attention_entropy/layer_1/mean"])
