@@ -274,9 +274,11 @@ print(resident("VmHWM") - before[0])
 )
 def test_planned_memory_is_the_measured(values, tmp_path, more):
     values = {**values, "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4, "block_size": 256}
-    values |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 4, "max_steps": 2, "vocab_size": 2000}
+    values |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 4, "max_steps": 2}
     values |= {"entropy_sequences": 2, "output_dir": str(tmp_path / "run"), **more}
-    values |= {"dataset": "stdlib", "tokenizer": None, "eval_fraction": 0.01}
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"content": f"{i} " * 100}) + "\n" for i in range(300)))
+    values |= {"dataset": str(documents)}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     # glibc gives back at once what is freed, and the peak is of what was in use
