@@ -275,6 +275,8 @@ print(resident("VmHWM") - before[0])
 def test_planned_memory_is_the_measured(values, tmp_path, more):
     values = {**values, "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4, "block_size": 256}
     values |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 4, "max_steps": 2}
+    # for these widths; the small models' own let the attention scores grow past what the gradient can hold
+    values |= {"initializer_range": 0.02, "learning_rate": 1e-4}
     values |= {"entropy_sequences": 2, "output_dir": str(tmp_path / "run"), **more}
     documents = tmp_path / "documents.jsonl"
     documents.write_text("".join(json.dumps({"content": f"{i} " * 100}) + "\n" for i in range(300)))
