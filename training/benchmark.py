@@ -123,6 +123,8 @@ def peak_memory(build: Callable[[], tuple[Run, Run]], device: str) -> float:
 
 
 def _peak_rss(build: Callable[[], tuple[Run, Run]], sender):
+    # the threads of the process that forked are not here, and the pool would wait for them
+    torch.set_num_threads(1)
     libc = ctypes.CDLL(None)
     # M_MMAP_THRESHOLD: a tensor gets pages of its own, and kept or torn pages do not blur the mark
     libc.mallopt(-3, 2**16)
