@@ -434,7 +434,7 @@ def test_what_vllm_asks_of_a_custom_model(variant, backbone, tmp_path, monkeypat
 
     # the body runs on its attention: flat queries, keys and values of one row, and the layer's own instance
     def flat_attention(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **kwargs):
-        assert scaling is not None
+        assert scaling == module.scaling
         length = query.shape[-2]
         flat = [states.transpose(1, 2).reshape(length, -1) for states in (query, key, value)]
         return attention_instances[module.layer_idx](*flat), None
