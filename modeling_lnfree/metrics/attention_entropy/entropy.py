@@ -156,9 +156,9 @@ def _entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Entropy, `(batch, heads, T)`, and number of the seen scores whose query or key holds an infinity, of the same
-    shape or one 0 for all."""
+    shape; None where every query sees a key and nothing is broken."""
     batch, heads, num_queries, _ = query.shape
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
@@ -169,7 +169,7 @@ def _entropy(
         with torch.autocast(query.device.type, enabled=False):
             entropy = _kernel_entropy(kernel, query, key - visibility.mean_key(key.detach()), visibility, scaling)
         if entropy.isfinite().all():
-            return entropy.clamp_(min=0.0), entropy.new_zeros(1, 1, 1)
+            return entropy.clamp_(min=0.0), None
     query_size, key_size = query.detach().abs().amax(-1), key.detach().abs().amax(-1)
     # a broken key would spoil, as a value of weight zero, the queries that do not see it
     key = key.nan_to_num(0.0, 0.0, 0.0)
@@ -316,7 +316,7 @@ class AttentionEntropyRecord:
                 f"{type(model).__name__} computes its attention itself and not by the attention interface of "
                 "transformers (ALL_ATTENTION_FUNCTIONS), so its queries and keys cannot be seen"
             )
-        if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in model.modules()):
+        if any(getattr(vars(module).get("config"), "is_encoder_decoder", False) for module in model.modules()):
             raise ValueError(
                 f"{type(model).__name__} is an encoder-decoder: its cross attention is not told which of its queries "
                 "are padding"
@@ -414,18 +414,26 @@ class AttentionEntropyRecord:
         entropy, infinite = _entropy(query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks)
 
         number = visibility.number()
-        counted = number > 0
-        padded = self._padded(attention_mask, origin, query)
-        if padded is not None:
-            counted = counted & ~padded[:, None]
-        row = self._rows[module]
-        if self._on_layer is not None:
-            self._on_layer(row, entropy.masked_fill(~counted, torch.nan))
         largest = (number + (sinks is not None)).log()
+        padded = self._padded(attention_mask, origin, query)
         dtype = torch.float32 if entropy.device.type == "mps" else torch.float64
-        columns = (entropy, largest, entropy.isnan() * number, infinite, torch.ones_like(largest))
-        columns = torch.stack(torch.broadcast_tensors(*columns), -1)
-        total = torch.where(counted[..., None], columns, 0).sum((0, 2), dtype=dtype)
+        row = self._rows[module]
+        if infinite is None and padded is None:
+            # the usual case: every query counts, and sees as many keys in every sequence and head
+            total = F.pad(entropy.sum((0, 2), dtype=dtype)[:, None], (0, 4))
+            total[:, 1] = len(query) * largest.sum(dtype=dtype)
+            total[:, 4] = len(query) * query.shape[2]
+        else:
+            counted = number > 0
+            if padded is not None:
+                counted = counted & ~padded[:, None]
+            entropy = entropy.masked_fill(~counted, torch.nan)
+            infinite = torch.zeros_like(largest) if infinite is None else infinite
+            columns = (entropy, largest, entropy.isnan() * number, infinite, torch.ones_like(largest))
+            columns = torch.stack(torch.broadcast_tensors(*columns), -1)
+            total = torch.where(counted[..., None], columns, 0).sum((0, 2), dtype=dtype)
+        if self._on_layer is not None:
+            self._on_layer(row, entropy)
         self._totals[row] = self._totals[row] + total if len(self._totals[row]) else total
 
     def _padded(
