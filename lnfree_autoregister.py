@@ -1,7 +1,7 @@
 """
-With the project installed, the Auto classes of transformers know the model type `lnfree` in every process, though nothing
-imported `modeling_lnfree`: lnfree_autoregister.pth imports this file when Python starts. It needs the standard library
-only, and neither torch nor the project is imported before a model of this type is asked for.
+With the project installed, the Auto classes of transformers know the model type `lnfree` in every process, also where
+nothing imported `modeling_lnfree`: lnfree_autoregister.pth has Python import this file when it starts. Neither torch nor
+the project is imported before a model of this type is asked for.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """
-What pyproject.toml cannot say: the files that a start of Python reads lie in site-packages themselves, in a plain and in
-an editable install. Everything else is in pyproject.toml.
+What pyproject.toml cannot say: the two files that a start of Python reads lie in site-packages themselves, in a plain
+and in an editable install.
 """
 
 import setuptools
