@@ -1,7 +1,7 @@
 """
 With the project installed, the Auto classes of transformers know the model type `lnfree` in every process, also where
-nothing imported `modeling_lnfree`: lnfree_autoregister.pth has Python import this file when it starts. Neither torch nor
-the project is imported before a model of this type is asked for.
+nothing imported `modeling_lnfree`: Python imports this file when it starts, by lnfree_autoregister.pth. Neither torch
+nor the project is imported before a model of this type is asked for.
 """
 
 import sys
