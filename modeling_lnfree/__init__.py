@@ -19,7 +19,8 @@ from .modeling_lnfree import (
 )
 
 
-# With the package installed, the Auto classes know the model type and no remote code is needed.
+# The Auto classes know the model type and no remote code is needed; an installed lnfree_autoregister.py imports this
+# as soon as they are asked for it.
 AutoConfig.register("lnfree", LNFreeConfig)
 AutoModel.register(LNFreeConfig, LNFreeModel)
 AutoModelForCausalLM.register(LNFreeConfig, LNFreeForCausalLM)

@@ -25,8 +25,10 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     fi
 fi
 
+# what an editable install has copied or written down
+sources=(pyproject.toml setup.py lnfree_autoregister.pth lnfree_autoregister.py)
 installed=.venv/lnfree-installed
-if ! cmp -s pyproject.toml "$installed"; then
+if ! cat "${sources[@]}" | cmp -s - "$installed"; then
     "${PIP[@]}" install --editable '.[test]'
-    cp pyproject.toml "$installed"
+    cat "${sources[@]}" > "$installed"
 fi
