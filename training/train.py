@@ -270,12 +270,15 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     The results of a finished run.
 
     Raises:
-        RecipeError: if the folder holds none.
+        RecipeError: if the folder holds none, or they are damaged.
     """
     path = Path(run_dir) / RESULTS
     if not path.is_file():
         raise RecipeError(f"{run_dir} is not a finished run: it has no {RESULTS}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
 
 
 def build_arguments(recipe: Recipe) -> TrainingArguments:
