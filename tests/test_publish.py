@@ -18,7 +18,8 @@ from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 
-from model_cards.card import model_name
+from model_cards.card import build_card, model_name
+from modeling_lnfree import LNFreeConfig
 from training import cli, data, export, publish, stability, train
 from training.recipe import DataArguments, RecipeError, build_recipe
 
@@ -190,7 +191,8 @@ def test_dry_run_lists_every_file_and_touches_nothing(server, family, capsys, mo
                 assert re.search(
                     rf"^  [+~=] {re.escape(path.relative_to(publication.folder).as_posix())} ", printed, re.M
                 )
-    assert f"me/{MODELS[0]}: changes" in printed and f"me/{MODELS[1]}: new" in printed
+    assert f"me/{MODELS[0]}: changes" in printed and f"me/{MODELS[1]}: new, public, " in printed
+    assert f"me/{MODELS[1]}@step-4: new, " in printed and "dry run, nothing was pushed; " in printed
     assert re.search(r"^  ~ README.md +[\d.]+ kB$", printed, re.M) and "release: v0.1.0.post1" in printed
 
 
@@ -512,6 +514,12 @@ def test_card_tells_what_was_measured(built, runs_dir):
         f"[SM+LN+G](https://huggingface.co/me/{MODELS[0]}) | {results['SM+LN+G-5']['perplexity']:.3f} | 0 |"
         in card.text
     )
+    # of other data than Python source nothing is said that holds for that alone
+    config = LNFreeConfig.from_pretrained(built[1].folder)
+    of_code = build_card(MODELS[1], config, {**results["SM+R-5"], "dataset": "stdlib"}, built[1].folder, "")
+    assert (card.data.language, of_code.data.language) == (None, "code")
+    assert "512 tokens: what it generates cannot be relied on" in card.text.replace("\n", " ")
+    assert "512 tokens of Python source: what it generates looks like code" in of_code.text.replace("\n", " ")
     for picture in re.findall(r'<img src="([^"]+)"', card.text):
         assert (built[1].folder / picture).read_bytes().startswith(b"\x89PNG")
     # None where this is no clone

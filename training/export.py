@@ -109,7 +109,7 @@ def export(
             os.replace(out_dir, Path(aside) / "earlier")
         os.replace(folder, out_dir)
     # where a publication is built is nobody's business
-    shown = out_dir if namespace is None else name
+    shown = out_dir if namespace is None else name if step is None else f"{name}, step {step}"
     print(f"{shown}: loaded back in a clean process, logits equal bit by bit; it generates")
     print(f"  {tokenizer.decode(generated[0])!r}")
     return out_dir

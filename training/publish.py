@@ -445,9 +445,12 @@ def _next_tag(publications: list[Publication]) -> str:
         tag = f"{release}.post{number}"
 
 
-def _print_plan(publications: list[Publication], tag: str):
+def _print_plan(publications: list[Publication], tag: str, private: bool):
     for publication in publications:
         state = "new" if publication.seen is None else "changes" if publication.is_changed else "unchanged"
+        # a branch is as public as its repository
+        if state == "new" and publication.branch == "main":
+            state += ", private" if private else ", public"
         files = _files(publication.folder)
         print(f"{publication}: {state}, {_size(sum(path.stat().st_size for path in files.values()))}")
         for name, change in publication.changes.items():
@@ -458,7 +461,7 @@ def _print_plan(publications: list[Publication], tag: str):
 
 def _size(number: float) -> str:
     for unit in ("B", "kB", "MB"):
-        if number < 1000:
+        if number < 999.5:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} GB"
@@ -478,8 +481,9 @@ def release(api: HfApi, publications: list[Publication], *, private: bool = Fals
     for publication in publications:
         _patiently(functools.partial(_compare, api, publication, private))
     tag = _next_tag(publications)
-    _print_plan(publications, tag)
+    _print_plan(publications, tag, private)
     if dry_run:
+        print("dry run, nothing was pushed; + new, ~ changed, - removed, = the same")
         return
     for index, publication in enumerate(publications):
         try:

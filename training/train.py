@@ -413,6 +413,7 @@ def _finish(
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
     write_atomically(run_dir / "log_history.json", json.dumps(state.log_history, indent=1))
 
+    threads = torch.get_num_threads()
     results = {
         "variant": model.config.variant,
         "backbone": model.config.backbone,
@@ -435,7 +436,7 @@ def _finish(
         "recipe": recipe.to_dict(),
         "hardware": torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        else f"CPU, {threads} thread{'s' * (threads > 1)}",
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
