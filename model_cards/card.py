@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 TEMPLATE = Path(__file__).with_name("lnfree_card.md.jinja")
 RESULTS_TEMPLATE = Path(__file__).with_name("results_card.md.jinja")
 CORPORA = {"stdlib": "Python source of the interpreter's standard library"}
+PYTHON_SOURCE = ("stdlib", "huggingface-course/codeparrot-ds-train")
 
 
 def model_name(results: dict[str, Any]) -> str:
@@ -53,12 +54,13 @@ def build_card(
         "dataset_revision": results.get("eval_revision"),
     }
     norm_tag = "layernorm-free" if config.norm_type == "none" else "layernorm"
+    is_code = results["dataset"] in PYTHON_SOURCE
     card_data = ModelCardData(
-        language="code",
+        language="code" if is_code else None,  # of other data it is not known
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["lnfree", "code", norm_tag, results["variant"], "arxiv:2410.09637", "custom_code"],
+        tags=["lnfree", *["code"] * is_code, norm_tag, results["variant"], "arxiv:2410.09637", "custom_code"],
         # what is no id of the Hub was local
         datasets=[results["dataset"]] if "/" in results["dataset"] else None,
         model_name=name,
@@ -84,6 +86,7 @@ def build_card(
         siblings=[_sibling(sibling, siblings) for sibling in siblings],
         step=step,
         corpus=corpus,
+        is_code=is_code,
         entropy_by_layer=entropy.mean(1).tolist(),
         max_entropy=float(np.mean(results["attention_entropy"]["max_entropy"])),
         hashes=hashes,

@@ -18,8 +18,9 @@ from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 
-from model_cards.card import model_name
-from training import cli, data, export, publish, train
+from model_cards.card import build_card, model_name
+from modeling_lnfree import LNFreeConfig
+from training import cli, data, export, publish, stability, train
 from training.recipe import DataArguments, RecipeError, build_recipe
 
 from .hub_server import OTHER_TOKEN, TOKEN, HubServer
@@ -55,7 +56,7 @@ def runs_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(runs_dir, tmp_path_factory):
-    return publish.build(runs_dir, "me", tmp_path_factory.mktemp("built"), checkpoints=True)
+    return publish.build(publish.find_runs(runs_dir), "me", tmp_path_factory.mktemp("built"), checkpoints=True)
 
 
 @pytest.fixture
@@ -190,7 +191,8 @@ def test_dry_run_lists_every_file_and_touches_nothing(server, family, capsys, mo
                 assert re.search(
                     rf"^  [+~=] {re.escape(path.relative_to(publication.folder).as_posix())} ", printed, re.M
                 )
-    assert f"me/{MODELS[0]}: changes" in printed and f"me/{MODELS[1]}: new" in printed
+    assert f"me/{MODELS[0]}: changes" in printed and f"me/{MODELS[1]}: new, public, " in printed
+    assert f"me/{MODELS[1]}@step-4: new, " in printed and "dry run, nothing was pushed; " in printed
     assert re.search(r"^  ~ README.md +[\d.]+ kB$", printed, re.M) and "release: v0.1.0.post1" in printed
 
 
@@ -323,6 +325,17 @@ def test_who_may_not_publish_is_told_before_any_work(server, runs_dir, token, na
     assert message in captured.err and (token is None or token not in captured.err)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("missing", "missing is not a folder"), (".", "no finished run in .*: none of its subfolders has a model and a")],
+)
+def test_folder_without_runs_is_told_before_a_token_is_asked_for(server, tmp_path, name, message, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    assert cli.main(["publish", str(tmp_path / name), "--namespace", "me"]) == 1
+    assert re.fullmatch(f"lnfree publish: error: .*{message}.*\n", capsys.readouterr().err)
+    assert server.requests == []
+
+
 def write_nan(folder):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
@@ -409,8 +422,49 @@ def test_broken_run_is_refused_before_anything_is_published(server, runs_dir, tm
     assert {method for method, _, _ in server.requests} == {"GET"}
 
 
+def test_run_that_is_not_finished_is_told_and_left_out(runs_dir, tmp_path, capsys):
+    shutil.copytree(runs_dir / "SM+R-5", tmp_path / "SM+R-5")
+    # an export among the runs is none of them, and nothing to tell of
+    for name, lacking in (("interrupted", ("model", "results.json")), ("export", ("model",))):
+        shutil.copytree(runs_dir / "SM+R-5", tmp_path / name, ignore=shutil.ignore_patterns(*lacking))
+    values = yaml.safe_load((runs_dir / "SM+R-5" / "recipe.yaml").read_text())
+    values |= {"output_dir": str(tmp_path / "diverged"), "learning_rate": 1e30}
+    with pytest.raises(stability.UnstableRunError):
+        train.train(build_recipe(values))
+    capsys.readouterr()
+    assert [run["folder"].name for run in publish.find_runs(tmp_path)] == ["SM+R-5"]
+    unstable, unfinished = capsys.readouterr().out.splitlines()
+    assert unstable.startswith("left out: diverged is unstable at step 2, layer 0: the gradient norm is nan; ")
+    assert unfinished == "left out: interrupted is not finished"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model/tokenizer.json", b"{"),
+        ("model/tokenizer.json", b"{}"),
+        ("model/tokenizer.json", None),
+        ("model/config.json", b"{"),
+        ("model/model.safetensors", b"junk"),
+        ("model/model.safetensors", None),
+        ("results.json", b"{"),
+        ("log_history.json", b"\xff"),
+        ("attention_entropy.jsonl", None),
+        ("gradient_norm.jsonl", b"\xff"),
+    ],
+)
+def test_damaged_file_of_a_run_is_one_line_that_names_it(server, runs_dir, tmp_path, name, damage, capsys):
+    path = shutil.copytree(runs_dir / "SM+R-5", tmp_path / "runs" / "SM+R-5") / name
+    path.unlink() if damage is None else path.write_bytes(damage)
+    publishing = ["publish", str(tmp_path / "runs"), "--namespace", "me"]
+    for command in (["export", str(tmp_path / "runs" / "SM+R-5"), str(tmp_path / "out")], publishing):
+        assert cli.main(command) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"lnfree {command[0]}: error: ") and "SM+R-5" in error and path.name in error, error
+
+
 def test_one_seed_of_a_variant_is_published_and_all_are_in_the_results(runs_dir, built, capsys):
-    runs = publish._find_runs(runs_dir)
+    runs = publish.find_runs(runs_dir)
     assert [run["folder"].name for run in publish._choose(runs, None)] == ["SM+LN+G-5", "SM+R-5"]
     assert f"{MODELS[1]}: the run of seed 5 is published; also in the results: 7" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="seed=7 is not among the finished runs of lnfree-gpt2-sm-ln-g-t16"):
@@ -441,7 +495,7 @@ def test_runs_of_two_settings_do_not_share_a_name(runs_dir, tmp_path):
     path = tmp_path / "runs" / "SM+R-7" / "results.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "train_tokens": 1}))
     with pytest.raises(RecipeError, match="SM.R-. and SM.R-. would both be lnfree-gpt2-sm-r-t16; publish runs of one"):
-        publish._choose(publish._find_runs(tmp_path / "runs"), None)
+        publish._choose(publish.find_runs(tmp_path / "runs"), None)
 
 
 # ------------------------------------------------------------------------------------------ the card
@@ -460,6 +514,12 @@ def test_card_tells_what_was_measured(built, runs_dir):
         f"[SM+LN+G](https://huggingface.co/me/{MODELS[0]}) | {results['SM+LN+G-5']['perplexity']:.3f} | 0 |"
         in card.text
     )
+    # of other data than Python source nothing is said that holds for that alone
+    config = LNFreeConfig.from_pretrained(built[1].folder)
+    of_code = build_card(MODELS[1], config, {**results["SM+R-5"], "dataset": "stdlib"}, built[1].folder, "")
+    assert (card.data.language, of_code.data.language) == (None, "code")
+    assert "512 tokens: what it generates cannot be relied on" in card.text.replace("\n", " ")
+    assert "512 tokens of Python source: what it generates looks like code" in of_code.text.replace("\n", " ")
     for picture in re.findall(r'<img src="([^"]+)"', card.text):
         assert (built[1].folder / picture).read_bytes().startswith(b"\x89PNG")
     # None where this is no clone
@@ -469,7 +529,7 @@ def test_card_tells_what_was_measured(built, runs_dir):
 
 
 def test_same_run_is_the_same_bytes_again(built, runs_dir, tmp_path):
-    siblings = publish._choose(publish._find_runs(runs_dir), None)
+    siblings = publish._choose(publish.find_runs(runs_dir), None)
     again = export.export(runs_dir / "SM+R-5", tmp_path / MODELS[1], namespace="me", siblings=siblings)
     files = publish._files(again)
     assert files.keys() == publish._files(built[1].folder).keys()

@@ -83,6 +83,8 @@ WRONG = [
     ({"max_steps": 0}, "max_steps must be at least 1"),
     ({"output_dir": None}, "output_dir must be a folder"),
     ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+    ({"push_to_hub": True, "hub_model_id": "me/x"}, "push_to_hub is not supported in a recipe.*'lnfree publish'"),
+    ({"hub_token": "hf_of_somebody"}, "hub_token is not supported in a recipe: (?!.*hf_of_somebody)"),
     ({"eval_fraction": 1.5}, "eval_fraction must be in \\(0, 1\\), got 1.5"),
     ({"hidden_size": 9}, "hidden_size must be divisible by num_attention_heads"),
     ({"vocab_size": 100}, "vocab_size of at least 258.*got 100"),

@@ -52,7 +52,7 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     runs_dir = Path(runs_dir)
     folders = sorted(path.parent for path in runs_dir.glob("*/recipe.yaml"))
     runs = [{"folder": folder, **read_results(folder)} for folder in folders if (folder / RESULTS).is_file()]
-    unfinished = {folder.name: _why_unstable(folder) for folder in folders if not (folder / RESULTS).is_file()}
+    unfinished = {folder.name: why_unstable(folder) for folder in folders if not (folder / RESULTS).is_file()}
     if not runs:
         raise RecipeError(f"no finished run in {runs_dir}: none of its subfolders has a {RESULTS}")
     runs.sort(key=lambda run: (setting_of(run), papers_order(run["variant"]), configuration(run), run["seed"]))
@@ -100,7 +100,8 @@ def _titles(runs_of_groups: list[list[dict[str, Any]]]) -> list[str]:
     return titles
 
 
-def _why_unstable(folder: Path) -> str:
+def why_unstable(folder: Path) -> str:
+    """What a run that is unstable says of it, in one line; nothing for any other."""
     path = folder / REPORT
     return describe(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""
 

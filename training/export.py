@@ -2,11 +2,11 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,8 @@ def export(
         `out_dir`.
 
     Raises:
-        RecipeError: if the run is not finished, if a weight is NaN or infinite, if `out_dir` holds anything else, or
-            if the check fails.
+        RecipeError: if the run is not finished or a file of it cannot be read, if a weight is NaN or infinite, if
+            `out_dir` holds anything else, or if the check fails.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     results = read_results(run_dir)
@@ -71,12 +71,15 @@ def export(
         for key in ("dataset", "eval_dataset", "tokenizer"):
             if recipe.get(key) and Path(recipe[key]).exists():
                 recipe[key] = Path(recipe[key]).name
-    model = LNFreeForCausalLM.from_pretrained(checkpoint or run_dir / "model", dtype="auto").eval()
+    weights = checkpoint or run_dir / "model"
+    with _reading(weights, "config.json or model.safetensors"):
+        model = LNFreeForCausalLM.from_pretrained(weights, dtype="auto").eval()
     model.config.use_cache = True  # the Trainer switches it off for training
     for parameter_name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise RecipeError(f"{run_dir} is not exported: its weight {parameter_name} has NaN or infinite entries")
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    with _reading(run_dir / "model", "tokenizer.json or tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     name = out_dir.resolve().name
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +90,12 @@ def export(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         plot_heat_maps([results["attention_entropy"]], [run_title(results)], folder / "heat_map.png")
-        plot_curves([{"folder": run_dir, **results}], folder / "curves.png")
+        with _reading(run_dir, "log_history.json or attention_entropy.jsonl"):
+            plot_curves([{"folder": run_dir, **results}], folder / "curves.png")
         draw_block(model.config, folder / "block.png")
         for measured in (run_dir / "log_history.json", *run_dir.glob("*.jsonl")):
-            shutil.copyfile(measured, folder / measured.name)
+            with _reading(run_dir, measured.name):
+                (folder / measured.name).write_text(measured.read_text(encoding="utf-8"), encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
         step = int(checkpoint.name.split("-")[-1]) if checkpoint else None
@@ -104,10 +109,21 @@ def export(
             os.replace(out_dir, Path(aside) / "earlier")
         os.replace(folder, out_dir)
     # where a publication is built is nobody's business
-    shown = out_dir if namespace is None else name
+    shown = out_dir if namespace is None else name if step is None else f"{name}, step {step}"
     print(f"{shown}: loaded back in a clean process, logits equal bit by bit; it generates")
     print(f"  {tokenizer.decode(generated[0])!r}")
     return out_dir
+
+
+@contextmanager
+def _reading(folder: Path, files: str) -> Iterator[None]:
+    """Makes what is raised for a file that is damaged or missing one line that names it."""
+    try:
+        yield
+    # tokenizers raises no narrower class
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise RecipeError(f"{folder}: its {files} cannot be read ({type(error).__name__}: {said})") from error
 
 
 def _write_probe(path: Path, model: LNFreeForCausalLM):
@@ -138,9 +154,14 @@ def _check(folder: Path, prompt: torch.Tensor) -> torch.Tensor:
         command = [sys.executable, "-I", LOAD_CHECK, folder.resolve(), inputs, outputs]
         run = subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True)
         if run.returncode:
-            raise RecipeError(f"the export does not load in a clean process: {run.stderr.strip().splitlines()[-1]}")
+            raise RecipeError(f"the export does not load in a clean process: {last_words(run)}")
         found = load_file(outputs)
     if not found["logits"].equal(probe["logits"]):
         difference = (found["logits"] - probe["logits"]).abs().max().item()
         raise RecipeError(f"the exported model's logits differ from the trained model's by up to {difference:.3g}")
     return found["generated"]
+
+
+def last_words(run: subprocess.CompletedProcess) -> str:
+    """The last line of what a process said went wrong; one that was killed says nothing."""
+    return (run.stderr.strip().splitlines() or [f"it ended with status {run.returncode}"])[-1]

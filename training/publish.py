@@ -18,8 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import count
@@ -55,8 +54,9 @@ from model_cards import card
 from model_cards.card import RESULTS_TEMPLATE, TEMPLATE, model_name
 
 from . import private_cost
-from .compare import papers_order, setting_of
-from .export import PROBE, export
+from .checkpoints import list_checkpoints
+from .compare import papers_order, setting_of, why_unstable
+from .export import PROBE, export, last_words
 from .recipe import RecipeError
 from .train import RESULTS, read_results
 
@@ -163,30 +163,41 @@ def publish(
         RecipeError: for runs that cannot be published, before anything is; and when the Hub refuses or cannot be
             reached, with what is done and what is left.
     """
-    with tempfile.TemporaryDirectory(prefix="lnfree-") as aside, _hub_errors():
-        api = HfApi()
+    runs, api = find_runs(Path(runs_dir)), HfApi()
+    try:
         if get_token() is not None or not dry_run:
             _check_account(api, namespace)
-        publications = build(Path(runs_dir), namespace, Path(aside), seed=seed, checkpoints=checkpoints)
-        release(api, publications, private=private, dry_run=dry_run)
-        if not dry_run:
-            verify(api, publications)
+        with tempfile.TemporaryDirectory(prefix="lnfree-") as aside:
+            publications = build(runs, namespace, Path(aside), seed=seed, checkpoints=checkpoints)
+            release(api, publications, private=private, dry_run=dry_run)
+            if not dry_run:
+                verify(api, publications)
+    except (OSError, httpx2.TransportError) as error:
+        raise RecipeError(_message(error)) from error
     return publications
 
 
 # ------------------------------------------------------------------------------------------ what is published
 
 
-def _find_runs(runs_dir: Path) -> list[dict[str, Any]]:
-    """Results of all finished runs, in the paper's order, with their folders."""
-    folders = sorted(path.parent for path in runs_dir.glob("*/recipe.yaml") if (path.parent / "model").is_dir())
-    unfinished = [folder.name for folder in folders if not (folder / RESULTS).is_file()]
-    folders = [folder for folder in folders if folder.name not in unfinished]
-    if not folders:
+def find_runs(runs_dir: Path) -> list[dict[str, Any]]:
+    """
+    Results of all finished runs, in the paper's order, with their folders; tells which runs are left out.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    if not runs_dir.is_dir():
+        raise RecipeError(f"{runs_dir} is not a folder")
+    runs = []
+    for folder in sorted(path.parent for path in runs_dir.glob("*/recipe.yaml")):
+        if not (folder / RESULTS).is_file():
+            print(f"left out: {folder.name} {why_unstable(folder) or 'is not finished'}")
+        # an export has results too, but its weights beside them
+        elif (folder / "model").is_dir():
+            runs.append({"folder": folder, **read_results(folder)})
+    if not runs:
         raise RecipeError(f"no finished run in {runs_dir}: none of its subfolders has a model and a {RESULTS}")
-    if unfinished:
-        print(f"not finished, and left out: {', '.join(unfinished)}")
-    runs = [{"folder": folder, **read_results(folder)} for folder in folders]
     return sorted(runs, key=lambda run: (setting_of(run), papers_order(run["variant"]), run["seed"]))
 
 
@@ -214,24 +225,21 @@ def _choose(runs: list[dict[str, Any]], seed: int | None) -> list[dict[str, Any]
 
 
 def build(
-    runs_dir: Path, namespace: str, aside: Path, *, seed: int | None = None, checkpoints: bool = False
+    runs: list[dict[str, Any]], namespace: str, aside: Path, *, seed: int | None = None, checkpoints: bool = False
 ) -> list[Publication]:
     """
-    Makes the folders of all repositories below `aside`, and checks them; see `publish`.
+    Makes the folders of all repositories below `aside`, and checks them; see `find_runs` and `publish`.
 
     Raises:
         RecipeError: with all that forbids to publish them.
     """
-    runs = _find_runs(runs_dir)
     chosen = _choose(runs, seed)
     models, problems = [], []
     for run in chosen:
         siblings = [other for other in chosen if setting_of(other) == setting_of(run)]
         sources = {"main": None}
         if checkpoints:
-            found = run["folder"].glob("checkpoint-*")
-            steps = {int(path.name.split("-")[-1]): path for path in found if (path / "model.safetensors").is_file()}
-            sources |= {f"step-{step}": steps[step] for step in sorted(steps)}
+            sources |= {path.name.replace("checkpoint", "step"): path for path in list_checkpoints(run["folder"])}
         name = model_name(run)
         for branch, checkpoint in sources.items():
             folder = aside / branch / name
@@ -245,7 +253,7 @@ def build(
     metric = Publication(f"{namespace}/{METRIC.name}", "space", aside / METRIC.name)
     shutil.copytree(METRIC, metric.folder, symlinks=True, ignore=shutil.ignore_patterns("__*"))
     publications = [*models, results, metric]
-    private_strings = _private_strings(runs_dir, namespace, aside)
+    private_strings = _private_strings(runs[0]["folder"].parent, namespace, aside)
     for publication in publications:
         problems += find_problems(publication, private_strings)
     if problems:
@@ -368,8 +376,8 @@ def _find_card_problems(folder: Path) -> list[str]:
         data = ModelCard.load(folder / "README.md").data
     except (OSError, ValueError, KeyError) as error:
         return [f"its card cannot be read ({' '.join(str(error).split())})"]
-    problems = [f"its card names no {name}" for name in ("license", "library_name", "pipeline_tag") if not data[name]]
     values = {result.metric_type: result.metric_value for result in data.eval_results or []}
+    problems = []
     for metric in ("perplexity", "attention_entropy"):
         if not isinstance(values.get(metric), float) or not np.isfinite(values[metric]):
             problems.append(f"its card has no result for {metric} ({values.get(metric)})")
@@ -437,9 +445,12 @@ def _next_tag(publications: list[Publication]) -> str:
         tag = f"{release}.post{number}"
 
 
-def _print_plan(publications: list[Publication], tag: str):
+def _print_plan(publications: list[Publication], tag: str, private: bool):
     for publication in publications:
         state = "new" if publication.seen is None else "changes" if publication.is_changed else "unchanged"
+        # a branch is as public as its repository
+        if state == "new" and publication.branch == "main":
+            state += ", private" if private else ", public"
         files = _files(publication.folder)
         print(f"{publication}: {state}, {_size(sum(path.stat().st_size for path in files.values()))}")
         for name, change in publication.changes.items():
@@ -450,7 +461,7 @@ def _print_plan(publications: list[Publication], tag: str):
 
 def _size(number: float) -> str:
     for unit in ("B", "kB", "MB"):
-        if number < 1000:
+        if number < 999.5:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} GB"
@@ -470,8 +481,9 @@ def release(api: HfApi, publications: list[Publication], *, private: bool = Fals
     for publication in publications:
         _patiently(functools.partial(_compare, api, publication, private))
     tag = _next_tag(publications)
-    _print_plan(publications, tag)
+    _print_plan(publications, tag, private)
     if dry_run:
+        print("dry run, nothing was pushed; + new, ~ changed, - removed, = the same")
         return
     for index, publication in enumerate(publications):
         try:
@@ -584,7 +596,7 @@ def verify(api: HfApi, publications: list[Publication]):
             text=True,
         )
         if run.returncode:
-            raise RecipeError(f"published, but not as it should be: {run.stderr.strip().splitlines()[-1]}")
+            raise RecipeError(f"published, but not as it should be: {last_words(run)}")
         found = json.loads(answers.read_text(encoding="utf-8"))
     rows = []
     for publication, result in zip(publications, found, strict=True):
@@ -661,14 +673,3 @@ def _message(error: BaseException) -> str:
         text = str(error)
     token = get_token()
     return " ".join((text.replace(token, "***") if token else text).split())
-
-
-@contextmanager
-def _hub_errors() -> Iterator[None]:
-    """What the Hub refuses, or cannot be reached for, is an error that a person can mend."""
-    try:
-        yield
-    except RecipeError:
-        raise
-    except (OSError, httpx2.TransportError) as error:
-        raise RecipeError(_message(error)) from error

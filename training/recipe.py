@@ -227,6 +227,13 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         )
     if training.get("load_best_model_at_end"):
         raise RecipeError("load_best_model_at_end=True is not supported: variants are compared at equal steps")
+    for name in ("push_to_hub", "hub_token"):
+        # the folder of a run has local paths, and no copy of the model's code
+        if training.get(name):
+            raise RecipeError(
+                f"{name} is not supported in a recipe: finished runs go to the Hub by 'lnfree publish', with the "
+                "token of 'hf auth login'"
+            )
     if training.get("output_dir", "") is None:
         raise RecipeError("output_dir must be a folder, got None")
     try:

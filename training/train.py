@@ -270,12 +270,15 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     The results of a finished run.
 
     Raises:
-        RecipeError: if the folder holds none.
+        RecipeError: if the folder holds none, or they are damaged.
     """
     path = Path(run_dir) / RESULTS
     if not path.is_file():
         raise RecipeError(f"{run_dir} is not a finished run: it has no {RESULTS}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
 
 
 def build_arguments(recipe: Recipe) -> TrainingArguments:
@@ -410,6 +413,7 @@ def _finish(
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
     write_atomically(run_dir / "log_history.json", json.dumps(state.log_history, indent=1))
 
+    threads = torch.get_num_threads()
     results = {
         "variant": model.config.variant,
         "backbone": model.config.backbone,
@@ -432,7 +436,7 @@ def _finish(
         "recipe": recipe.to_dict(),
         "hardware": torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        else f"CPU, {threads} thread{'s' * (threads > 1)}",
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
