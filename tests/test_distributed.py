@@ -156,9 +156,28 @@ def test_equal_global_batches_give_equal_runs(values, tmp_path, variant):
         assert all(torch.equal(saved[key], model.state_dict()[key]) for key in saved)
 
 
-def test_sharded_run_says_beforehand_that_it_cannot_be_resumed(values, tmp_path):
-    with pytest.raises(RecipeError, match="fsdp_size=2 cannot be resumed: say so by save_only_model=true"):
-        build_recipe({**values, "fsdp_size": 2, "save_strategy": "steps"})
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"fsdp_size": 2}], ids=["ddp", "fsdp"])
+def test_killed_run_of_two_processes_resumes_bitwise(values, tmp_path, more):
+    # dropout, so that the states of the random numbers count as well
+    values = {**values, "embedding_dropout": 0.1, "max_steps": 10, "save_strategy": "steps", "save_steps": 2, **more}
+    whole, killed = ({**values, "output_dir": str(tmp_path / name)} for name in ("whole", "killed"))
+    finish(launch(tmp_path, whole, 2, sharded=bool(more)))
+    output, _ = launch(tmp_path, killed, 2, sharded=bool(more), killed_in_step=6).communicate(timeout=300)
+    assert "SIGKILL" in output and (tmp_path / "killed" / "checkpoint-4").is_dir()
+    assert not (tmp_path / "killed" / "results.json").is_file()
+    begun = (tmp_path / "killed" / "seen-1-1.pt").stat().st_mtime_ns
+    finish(launch(tmp_path, killed, 2, sharded=bool(more)))
+    # it went on, and did not begin again
+    assert (tmp_path / "killed" / "seen-1-1.pt").stat().st_mtime_ns == begun
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
+    results = [train.read_results(tmp_path / name) for name in ("killed", "whole")]
+    assert results[0]["eval_loss"] == results[1]["eval_loss"]
+
+
+def test_run_that_keeps_weights_alone_or_cannot_be_sharded_says_so(values, tmp_path):
     run = {**values, "output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_only_model": True}
     run |= {"save_steps": 2, "max_steps": 2}
     train.train(build_recipe(run))
