@@ -347,6 +347,8 @@ def _shard(model: LNFreeForCausalLM, fsdp_size: int, world_size: int) -> LNFreeF
     config = DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=world_size // fsdp_size)
     config, _, mesh = model.prepare_distribute_model(config)
     model = model.maybe_distribute_model(model, config, mesh)
+    # it is now of a class that torch has made, of whose module the code would be saved beside the weights
+    type(model).__module__, type(model).__name__ = LNFreeForCausalLM.__module__, LNFreeForCausalLM.__name__
     model.tie_weights()
     return model
 
