@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -94,6 +95,7 @@ class LNFreeTrainer(Trainer):
         self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
         self.add_callback(self.stability)
         self.stream, self.stream_states = None, None
+        self.data_seconds = 0.0
 
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, IterableDataset):
@@ -115,6 +117,12 @@ class LNFreeTrainer(Trainer):
     @property
     def _stream_name(self) -> str:
         return f"stream_{self.args.process_index}.pt"
+
+    def get_batch_samples(self, *args, **kwargs):
+        began = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.data_seconds += time.perf_counter() - began
+        return samples
 
     def get_decay_parameter_names(self, model) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -215,6 +223,8 @@ def train(recipe: Recipe) -> Path:
     # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
     if int(os.environ.get("RANK", 0)) == 0:
         lock = _claim(run_dir, recipe)  # noqa: F841
+        # some launchers start fewer than they are asked for
+        print(f"{run_dir}: {arguments.world_size} process{'es' * (arguments.world_size > 1)}, {arguments.device.type}")
     if (run_dir / RESULTS).is_file():
         print(f"{run_dir} is finished: perplexity {read_results(run_dir)['perplexity']:.3f}")
         return run_dir
@@ -319,6 +329,10 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments; raises RecipeError for those that it refuses."""
     # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
     defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
+    if recipe.training.get("fp16") and (recipe.training.get("use_cpu") or not torch.accelerator.is_available()):
+        raise RecipeError(
+            "fp16=True needs an accelerator: a CPU would train in float32 without a word; bf16=True works"
+        )
     try:
         return TrainingArguments(**{**defaults, **recipe.training})
     except (ValueError, TypeError, ImportError) as error:
@@ -461,6 +475,7 @@ def _finish(
         "train_steps": state.global_step,
         "train_tokens": metrics["train_tokens"],
         "train_seconds": runtime,
+        "data_seconds": None if runtime is None else trainer.data_seconds,
         "parameters": model.num_parameters(),
         "attention_entropy": {
             "entropy": record.entropy.tolist(),
