@@ -251,6 +251,8 @@ def test_activation_checkpointing_changes_no_weight_and_bfloat16_little(values, 
     checkpointed, _ = trained(values, tmp_path, "checkpointed", activation_checkpointing=True)
     torch.testing.assert_close(checkpointed, weights, atol=1e-6, rtol=0)
     half, half_log = trained(values, tmp_path, "half", bf16=True)
+    with pytest.raises(RecipeError, match="fp16=True needs an accelerator"):
+        train.build_arguments(build_recipe({**values, "fp16": True}))
     assert half_log == pytest.approx(log, rel=0.02) and half_log != log
     assert all(tensor.dtype == torch.float32 for tensor in half.values())
 
@@ -340,6 +342,11 @@ def test_plan_counts_by_hand(values, capsys, tmp_path):
     path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "run")}))
     assert cli.main(["train", "--plan", "--processes", "8", "--flops", "1e12", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "480" in printed.splitlines()[2] and "GB/s to keep up" in printed and not (tmp_path / "run").exists()
+    assert (
+        "480" in printed.splitlines()[2]
+        and "GB/s to keep up" in printed
+        and "tokens/s to read" in printed
+        and not (tmp_path / "run").exists()
+    )
     assert cli.main(["train", "--plan", str(path), "fsdp_size=3"]) == 1
     assert "processes must be a multiple of fsdp_size=3, got 1" in capsys.readouterr().err
