@@ -2,7 +2,7 @@
 # Several nodes of 8 GPUs under Slurm, a process a GPU; the folder must be on a file system that all nodes share.
 #   sbatch --nodes 4 scripts/slurm.sh training/recipes/cluster_1b_t2048.yaml output_dir=runs/1b
 # One node without Slurm: .venv/bin/torchrun --nproc_per_node 8 -m training.train RECIPE.yaml [key=value ...]
-# A job that is requeued goes on from the last whole checkpoint, unless the recipe shards the model (fsdp_size).
+# A job that is requeued goes on from the last whole checkpoint.
 #SBATCH --job-name lnfree
 #SBATCH --nodes 2
 #SBATCH --ntasks-per-node 1

@@ -147,7 +147,16 @@ def test_equal_global_batches_give_equal_runs(values, tmp_path, variant):
             torch.testing.assert_close(
                 torch.tensor(ours["entropy"]), torch.tensor(theirs["entropy"]), atol=1e-4, rtol=0
             )
-        # an ordinary model, whatever it was trained by
+        # an ordinary model with its own code, whatever it was trained by
+        files, plain = (
+            {
+                path.name: path.read_bytes()
+                for path in (tmp_path / run / "model").iterdir()
+                if path.suffix != ".safetensors"
+            }
+            for run in (name, "one")
+        )
+        assert files == plain
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
         saved = load_file(tmp_path / name / "model" / "model.safetensors")
         # gathered from shards, the tied head is written under its own name too
@@ -156,9 +165,28 @@ def test_equal_global_batches_give_equal_runs(values, tmp_path, variant):
         assert all(torch.equal(saved[key], model.state_dict()[key]) for key in saved)
 
 
-def test_sharded_run_says_beforehand_that_it_cannot_be_resumed(values, tmp_path):
-    with pytest.raises(RecipeError, match="fsdp_size=2 cannot be resumed: say so by save_only_model=true"):
-        build_recipe({**values, "fsdp_size": 2, "save_strategy": "steps"})
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"fsdp_size": 2}], ids=["ddp", "fsdp"])
+def test_killed_run_of_two_processes_resumes_bitwise(values, tmp_path, more):
+    # dropout, so that the states of the random numbers count as well
+    values = {**values, "embedding_dropout": 0.1, "max_steps": 10, "save_strategy": "steps", "save_steps": 2, **more}
+    whole, killed = ({**values, "output_dir": str(tmp_path / name)} for name in ("whole", "killed"))
+    finish(launch(tmp_path, whole, 2, sharded=bool(more)))
+    output, _ = launch(tmp_path, killed, 2, sharded=bool(more), killed_in_step=6).communicate(timeout=300)
+    assert "SIGKILL" in output and (tmp_path / "killed" / "checkpoint-4").is_dir()
+    assert not (tmp_path / "killed" / "results.json").is_file()
+    begun = (tmp_path / "killed" / "seen-1-1.pt").stat().st_mtime_ns
+    finish(launch(tmp_path, killed, 2, sharded=bool(more)))
+    # it went on, and did not begin again
+    assert (tmp_path / "killed" / "seen-1-1.pt").stat().st_mtime_ns == begun
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
+    results = [train.read_results(tmp_path / name) for name in ("killed", "whole")]
+    assert results[0]["eval_loss"] == results[1]["eval_loss"]
+
+
+def test_run_that_keeps_weights_alone_or_cannot_be_sharded_says_so(values, tmp_path):
     run = {**values, "output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_only_model": True}
     run |= {"save_steps": 2, "max_steps": 2}
     train.train(build_recipe(run))
@@ -223,6 +251,8 @@ def test_activation_checkpointing_changes_no_weight_and_bfloat16_little(values, 
     checkpointed, _ = trained(values, tmp_path, "checkpointed", activation_checkpointing=True)
     torch.testing.assert_close(checkpointed, weights, atol=1e-6, rtol=0)
     half, half_log = trained(values, tmp_path, "half", bf16=True)
+    with pytest.raises(RecipeError, match="fp16=True needs an accelerator"):
+        train.build_arguments(build_recipe({**values, "fp16": True}))
     assert half_log == pytest.approx(log, rel=0.02) and half_log != log
     assert all(tensor.dtype == torch.float32 for tensor in half.values())
 
@@ -312,6 +342,11 @@ def test_plan_counts_by_hand(values, capsys, tmp_path):
     path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "run")}))
     assert cli.main(["train", "--plan", "--processes", "8", "--flops", "1e12", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "480" in printed.splitlines()[2] and "GB/s to keep up" in printed and not (tmp_path / "run").exists()
+    assert (
+        "480" in printed.splitlines()[2]
+        and "GB/s to keep up" in printed
+        and "tokens/s to read" in printed
+        and not (tmp_path / "run").exists()
+    )
     assert cli.main(["train", "--plan", str(path), "fsdp_size=3"]) == 1
     assert "processes must be a multiple of fsdp_size=3, got 1" in capsys.readouterr().err

@@ -148,14 +148,20 @@ def print_plan(recipe: Recipe, processes: int, flops: float | None):
     lines["memory"] = f"{planned['memory'] / GIB:.2f} GiB in a process at the peak of a step, of which"
     for part in ("weights", "gradients", "optimizer", "activations", "communication"):
         lines[f"  {part}"] = f"{planned[part] / GIB:.2f} GiB"
+    if not planned["gradients"]:
+        lines["  gradients"] += " (none at the peak: they come as activations go)"
     lines["checkpoint"] = f"{planned['checkpoint'] / GIB:.2f} GiB"
     lines["computing"] = f"{planned['flops_per_token']:.3g} FLOPs a token"
     lines["network"] = f"{planned['traffic'] / GIB:.2f} GiB sent by a process in a step"
+    if processes > fsdp_size > 1:
+        between = 2 * planned["weights"] * (1 - fsdp_size / processes)
+        lines["network"] += f" ({between / GIB:.2f} between replicas)"
     if flops is not None:
         seconds_a_step = planned["tokens_per_step"] * planned["flops_per_token"] / (flops * processes)
         lines["time"] = f"{seconds_a_step:.3g} s a step at {flops:.3g} FLOP/s in each process"
         if planned["seconds"] is not None:
-            lines["time"] += f", {planned['seconds'] / 3600:.1f} hours in all"
+            lines["time"] += f", {planned['seconds'] / 3600:.1f} hours in all, of computing alone"
+        lines["data"] = f"{flops / planned['flops_per_token']:,.0f} tokens/s to read and tokenise for each process"
         if planned["traffic"]:
             lines["network"] += f": {planned['traffic'] / seconds_a_step / 1e9:.2f} GB/s to keep up"
     for name, value in lines.items():

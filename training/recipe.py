@@ -249,11 +249,6 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         )
     if data.streaming and (data.tokenizer is None or training.get("max_steps", -1) < 0):
         raise RecipeError("streaming=True needs a tokenizer and max_steps: a stream's end is not known beforehand")
-    if data.fsdp_size > 1 and training.get("save_strategy") != "no" and not training.get("save_only_model"):
-        raise RecipeError(
-            f"a run with fsdp_size={data.fsdp_size} cannot be resumed: say so by save_only_model=true (checkpoints of "
-            "the weights alone) or save_strategy=no"
-        )
     if data.block_size > config.max_position_embeddings:
         raise RecipeError(
             f"block_size={data.block_size} is longer than max_position_embeddings={config.max_position_embeddings}"

@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,16 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import yaml
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
@@ -55,6 +59,7 @@ from .stability import REPORT, StabilityCallback
 
 
 RESULTS, LOCK, ASIDE = "results.json", ".lock", ".incomplete"
+SHARDED_OPTIMIZER = "optimizer_shards"
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -64,19 +69,33 @@ class LNFreeTrainer(Trainer):
     unstable, and no weight decay on learned negative slopes unless `decay_slopes` asks for it.
 
     A stream is split by process. Checkpoints hold its place in every process, `stream_RANK.pt`; training goes on from
-    those in `stream_states`, a folder.
+    those in `stream_states`, a folder. Of a sharded model, every process writes and reads its part of the optimiser;
+    the weights are one ordinary file here too.
 
     Args:
         decay_slopes: weight decay on learned negative slopes too.
         milestones: steps whose checkpoints are kept beside the newest `save_total_limit`.
     """
 
-    def __init__(self, *args, decay_slopes: bool = False, milestones: Sequence[int] = (), **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: LNFreeForCausalLM,
+        args: TrainingArguments,
+        *,
+        decay_slopes: bool = False,
+        milestones: Sequence[int] = (),
+        **kwargs,
+    ):
+        self.sharded = model.is_distributed_loading_by_transformers
+        # the Trainer takes a sharded model only without its optimiser, which is saved and loaded below
+        only_model, args.save_only_model = args.save_only_model, args.save_only_model or self.sharded
+        super().__init__(model, args, **kwargs)
+        args.save_only_model = only_model
         self.decay_slopes, self.milestones = decay_slopes, milestones
         self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
         self.add_callback(self.stability)
         self.stream, self.stream_states = None, None
+        self.data_seconds = 0.0
 
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, IterableDataset):
@@ -98,6 +117,12 @@ class LNFreeTrainer(Trainer):
     @property
     def _stream_name(self) -> str:
         return f"stream_{self.args.process_index}.pt"
+
+    def get_batch_samples(self, *args, **kwargs):
+        began = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.data_seconds += time.perf_counter() - began
+        return samples
 
     def get_decay_parameter_names(self, model) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -137,12 +162,32 @@ class LNFreeTrainer(Trainer):
     def _get_output_dir(self, trial):
         return os.path.join(super()._get_output_dir(trial), ASIDE)
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer_distributed(self.model, self.optimizer.optimizer, os.path.join(output_dir, SHARDED_OPTIMIZER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not self.sharded:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer_distributed(self.model, self.optimizer.optimizer, os.path.join(checkpoint, SHARDED_OPTIMIZER))
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self.sharded:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        weights = get_model_state_dict(self.model)
+        dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(resume_from_checkpoint))
+        set_model_state_dict(self.model, weights)
+
     def _save_checkpoint(self, model, trial):
         # Written aside, then renamed: a run killed in the middle finds only whole checkpoints.
         self.stability.check_weights(self.state.global_step)
         try:
             super()._save_checkpoint(model, trial)
-        except RuntimeError as error:
+        except (RuntimeError, dcp.CheckpointException) as error:
             # torch's own words for a disk that is full
             raise OSError(errno.EIO, " ".join(str(error).split())) from error
         if self.stream is not None:
@@ -178,6 +223,8 @@ def train(recipe: Recipe) -> Path:
     # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
     if int(os.environ.get("RANK", 0)) == 0:
         lock = _claim(run_dir, recipe)  # noqa: F841
+        # some launchers start fewer than they are asked for
+        print(f"{run_dir}: {arguments.world_size} process{'es' * (arguments.world_size > 1)}, {arguments.device.type}")
     if (run_dir / RESULTS).is_file():
         print(f"{run_dir} is finished: perplexity {read_results(run_dir)['perplexity']:.3f}")
         return run_dir
@@ -285,6 +332,10 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments; raises RecipeError for those that it refuses."""
     # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
     defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
+    if recipe.training.get("fp16") and (recipe.training.get("use_cpu") or not torch.accelerator.is_available()):
+        raise RecipeError(
+            "fp16=True needs an accelerator: a CPU would train in float32 without a word; bf16=True works"
+        )
     try:
         return TrainingArguments(**{**defaults, **recipe.training})
     except (ValueError, TypeError, ImportError) as error:
@@ -313,6 +364,8 @@ def _shard(model: LNFreeForCausalLM, fsdp_size: int, world_size: int) -> LNFreeF
     config = DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=world_size // fsdp_size)
     config, _, mesh = model.prepare_distribute_model(config)
     model = model.maybe_distribute_model(model, config, mesh)
+    # it is now of a class that torch has made, of whose module the code would be saved beside the weights
+    type(model).__module__, type(model).__name__ = LNFreeForCausalLM.__module__, LNFreeForCausalLM.__name__
     model.tie_weights()
     return model
 
@@ -426,6 +479,7 @@ def _finish(
         "train_steps": state.global_step,
         "train_tokens": metrics["train_tokens"],
         "train_seconds": runtime,
+        "data_seconds": None if runtime is None else trainer.data_seconds,
         "parameters": model.num_parameters(),
         "attention_entropy": {
             "entropy": record.entropy.tolist(),
