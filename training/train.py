@@ -33,11 +33,16 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
-from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
@@ -86,7 +91,7 @@ class LNFreeTrainer(Trainer):
         milestones: Sequence[int] = (),
         **kwargs,
     ):
-        self.sharded = model.is_distributed_loading_by_transformers
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         # the Trainer takes a sharded model only without its optimiser, which is saved and loaded below
         only_model, args.save_only_model = args.save_only_model, args.save_only_model or self.sharded
         super().__init__(model, args, **kwargs)
@@ -165,14 +170,17 @@ class LNFreeTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
-        save_optimizer_distributed(self.model, self.optimizer.optimizer, os.path.join(output_dir, SHARDED_OPTIMIZER))
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer)
+        dcp.save(state, checkpoint_id=os.path.join(output_dir, SHARDED_OPTIMIZER))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or not self.sharded:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        load_optimizer_distributed(self.model, self.optimizer.optimizer, os.path.join(checkpoint, SHARDED_OPTIMIZER))
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer)
+        dcp.load(state, checkpoint_id=os.path.join(checkpoint, SHARDED_OPTIMIZER))
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
