@@ -308,6 +308,16 @@ def test_plan_counts_by_hand(values, capsys, tmp_path):
     assert planned["flops_per_token"] == 6 * products + 2 * 7 * 2 * 15 * 16
     sharded = plan.plan(build_recipe({**values, "variant": "SM+R", "fsdp_size": 2}), processes=2)
     assert (sharded["weights"], sharded["seconds"]) == (2 * parameters, None)
+    # half of the weights gathered twice in each of 3 micro-batches, half of the gradients scattered in each or once
+    accumulated = {**values, "fsdp_size": 2, "gradient_accumulation_steps": 3}
+    alone, replicated = (plan.plan(build_recipe(accumulated), processes=processes) for processes in (2, 4))
+    assert (alone["traffic"], replicated["traffic"]) == (2 * parameters * 7, 2 * parameters * (9 + 1))
+    assert (alone["gradients"], replicated["gradients"]) == (4 * parameters, 2 * parameters)
+    # a budget in tokens is one for all numbers of processes
+    budget = build_recipe({**values, "train_tokens": 1000})
+    assert plan.plan(budget, processes=3)["steps"] == 6
+    with pytest.raises(RecipeError, match="a plan knows the memory of optim=adamw_torch, .* got 'adamw_torch_8bit'"):
+        plan.plan(build_recipe({**values, "optim": "adamw_torch_8bit"}))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "run")}))
     assert cli.main(["train", "--plan", "--processes", "8", "--flops", "1e12", str(path)]) == 0
