@@ -372,6 +372,16 @@ def test_milestones_are_kept_beside_the_newest(values, tmp_path):
         build_recipe({**values, "milestones": [3]})
 
 
+@pytest.mark.parametrize(("kept", "left"), [(None, 3), (-1, 3), (0, 3), (1, 1), (2, 2), (5, 3)])
+def test_only_a_limit_above_0_removes_checkpoints(tmp_path, kept, left):
+    for step in (2, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoints.remove_old_checkpoints(tmp_path, kept, ())
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [
+        f"checkpoint-{step}" for step in (2, 4, 10)[3 - left :]
+    ]
+
+
 def test_model_of_a_checkpoint_loads(run_dir):
     model = LNFreeForCausalLM.from_pretrained(run_dir / "checkpoint-8")
     final = load_file(run_dir / "model" / "model.safetensors")

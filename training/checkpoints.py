@@ -54,9 +54,14 @@ def last_whole_checkpoint(run_dir: Path) -> str | None:
 
 
 def remove_old_checkpoints(run_dir: Path, kept: int | None, milestones: Sequence[int]):
-    """Removes all checkpoints but the newest `kept` and those of the milestones; None keeps all."""
+    """
+    Removes all checkpoints but the newest `kept` and those of the milestones. None, and as for the Trainer any number
+    below 1, keeps all.
+    """
+    if kept is None or kept < 1:
+        return
     checkpoints = [path for path in list_checkpoints(run_dir) if _step(path) not in milestones]
-    for checkpoint in checkpoints[: -kept or None] if kept else []:
+    for checkpoint in checkpoints[:-kept]:
         shutil.rmtree(checkpoint)
 
 
