@@ -176,7 +176,9 @@ class ResidualStream(Quantity):
         self.sums = torch.zeros(len(layers), model.config.hidden_size + 2, dtype=torch.float64)
 
         def add(layer: int, output: torch.Tensor):
-            squares = output.double().square().flatten(0, -2)  # (tokens, D)
+            # the GPUs of Apple have no float64
+            dtype = torch.float32 if output.device.type == "mps" else torch.float64
+            squares = output.to(dtype).square().flatten(0, -2)  # (tokens, D)
             tokens = torch.full((1,), len(squares), device=squares.device)
             self.sums[layer] += torch.cat([squares.sum(0), squares.sum(-1).sqrt().sum()[None], tokens]).cpu()
 

@@ -155,7 +155,7 @@ def measure(
                 counts["num_texts"] += 1
                 counts["num_tokens"] += len(ids)
                 counts["predicted_tokens"] += len(nll)
-                total_nll += nll.double().sum().item()
+                total_nll += nll.cpu().double().sum().item()
                 if writer is not None:
                     entropies = [layers[row][position, :, : len(ids)] for row in range(len(layers))]
                     writer.write(_figures(index, nll, entropies))
@@ -171,7 +171,7 @@ def measure(
             for batch in tqdm(_batches(_read(rows, dataset), batch_size), desc="fixed point", unit="batch"):
                 token_ids = encode([_text(row, text_column) for _, row in batch], tokenizer)
                 likelihoods += _negative_log_likelihoods(model, [ids[:max_length] for ids in token_ids if ids])
-            return torch.cat(likelihoods).double().mean().item()
+            return torch.cat(likelihoods).cpu().double().mean().item()
 
         bits = measure_fixed_point(model, evaluate)
 
@@ -315,7 +315,7 @@ def _figures(index: int, nll: Tensor, entropies: list[Tensor]) -> pa.RecordBatch
     row = {
         "row": index,
         "num_tokens": entropies[0].shape[1],
-        "perplexity": perplexity(nll.double().mean().item()),
+        "perplexity": perplexity(nll.cpu().double().mean().item()),
         "nll": nll.tolist(),
         "entropy": [layer.mean(1).tolist() for layer in entropies],
         "position_entropy": [layer.mean(0).tolist() for layer in entropies],
