@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,6 +12,8 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from modeling_lnfree import record_attention_entropy
+
+from .checkpoints import write_atomically
 
 
 class Quantity:
@@ -108,9 +109,7 @@ def append_record(path: Path, record: dict[str, Any]):
 def drop_records_after(path: Path, step: int):
     """Makes a measurement file what it was at `step`; a run that starts again at step 0 also measures that again."""
     kept = [record for record in read_records(path) if record["step"] <= step] if step else []
-    aside = path.with_suffix(".aside")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 class AttentionEntropy(Quantity):

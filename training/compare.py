@@ -12,12 +12,13 @@ import numpy as np
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 
 from .callbacks import read_records
+from .checkpoints import write_atomically
 from .private_cost import BASELINE, comparison, count_operations
 from .recipe import MODEL_FIELDS, RecipeError
 from .report import build_html
 from .seeds import LEAST_SEEDS, configuration, summarise
 from .stability import REPORT, describe
-from .train import RESULTS, read_results, write_atomically
+from .train import RESULTS, read_results
 
 
 matplotlib.use("Agg")

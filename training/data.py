@@ -23,7 +23,7 @@ from huggingface_hub.constants import HF_HOME
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .recipe import DataArguments, RecipeError
+from .recipe import DataArguments, RecipeError, one_line
 
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -50,11 +50,10 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
         source = {"root": sysconfig.get_path("stdlib"), "version": sys.version, "text_column": arguments.text_column}
         loaded = {"train": Dataset.from_generator(_stdlib_documents, gen_kwargs=source)}
     else:
-        loaded = _load(arguments.dataset, arguments.dataset_config, arguments.streaming)
+        loaded = load_splits(arguments.dataset, arguments.dataset_config, streaming=arguments.streaming)
     train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     if arguments.eval_dataset is not None:
-        loaded = _load(arguments.eval_dataset, None)
-        held_out = loaded.get("validation", loaded.get("test", next(iter(loaded.values()))))
+        held_out = evaluation_split(load_splits(arguments.eval_dataset))
     else:
         held_out = loaded.get("validation", loaded.get("test"))
     for split in (train, held_out):
@@ -88,18 +87,31 @@ def find_revision(arguments: DataArguments) -> str | None:
     return datasets.load_dataset_builder(name, config).hash
 
 
-def _load(name: str, config: str | None, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+def load_splits(
+    name: str, config: str | None = None, split: str | None = None, streaming: bool = False
+) -> dict[str, Dataset | IterableDataset] | Dataset | IterableDataset:
+    """
+    The splits of a dataset of the Hub, a folder or a file by their names; only that one where `split` names it.
+
+    Raises:
+        RecipeError: if it cannot be loaded.
+    """
     try:
         if Path(name).is_file():
             builder = BUILDERS.get(Path(name).suffix)
             if builder is None:
                 raise RecipeError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
-            return datasets.load_dataset(builder, data_files=name, streaming=streaming)
-        return datasets.load_dataset(name, config, streaming=streaming)
+            return datasets.load_dataset(builder, data_files=name, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"dataset {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"dataset {name!r} cannot be loaded: {one_line(error)}") from error
+
+
+def evaluation_split(splits: dict[str, Dataset | IterableDataset]) -> Dataset | IterableDataset:
+    """The validation split, else the test split, else the first."""
+    return splits.get("validation", splits.get("test", next(iter(splits.values()))))
 
 
 def _column_names(split: Dataset | IterableDataset) -> list[str]:
@@ -165,9 +177,10 @@ def _is_held_out(text: str, fraction: float, wanted: bool) -> bool:
     return (int.from_bytes(digest[:8], "big") < fraction * 2**64) == wanted
 
 
-def load_tokenizer(arguments: DataArguments, train: Dataset, vocab_size: int | None) -> PreTrainedTokenizerFast:
+def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: int | None) -> PreTrainedTokenizerFast:
     """
-    The tokenizer that `arguments` name, or a byte-level BPE of `vocab_size` trained once on `train` and then cached.
+    The tokenizer that `arguments` name, for which `train` and `vocab_size` are not needed; or a byte-level BPE of
+    `vocab_size` trained once on `train` and then cached.
 
     Raises:
         RecipeError: for a tokenizer that cannot be loaded, or that has no end-of-text token to separate documents by.
@@ -176,9 +189,7 @@ def load_tokenizer(arguments: DataArguments, train: Dataset, vocab_size: int | N
         try:
             tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"tokenizer {arguments.tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}"
-            ) from error
+            raise RecipeError(f"tokenizer {arguments.tokenizer!r} cannot be loaded: {one_line(error)}") from error
         if tokenizer.eos_token_id is None:
             raise RecipeError(f"tokenizer {arguments.tokenizer!r} has no eos_token to separate documents by")
         return tokenizer

@@ -48,9 +48,15 @@ from .callbacks import (
     SpeedCallback,
     ZeroActivations,
 )
-from .checkpoints import last_whole_checkpoint, list_checkpoints, remove_old_checkpoints, write_manifest
+from .checkpoints import (
+    last_whole_checkpoint,
+    list_checkpoints,
+    remove_old_checkpoints,
+    write_atomically,
+    write_manifest,
+)
 from .data import document_positions, find_revision, load_documents, load_tokenizer, tokenize_blocks
-from .recipe import DataArguments, Recipe, RecipeError, load_recipe
+from .recipe import DataArguments, Recipe, RecipeError, load_recipe, one_line, read_values
 from .stability import REPORT, StabilityCallback
 
 
@@ -144,7 +150,7 @@ class LNFreeTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:
             # torch's own words for a disk that is full
-            raise OSError(errno.EIO, " ".join(str(error).split())) from error
+            raise OSError(errno.EIO, one_line(error)) from error
         if self.stream is not None:
             aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             torch.save(self.stream.state_dict(), aside / self._stream_name)
@@ -270,12 +276,15 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     The results of a finished run.
 
     Raises:
-        RecipeError: if the folder holds none.
+        RecipeError: if the folder holds none, or a file that cannot be read.
     """
     path = Path(run_dir) / RESULTS
     if not path.is_file():
         raise RecipeError(f"{run_dir} is not a finished run: it has no {RESULTS}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {one_line(error)}; remove it, and the run ends again") from None
 
 
 def build_arguments(recipe: Recipe) -> TrainingArguments:
@@ -285,7 +294,7 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
     try:
         return TrainingArguments(**{**defaults, **recipe.training})
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"recipe: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"recipe: {one_line(error)}") from error
 
 
 def _spread(blocks: Dataset, number: int | None) -> Dataset:
@@ -351,12 +360,12 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
 
 
 def check_same_recipe(run_dir: Path, recipe: Recipe):
-    """Raises RecipeError if the folder holds a run of another recipe."""
+    """Raises RecipeError if the folder holds a run of another recipe, or of one that cannot be read."""
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         return
     # a field that the run did not know yet had its default's effect
-    ours, theirs = recipe.to_dict(), {**asdict(DataArguments()), **yaml.safe_load(path.read_text(encoding="utf-8"))}
+    ours, theirs = recipe.to_dict(), {**asdict(DataArguments()), **read_values(path, "recipe")}
     for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
         if ours.get(key) != theirs.get(key):
             raise RecipeError(
@@ -380,17 +389,6 @@ def _disk_errors_explained(run_dir: Path):
             f"{run_dir} cannot be written: {error} ({free:.1f} MB free); the last whole checkpoint is {last}, and the "
             "same command goes on from it"
         ) from error
-
-
-def write_atomically(path: Path, text: str):
-    """Writes a text file that is whole or not there."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def _finish(
@@ -430,17 +428,25 @@ def _finish(
             "nan_count": record.nan_count.sum(-1).tolist(),
         },
         "recipe": recipe.to_dict(),
-        "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
-        },
+        "hardware": device_name(arguments.device),
+        "versions": library_versions(),
         **origin,
     }
     write_atomically(run_dir / RESULTS, json.dumps(results, indent=1))
     print(f"{run_dir} is finished: {results['variant']}, perplexity {results['perplexity']:.3f}")
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the name of a CUDA device, and the number of threads of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on."""
+    names = ("torch", "transformers", "datasets", "tokenizers")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def _commit() -> str | None:
