@@ -21,6 +21,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from training import checkpoints, cli, seeds, sweep, train
+from training.compare import setting_of
 from training.recipe import RecipeError, build_recipe, load_recipe
 
 
@@ -478,6 +479,13 @@ def test_crossing_is_the_first_evaluation_from_which_the_lead_stays(tmp_path):
     assert seeds.ahead({1: relu}, {1: gelu}) == {"1": {"first_leads": True, "from_tokens": 3000}}
     assert seeds.ahead({1: never}, {1: gelu}) == {"1": {"first_leads": False, "from_tokens": 1000}}
     assert seeds.ahead({1: fake_run(tmp_path, "SM+LN+G", 1, 4)}, {1: gelu}) == {}
+
+
+def test_runs_of_other_data_are_not_compared_and_those_of_an_older_recipe_are():
+    run = {"backbone": "gpt2", "block_size": 16, "dataset": "stdlib", "train_tokens": 64, "recipe": {"hidden_size": 8}}
+    assert setting_of({**run, "recipe": {"hidden_size": 8, "streaming": False, "seed": 3}}) == setting_of(run)
+    for other in ({"separate_documents": True}, {"streaming": True}, {"hidden_size": 16}):
+        assert setting_of({**run, "recipe": {**run["recipe"], **other}}) != setting_of(run)
 
 
 def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path, capsys):
