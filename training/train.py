@@ -56,7 +56,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .data import document_positions, find_revision, load_documents, load_tokenizer, tokenize_blocks
-from .recipe import DataArguments, Recipe, RecipeError, load_recipe, one_line, read_values
+from .recipe import DataArguments, Recipe, RecipeError, one_line, read_values
 from .stability import REPORT, StabilityCallback
 
 
@@ -462,9 +462,6 @@ def _commit() -> str | None:
 
 
 if __name__ == "__main__":
-    try:
-        train(load_recipe(sys.argv[1], sys.argv[2:]))
-    except RecipeError as error:
-        sys.exit(f"lnfree train: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from .cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
