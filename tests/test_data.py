@@ -106,7 +106,7 @@ def test_tokenizer_is_trained_once_and_round_trips(jsonl, monkeypatch):
     assert len(tokenizer) <= 400 and tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
-def test_second_call_reads_the_cache(jsonl, monkeypatch):
+def test_second_call_reads_the_cache(jsonl):
     arguments = DataArguments(dataset=str(jsonl), block_size=16)
     documents = data.load_documents(arguments, seed=0)
     tokenizer = data.load_tokenizer(arguments, documents["train"], 400)

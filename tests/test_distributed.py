@@ -22,18 +22,11 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [f"x{i:04d} = {i * i % 9973:06d}" for i in range(96)]  # 14 bytes: with its end, a block of 15 tokens
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("cache")
-        patch.setattr(data, "HF_HOME", str(cache))
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
-        patch.setenv("HF_HOME", str(cache))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, own_cache):
     """A data set of two files to train on, and a tokenizer of single bytes."""
     folder = tmp_path_factory.mktemp("dataset")
     parts = {"train-0": DOCUMENTS[:40], "train-1": DOCUMENTS[40:80], "validation": DOCUMENTS[80:]}

@@ -147,7 +147,7 @@ def test_wrong_sweep_is_one_line_before_any_run_starts(write_sweep, tmp_path, co
     assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
 
 
-def test_changed_recipe_of_a_run_that_is_there_is_an_error(write_sweep, tmp_path):
+def test_changed_recipe_of_a_run_that_is_there_is_an_error(write_sweep):
     path = write_sweep([{"variant": "SM+R"}])
     _, [run] = sweep.load_sweep(path)
     run.folder.mkdir(parents=True)
@@ -227,7 +227,7 @@ def test_every_job_has_a_gpu_and_its_share_of_the_cores(write_sweep, monkeypatch
     assert [run.state for run in runs] == ["running", "failed", "running", "running"]
 
 
-def test_run_that_another_sweep_started_first_is_no_failure(write_sweep, tmp_path):
+def test_run_that_another_sweep_started_first_is_no_failure(write_sweep):
     path = write_sweep([{"variant": "SM+R"}])
     _, [run] = sweep.load_sweep(path)
     run.folder.mkdir(parents=True)
@@ -238,7 +238,7 @@ def test_run_that_another_sweep_started_first_is_no_failure(write_sweep, tmp_pat
     assert sweep._outcome(run)[1].startswith("another process is training in ")
 
 
-def test_progress_tells_the_time_left(write_sweep, tmp_path, monkeypatch, capsys):
+def test_progress_tells_the_time_left(write_sweep, monkeypatch, capsys):
     _, runs = sweep.load_sweep(write_sweep([{"seed": [1, 2, 3]}], max_steps=100))
     moments = itertools.count(step=10)
     monkeypatch.setattr(sweep.time, "monotonic", lambda: next(moments))

@@ -26,15 +26,8 @@ from .train import RESULTS, read_results
 PAPERS_ORDER = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
 # fields of a recipe that decide a run's result, but for variant and seed
 DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "norm_type", "final_norm_type"} | {
-    *(
-        "dataset_config",
-        "eval_dataset",
-        "eval_fraction",
-        "text_column",
-        "tokenizer",
-        "streaming",
-        "separate_documents",
-    ),
+    *("dataset_config", "eval_dataset", "eval_fraction", "text_column", "tokenizer"),
+    *("streaming", "separate_documents"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
     *("lr_scheduler_type", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "bf16"),
 }
