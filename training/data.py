@@ -16,6 +16,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 from filelock import FileLock
@@ -43,8 +44,8 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
         one part only as well: left out of the evaluation, or out of a stream, which is not known beforehand.
 
     Raises:
-        RecipeError: for a dataset that cannot be loaded, or that has no such column; for a stream without evaluation
-            data of its own.
+        RecipeError: for a dataset that cannot be loaded, or that has no such column of texts; for a stream without
+            evaluation data of its own.
     """
     if arguments.dataset == "stdlib":
         source = {"root": sysconfig.get_path("stdlib"), "version": sys.version, "text_column": arguments.text_column}
@@ -61,6 +62,7 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
             raise RecipeError(
                 f"text_column={arguments.text_column!r} is not a column of the dataset, which has {', '.join(names)}"
             )
+    train, held_out = (_texts_only(split, arguments.text_column) for split in (train, held_out))
     if arguments.streaming:
         if held_out is None:
             raise RecipeError(
@@ -117,6 +119,23 @@ def evaluation_split(splits: dict[str, Dataset | IterableDataset]) -> Dataset | 
 def _column_names(split: Dataset | IterableDataset) -> list[str]:
     # a stream of JSON does not know them before its first row
     return split.column_names or list(next(iter(split), {}))
+
+
+def _texts_only(split: Dataset | IterableDataset | None, text_column: str) -> Dataset | IterableDataset | None:
+    """Without rows that have no text; raises RecipeError for a column of another type. A stream's are not known."""
+    if not isinstance(split, Dataset):
+        return split
+    column = split.data.column(text_column)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise RecipeError(f"text_column={text_column!r} must hold texts, got {column.type}")
+    if column.null_count == 0:
+        return split
+    _report(f"{column.null_count} of {len(split)} documents have no text: left out")
+    return split.filter(_is_text, input_columns=text_column)
+
+
+def _is_text(text: str | None) -> bool:
+    return text is not None
 
 
 def _stream(train: IterableDataset, held_out: Dataset | IterableDataset, text_column: str, seed: int):
