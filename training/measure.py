@@ -172,7 +172,10 @@ def measure(
                 likelihoods += _negative_log_likelihoods(model, [ids[:max_length] for ids in token_ids if ids])
             return torch.cat(likelihoods).cpu().double().mean().item()
 
-        bits = measure_fixed_point(model, evaluate)
+        try:
+            bits = measure_fixed_point(model, evaluate)
+        except ValueError as error:
+            raise RecipeError(f"model {model_id!r} cannot be measured: {error}; leave out --fixed-point") from None
 
     nll = total_nll / counts["predicted_tokens"]
     results = {
