@@ -237,7 +237,7 @@ def _add_up(sums: torch.Tensor, device: torch.device) -> torch.Tensor:
 class SpeedCallback(TrainerCallback):
     """
     Training tokens per second, of all processes together, and model FLOPs utilisation, each time that the loss is
-    logged; the time is that of the steps, without evaluations, measurements and checkpoints.
+    logged; the time is that of the steps, without loading their data, evaluations, measurements and checkpoints.
 
     A model FLOP is one that the weights and the attention of a forward and a backward pass need: 6 a token for each
     weight of a matrix product, 12 * layers * hidden size * T for attention (PaLM, arXiv 2204.02311, appendix B). They

@@ -175,6 +175,8 @@ def measure(
         try:
             bits = measure_fixed_point(model, evaluate)
         except ValueError as error:
+            if isinstance(error, RecipeError):
+                raise
             raise RecipeError(f"model {model_id!r} cannot be measured: {error}; leave out --fixed-point") from None
 
     nll = total_nll / counts["predicted_tokens"]
