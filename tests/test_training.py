@@ -418,7 +418,7 @@ def test_every_verb_has_help_with_an_example(capsys):
             cli.main([*verb, "--help"])
         return capsys.readouterr().out
 
-    verbs = re.findall(r"^    (\w+) ", help_of(), re.MULTILINE)
+    verbs = re.findall(r"^    (\w+)(?: |$)", help_of(), re.MULTILINE)
     assert {"train", "sweep", "compare", "export", "measure", "import", "publish", "benchmark"} == set(verbs)
     for verb in verbs:
         assert f"example:\n  lnfree {verb} " in help_of(verb)
@@ -461,11 +461,12 @@ def test_interrupted_training_says_that_it_may_go_on(recipe_values, tmp_path):
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.2)
-    # as a person would: again, if the first falls into a place where Python cannot raise it
+    # as a person would: again, if the first falls into a place where Python cannot raise it; not so soon that it falls
+    # into the process's end
     while process.poll() is None and time.monotonic() < deadline:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
+            process.wait(timeout=30)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == "lnfree train: interrupted; the same command goes on"
