@@ -7,6 +7,7 @@ what the embeddings, each head, each feed-forward layer and the biases write to 
 Such models are the `-noLNf` variants, and what `lnfree import` makes of the published GPT-2s without LayerNorm.
 """
 
+import argparse
 import sys
 
 import torch
@@ -27,10 +28,9 @@ def attribute(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[dict[str
         ValueError: for a model with a final norm, which mixes the components.
     """
     config = model.config
-    if config.final_norm_type != "none":
-        raise ValueError(
-            f"attribution is exact without a final norm only, got final_norm_type={config.final_norm_type}"
-        )
+    final_norm_type = getattr(config, "final_norm_type", f"that of a {config.model_type}")
+    if final_norm_type != "none":
+        raise ValueError(f"attribution is exact without a final norm only, got final_norm_type={final_norm_type}")
     written = {}  # to the residual stream, (T, D) each
 
     def on_heads(layer: int):
@@ -61,11 +61,19 @@ def attribute(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[dict[str
     return {name: model.lm_head(states) for name, states in written.items()}, logits
 
 
-def main(model_id: str, text: str):
+def main():
     """Prints what wrote the logit of the likeliest next token."""
-    model = AutoModelForCausalLM.from_pretrained(model_id, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=True)
-    parts, logits = attribute(model, tokenizer(text, return_tensors="pt")["input_ids"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_id", metavar="MODEL_ID_OR_PATH", help="the code that comes with it is run")
+    parser.add_argument("text", metavar="TEXT", help="what the token follows")
+    arguments = parser.parse_args()
+    model_id, text = arguments.model_id, arguments.text
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_id, trust_remote_code=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=True)
+        parts, logits = attribute(model, tokenizer(text, return_tensors="pt")["input_ids"])
+    except (OSError, ValueError) as error:
+        sys.exit(f"logit_attribution: {model_id}: {' '.join(str(error).split())}")
     token = logits[-1].argmax().item()
     shares = {name: part[-1, token].item() for name, part in parts.items()}
     print(f"{tokenizer.decode([token])!r} after {text!r}: logit {logits[-1, token]:.4f}")
@@ -75,4 +83,4 @@ def main(model_id: str, text: str):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

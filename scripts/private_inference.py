@@ -24,6 +24,7 @@ The operations are CrypTen's own functions, with what they need to converge on t
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -249,9 +250,8 @@ def run(folder: Path, prompt: str, new_tokens: int) -> dict[str, Any]:
         aside = Path(aside)
         save_file({"input_ids": input_ids[0]}, aside / "prompt.safetensors")
         multiprocessing.spawn(run_party, (folder.resolve(), aside, variances, length, new_tokens), nprocs=2)
-        logits = load_file(aside / "logits.safetensors")[
-            "logits"
-        ]  # of the prompt, then of each new token but the last
+        # of the prompt, then of each new token but the last
+        logits = load_file(aside / "logits.safetensors")["logits"]
         parties = [json.loads((aside / f"costs{rank}.json").read_text(encoding="utf-8")) for rank in (SERVER, CLIENT)]
     private = logits[length - 1 :].argmax(-1)
     clear = input_ids
@@ -371,7 +371,7 @@ def main():
     runs.sort(key=lambda run: order.index(run["variant"]) if run["variant"] in order else len(order))
     print(to_markdown(runs))
     if arguments.json:
-        versions = {"crypten": "0.4.1", "torch": torch.__version__}
+        versions = {name: importlib.metadata.version(name) for name in ("crypten", "torch")}
         document = {"runs": runs, "versions": versions, "not_protected": NOT_PROTECTED}
         Path(arguments.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
     if arguments.plot:

@@ -131,7 +131,7 @@ class _Answer(Exception):
 
 
 def _not_found(code: str) -> _Answer:
-    return _Answer(404, {"error": f"{code}"}, X_Error_Code=code)
+    return _Answer(404, {"error": code}, X_Error_Code=code)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -106,7 +106,7 @@ def test_tokenizer_is_trained_once_and_round_trips(jsonl, monkeypatch):
     assert len(tokenizer) <= 400 and tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
-def test_second_call_reads_the_cache(jsonl, monkeypatch):
+def test_second_call_reads_the_cache(jsonl):
     arguments = DataArguments(dataset=str(jsonl), block_size=16)
     documents = data.load_documents(arguments, seed=0)
     tokenizer = data.load_tokenizer(arguments, documents["train"], 400)
@@ -138,14 +138,24 @@ def test_dataset_with_its_own_evaluation_part_and_a_tokenizer_by_name(tmp_path, 
     [
         ({"dataset": "no/such/place"}, "dataset 'no/such/place' cannot be loaded"),
         ({"text_column": "text"}, "text_column='text' is not a column.*content"),
+        ({"text_column": "number"}, "text_column='number' must hold texts, got int64"),
         ({"dataset": __file__}, "must end in one of .json"),
     ],
 )
 def test_data_that_cannot_be_had(jsonl, arguments, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    jsonl.write_text(json.dumps({"content": "a text", "number": 1}) + "\n")
     with pytest.raises(RecipeError, match=message):
         data.load_documents(DataArguments(**{"dataset": str(jsonl), **arguments}), seed=0)
+
+
+def test_rows_without_a_text_are_left_out(jsonl, capsys):
+    rows = [{"content": text} for text in [None, *DOCUMENTS, None]]
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = data.load_documents(DataArguments(dataset=str(jsonl)), seed=0)
+    assert sorted([*parts["train"]["content"], *parts["eval"]["content"]]) == sorted(DOCUMENTS)
+    assert "2 of 202 documents have no text: left out" in capsys.readouterr().out
 
 
 def test_tokenizer_that_cannot_be_had(jsonl, tmp_path):

@@ -22,18 +22,11 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [f"x{i:04d} = {i * i % 9973:06d}" for i in range(96)]  # 14 bytes: with its end, a block of 15 tokens
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("cache")
-        patch.setattr(data, "HF_HOME", str(cache))
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
-        patch.setenv("HF_HOME", str(cache))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, own_cache):
     """A data set of two files to train on, and a tokenizer of single bytes."""
     folder = tmp_path_factory.mktemp("dataset")
     parts = {"train-0": DOCUMENTS[:40], "train-1": DOCUMENTS[40:80], "validation": DOCUMENTS[80:]}
@@ -338,6 +331,16 @@ def test_plan_counts_by_hand(values, capsys, tmp_path):
     assert planned["flops_per_token"] == 6 * products + 2 * 7 * 2 * 15 * 16
     sharded = plan.plan(build_recipe({**values, "variant": "SM+R", "fsdp_size": 2}), processes=2)
     assert (sharded["weights"], sharded["seconds"]) == (2 * parameters, None)
+    # half of the weights gathered twice in each of 3 micro-batches, half of the gradients scattered in each or once
+    accumulated = {**values, "fsdp_size": 2, "gradient_accumulation_steps": 3}
+    alone, replicated = (plan.plan(build_recipe(accumulated), processes=processes) for processes in (2, 4))
+    assert (alone["traffic"], replicated["traffic"]) == (2 * parameters * 7, 2 * parameters * (9 + 1))
+    assert (alone["gradients"], replicated["gradients"]) == (4 * parameters, 2 * parameters)
+    # a budget in tokens is one for all numbers of processes
+    budget = build_recipe({**values, "train_tokens": 1000})
+    assert plan.plan(budget, processes=3)["steps"] == 6
+    with pytest.raises(RecipeError, match="a plan knows the memory of optim=adamw_torch, .* got 'adamw_torch_8bit'"):
+        plan.plan(build_recipe({**values, "optim": "adamw_torch_8bit"}))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "run")}))
     assert cli.main(["train", "--plan", "--processes", "8", "--flops", "1e12", str(path)]) == 0

@@ -149,6 +149,20 @@ def test_bisection_finds_every_threshold_and_none():
     assert _smallest(lambda bits: False) is None
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    model, input_ids = tiny_model("SM+R"), random_ids(2, 7)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0] = value
+
+    @torch.no_grad()
+    def evaluate():
+        return model(input_ids, labels=input_ids).loss.item()
+
+    with pytest.raises(ValueError, match="fixed point holds finite values only, got .* a perplexity of nan"):
+        measure_fixed_point(model, evaluate)
+
+
 def test_other_dtypes_are_refused():
     with pytest.raises(ValueError, match="simulated in float32, the model is in bfloat16"):
         measure_fixed_point(tiny_model().bfloat16(), lambda: 0.0)

@@ -370,7 +370,7 @@ def test_measure_counts_what_costs_under_encryption(tmp_path, folder, tokenizer,
     assert counts["generation"] is None and "baseline" not in counts
 
 
-def test_measure_finds_the_fewest_bits_of_fixed_point(tmp_path, model, folder, tokenizer, corpus, capsys):
+def test_measure_finds_the_fewest_bits_of_fixed_point(tmp_path, folder, corpus, capsys):
     arguments = ["measure", folder, "--dataset", corpus, "--batch-size", "3", "--json", str(tmp_path / "m.json")]
     assert cli.main([*arguments, "--fixed-point"]) == 0
     results = json.loads((tmp_path / "m.json").read_text())

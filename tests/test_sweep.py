@@ -21,6 +21,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from training import checkpoints, cli, seeds, sweep, train
+from training.compare import setting_of
 from training.recipe import RecipeError, build_recipe, load_recipe
 
 
@@ -146,7 +147,7 @@ def test_wrong_sweep_is_one_line_before_any_run_starts(write_sweep, tmp_path, co
     assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
 
 
-def test_changed_recipe_of_a_run_that_is_there_is_an_error(write_sweep, tmp_path):
+def test_changed_recipe_of_a_run_that_is_there_is_an_error(write_sweep):
     path = write_sweep([{"variant": "SM+R"}])
     _, [run] = sweep.load_sweep(path)
     run.folder.mkdir(parents=True)
@@ -226,7 +227,7 @@ def test_every_job_has_a_gpu_and_its_share_of_the_cores(write_sweep, monkeypatch
     assert [run.state for run in runs] == ["running", "failed", "running", "running"]
 
 
-def test_run_that_another_sweep_started_first_is_no_failure(write_sweep, tmp_path):
+def test_run_that_another_sweep_started_first_is_no_failure(write_sweep):
     path = write_sweep([{"variant": "SM+R"}])
     _, [run] = sweep.load_sweep(path)
     run.folder.mkdir(parents=True)
@@ -237,7 +238,7 @@ def test_run_that_another_sweep_started_first_is_no_failure(write_sweep, tmp_pat
     assert sweep._outcome(run)[1].startswith("another process is training in ")
 
 
-def test_progress_tells_the_time_left(write_sweep, tmp_path, monkeypatch, capsys):
+def test_progress_tells_the_time_left(write_sweep, monkeypatch, capsys):
     _, runs = sweep.load_sweep(write_sweep([{"seed": [1, 2, 3]}], max_steps=100))
     moments = itertools.count(step=10)
     monkeypatch.setattr(sweep.time, "monotonic", lambda: next(moments))
@@ -478,6 +479,13 @@ def test_crossing_is_the_first_evaluation_from_which_the_lead_stays(tmp_path):
     assert seeds.ahead({1: relu}, {1: gelu}) == {"1": {"first_leads": True, "from_tokens": 3000}}
     assert seeds.ahead({1: never}, {1: gelu}) == {"1": {"first_leads": False, "from_tokens": 1000}}
     assert seeds.ahead({1: fake_run(tmp_path, "SM+LN+G", 1, 4)}, {1: gelu}) == {}
+
+
+def test_runs_of_other_data_are_not_compared_and_those_of_an_older_recipe_are():
+    run = {"backbone": "gpt2", "block_size": 16, "dataset": "stdlib", "train_tokens": 64, "recipe": {"hidden_size": 8}}
+    assert setting_of({**run, "recipe": {"hidden_size": 8, "streaming": False, "seed": 3}}) == setting_of(run)
+    for other in ({"separate_documents": True}, {"streaming": True}, {"hidden_size": 16}):
+        assert setting_of({**run, "recipe": {**run["recipe"], **other}}) != setting_of(run)
 
 
 def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,6 +12,8 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from modeling_lnfree import record_attention_entropy
+
+from .checkpoints import write_atomically
 
 
 class Quantity:
@@ -108,9 +109,7 @@ def append_record(path: Path, record: dict[str, Any]):
 def drop_records_after(path: Path, step: int):
     """Makes a measurement file what it was at `step`; a run that starts again at step 0 also measures that again."""
     kept = [record for record in read_records(path) if record["step"] <= step] if step else []
-    aside = path.with_suffix(".aside")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 class AttentionEntropy(Quantity):
@@ -176,7 +175,9 @@ class ResidualStream(Quantity):
         self.sums = torch.zeros(len(layers), model.config.hidden_size + 2, dtype=torch.float64)
 
         def add(layer: int, output: torch.Tensor):
-            squares = output.double().square().flatten(0, -2)  # (tokens, D)
+            # the GPUs of Apple have no float64
+            dtype = torch.float32 if output.device.type == "mps" else torch.float64
+            squares = output.to(dtype).square().flatten(0, -2)  # (tokens, D)
             tokens = torch.full((1,), len(squares), device=squares.device)
             self.sums[layer] += torch.cat([squares.sum(0), squares.sum(-1).sqrt().sum()[None], tokens]).cpu()
 
@@ -236,7 +237,7 @@ def _add_up(sums: torch.Tensor, device: torch.device) -> torch.Tensor:
 class SpeedCallback(TrainerCallback):
     """
     Training tokens per second, of all processes together, and model FLOPs utilisation, each time that the loss is
-    logged; the time is that of the steps, without evaluations, measurements and checkpoints.
+    logged; the time is that of the steps, without loading their data, evaluations, measurements and checkpoints.
 
     A model FLOP is one that the weights and the attention of a forward and a backward pass need: 6 a token for each
     weight of a matrix product, 12 * layers * hidden size * T for attention (PaLM, arXiv 2204.02311, appendix B). They

@@ -1,7 +1,11 @@
-"""Checkpoints that are verified when read: each holds a manifest of its files' sizes and hashes."""
+"""
+What outlives a kill or a power cut: files that are whole or not there, and checkpoints that are verified when read,
+each by a manifest of its files' sizes and hashes.
+"""
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -9,6 +13,21 @@ from pathlib import Path
 
 
 MANIFEST = "manifest.json"
+
+
+def write_atomically(path: Path, text: str):
+    """Writes a text file that is whole or not there."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            # a power cut may keep the new name and lose what was not on the disk yet
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_manifest(checkpoint: Path):
@@ -54,9 +73,14 @@ def last_whole_checkpoint(run_dir: Path) -> str | None:
 
 
 def remove_old_checkpoints(run_dir: Path, kept: int | None, milestones: Sequence[int]):
-    """Removes all checkpoints but the newest `kept` and those of the milestones; None keeps all."""
+    """
+    Removes all checkpoints but the newest `kept` and those of the milestones. None, and as for the Trainer any number
+    below 1, keeps all.
+    """
+    if kept is None or kept < 1:
+        return
     checkpoints = [path for path in list_checkpoints(run_dir) if _step(path) not in milestones]
-    for checkpoint in checkpoints[: -kept or None] if kept else []:
+    for checkpoint in checkpoints[:-kept]:
         shutil.rmtree(checkpoint)
 
 

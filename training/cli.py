@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     benchmark.add_argument("--json", dest="json_path", metavar="FILE", help="write all figures")
 
     arguments = parser.parse_args(argv)
-    if arguments.verb == "train" and not arguments.plan and (arguments.processes or arguments.flops):
+    if arguments.verb == "train" and not arguments.plan and (arguments.processes, arguments.flops) != (None, None):
         train.error("--processes and --flops are of --plan; torchrun starts processes: see the README")
     from .recipe import RecipeError
 
@@ -203,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lnfree {arguments.verb}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"lnfree {arguments.verb}: interrupted; the same command goes on", file=sys.stderr)
+        goes_on = "; the same command goes on" if arguments.verb in ("train", "sweep", "publish") else ""
+        print(f"lnfree {arguments.verb}: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
 

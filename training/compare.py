@@ -2,32 +2,32 @@
 
 import functools
 import json
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 
 from .callbacks import read_records
+from .checkpoints import write_atomically
 from .private_cost import BASELINE, comparison, count_operations
-from .recipe import MODEL_FIELDS, RecipeError
+from .recipe import MODEL_FIELDS, DataArguments, RecipeError
 from .report import build_html
 from .seeds import LEAST_SEEDS, configuration, summarise
 from .stability import REPORT, describe
-from .train import RESULTS, read_results, write_atomically
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
+from .train import RESULTS, read_results
 
 
 PAPERS_ORDER = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
 # fields of a recipe that decide a run's result, but for variant and seed
 DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "norm_type", "final_norm_type"} | {
     *("dataset_config", "eval_dataset", "eval_fraction", "text_column", "tokenizer"),
+    *("streaming", "separate_documents"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
     *("lr_scheduler_type", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "bf16"),
 }
@@ -81,7 +81,8 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
 
 def setting_of(run: dict[str, Any]) -> tuple:
     """Runs are compared with each other within one setting: all that decides the result but variant and seed."""
-    recipe = run["recipe"]
+    # a field that the run did not know yet had its default's effect
+    recipe = {**asdict(DataArguments()), **run["recipe"]}
     decisive = {key: recipe[key] for key in sorted(recipe.keys() & DECISIVE) if recipe[key] is not None}
     return run["backbone"], run["block_size"], run["dataset"], run["train_tokens"], json.dumps(decisive)
 
@@ -116,7 +117,7 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
     summary = summarise(runs)
     rows = []
     for run in runs:
-        baseline = perplexity.get(("SM+LN+G", run["seed"]))
+        baseline = perplexity.get((BASELINE, run["seed"]))
         entropy = np.array(run["attention_entropy"]["entropy"])  # (layers, heads)
         config = (run["folder"] / "model" / "config.json").read_text(encoding="utf-8")
         rows.append(
@@ -281,9 +282,8 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str], path: 
     columns = min(len(measurements), 4)
     rows = -(-len(measurements) // columns)
     limit = max(np.max(measurement["max_entropy"]) for measurement in measurements)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.1 * columns + 1, 3.4 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(3.1 * columns + 1, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(measurements) :]:
         axis.set_visible(False)
     for axis, measurement, title in zip(axes.flat, measurements, titles, strict=False):
@@ -300,14 +300,13 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str], path: 
                 axis.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, ax=axes, label="attention entropy (nats)", shrink=0.9)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def plot_curves(runs: list[dict[str, Any]], path: Path):
     """Training loss of all runs in one panel, then the mean entropy of each layer over the steps, a panel a run."""
     columns = min(len(runs), 4)
     rows = -(-len(runs) // columns)
-    figure = plt.figure(figsize=(3.1 * columns + 1, 3.6 + 2.9 * rows), layout="constrained")
+    figure = Figure(figsize=(3.1 * columns + 1, 3.6 + 2.9 * rows), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.3] + [1] * rows)
     loss_axis = figure.add_subplot(grid[0, :])
     finite = []
@@ -330,7 +329,7 @@ def plot_curves(runs: list[dict[str, Any]], path: Path):
         axis = figure.add_subplot(grid[1 + index // columns, index % columns])
         records = read_records(run["folder"] / "attention_entropy.jsonl")
         by_layer = np.array([np.mean(record["entropy"], axis=1) for record in records])  # (records, layers)
-        colours = plt.get_cmap("plasma")(np.linspace(0, 0.9, by_layer.shape[1]))
+        colours = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, by_layer.shape[1]))
         for layer, colour in enumerate(colours):
             axis.plot([r["step"] for r in records], by_layer[:, layer], color=colour, label=f"layer {layer}", lw=1.2)
         axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
@@ -340,4 +339,3 @@ def plot_curves(runs: list[dict[str, Any]], path: Path):
         if index == 0:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -22,7 +22,7 @@ from transformers.utils.hub import has_file
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
-from .recipe import RecipeError
+from .recipe import RecipeError, one_line
 
 
 # our modules by their stock names; a block's query, key and value projections are one module there
@@ -49,6 +49,11 @@ _NAMES = {
         "mlp.down_proj": "mlp.dense_4h_to_h",
     },
 }
+# fields with one name and meaning in all three configurations
+_SAME_FIELDS = [
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
+]
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_pytorch_tanh",
@@ -139,7 +144,7 @@ def _load(model_id: str | Path, model_types: tuple[str, ...], revision: str | No
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"model {model_id!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"model {model_id!r} cannot be loaded: {one_line(error)}") from error
     if report["missing_keys"]:
         raise RecipeError(f"model {model_id!r} lacks weights: {', '.join(sorted(report['missing_keys']))}")
     return model.eval()
@@ -372,9 +377,7 @@ def _config_from_neox(config: GPTNeoXConfig) -> LNFreeConfig:
 def _common_fields(config, activation: str, field: str) -> dict:
     if activation not in _ACTIVATIONS:
         raise RecipeError(f"{field} must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-    same = {name: getattr(config, name) for name in (*names, *tokens, "initializer_range", "dtype")}
+    same = {name: getattr(config, name) for name in (*_SAME_FIELDS, "dtype")}
     return {**same, "hidden_act": _ACTIVATIONS[activation], "norm_type": "layernorm"}
 
 
@@ -393,9 +396,7 @@ def _stock_config(config: LNFreeConfig) -> GPT2Config | GPTNeoXConfig:
         reason = "has no parallel residual"
     if reason is not None:
         raise RecipeError(f"{config.variant} has no stock form: {stock_class} {reason}")
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-    same = {name: getattr(config, name) for name in (*names, *tokens, "initializer_range", "tie_word_embeddings")}
+    same = {name: getattr(config, name) for name in (*_SAME_FIELDS, "tie_word_embeddings")}
     if rotary:
         rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.partial_rotary_factor}
         attention = {"q_proj", "k_proj", "v_proj", "o_proj"} & set(config.biased_projections)

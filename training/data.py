@@ -16,6 +16,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 from filelock import FileLock
@@ -23,7 +24,7 @@ from huggingface_hub.constants import HF_HOME
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .recipe import DataArguments, RecipeError
+from .recipe import DataArguments, RecipeError, one_line
 
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -43,18 +44,17 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
         one part only as well: left out of the evaluation, or out of a stream, which is not known beforehand.
 
     Raises:
-        RecipeError: for a dataset that cannot be loaded, or that has no such column; for a stream without evaluation
-            data of its own.
+        RecipeError: for a dataset that cannot be loaded, or that has no such column of texts; for a stream without
+            evaluation data of its own.
     """
     if arguments.dataset == "stdlib":
         source = {"root": sysconfig.get_path("stdlib"), "version": sys.version, "text_column": arguments.text_column}
         loaded = {"train": Dataset.from_generator(_stdlib_documents, gen_kwargs=source)}
     else:
-        loaded = _load(arguments.dataset, arguments.dataset_config, arguments.streaming)
+        loaded = load_splits(arguments.dataset, arguments.dataset_config, streaming=arguments.streaming)
     train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     if arguments.eval_dataset is not None:
-        loaded = _load(arguments.eval_dataset, None)
-        held_out = loaded.get("validation", loaded.get("test", next(iter(loaded.values()))))
+        held_out = evaluation_split(load_splits(arguments.eval_dataset))
     else:
         held_out = loaded.get("validation", loaded.get("test"))
     for split in (train, held_out):
@@ -62,6 +62,7 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
             raise RecipeError(
                 f"text_column={arguments.text_column!r} is not a column of the dataset, which has {', '.join(names)}"
             )
+    train, held_out = (_texts_only(split, arguments.text_column) for split in (train, held_out))
     if arguments.streaming:
         if held_out is None:
             raise RecipeError(
@@ -88,23 +89,53 @@ def find_revision(arguments: DataArguments) -> str | None:
     return datasets.load_dataset_builder(name, config).hash
 
 
-def _load(name: str, config: str | None, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+def load_splits(
+    name: str, config: str | None = None, split: str | None = None, streaming: bool = False
+) -> dict[str, Dataset | IterableDataset] | Dataset | IterableDataset:
+    """
+    The splits of a dataset of the Hub, a folder or a file by their names; only that one where `split` names it.
+
+    Raises:
+        RecipeError: if it cannot be loaded.
+    """
     try:
         if Path(name).is_file():
             builder = BUILDERS.get(Path(name).suffix)
             if builder is None:
                 raise RecipeError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
-            return datasets.load_dataset(builder, data_files=name, streaming=streaming)
-        return datasets.load_dataset(name, config, streaming=streaming)
+            return datasets.load_dataset(builder, data_files=name, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"dataset {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"dataset {name!r} cannot be loaded: {one_line(error)}") from error
+
+
+def evaluation_split(splits: dict[str, Dataset | IterableDataset]) -> Dataset | IterableDataset:
+    """The validation split, else the test split, else the first."""
+    return splits.get("validation", splits.get("test", next(iter(splits.values()))))
 
 
 def _column_names(split: Dataset | IterableDataset) -> list[str]:
     # a stream of JSON does not know them before its first row
     return split.column_names or list(next(iter(split), {}))
+
+
+def _texts_only(split: Dataset | IterableDataset | None, text_column: str) -> Dataset | IterableDataset | None:
+    """Without rows that have no text; raises RecipeError for a column of another type. A stream's are not known."""
+    if not isinstance(split, Dataset):
+        return split
+    column = split.data.column(text_column)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise RecipeError(f"text_column={text_column!r} must hold texts, got {column.type}")
+    if column.null_count == 0:
+        return split
+    _report(f"{column.null_count} of {len(split)} documents have no text: left out")
+    return split.filter(_is_text, input_columns=text_column)
+
+
+def _is_text(text: str | None) -> bool:
+    return text is not None
 
 
 def _stream(train: IterableDataset, held_out: Dataset | IterableDataset, text_column: str, seed: int):
@@ -165,9 +196,10 @@ def _is_held_out(text: str, fraction: float, wanted: bool) -> bool:
     return (int.from_bytes(digest[:8], "big") < fraction * 2**64) == wanted
 
 
-def load_tokenizer(arguments: DataArguments, train: Dataset, vocab_size: int | None) -> PreTrainedTokenizerFast:
+def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: int | None) -> PreTrainedTokenizerFast:
     """
-    The tokenizer that `arguments` name, or a byte-level BPE of `vocab_size` trained once on `train` and then cached.
+    The tokenizer that `arguments` name, for which `train` and `vocab_size` are not needed; or a byte-level BPE of
+    `vocab_size` trained once on `train` and then cached.
 
     Raises:
         RecipeError: for a tokenizer that cannot be loaded, or that has no end-of-text token to separate documents by.
@@ -176,9 +208,7 @@ def load_tokenizer(arguments: DataArguments, train: Dataset, vocab_size: int | N
         try:
             tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"tokenizer {arguments.tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}"
-            ) from error
+            raise RecipeError(f"tokenizer {arguments.tokenizer!r} cannot be loaded: {one_line(error)}") from error
         if tokenizer.eos_token_id is None:
             raise RecipeError(f"tokenizer {arguments.tokenizer!r} has no eos_token to separate documents by")
         return tokenizer

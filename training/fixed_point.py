@@ -52,7 +52,7 @@ def measure_fixed_point(model: PreTrainedModel, evaluate: Callable[[], float]) -
         `tried`, all that was; and `tolerance`.
 
     Raises:
-        ValueError: as `check_model`.
+        ValueError: as `check_model`, and for a model whose values or perplexity are not finite.
     """
     check_model(model)
     implementation = model.config._attn_implementation
@@ -61,6 +61,9 @@ def measure_fixed_point(model: PreTrainedModel, evaluate: Callable[[], float]) -
         recorder = _RangeRecorder(model)
         with recorder.hooked(model):
             reference = perplexity(evaluate())
+        largest = recorder.largest["value"]
+        if not (math.isfinite(largest) and math.isfinite(reference)):
+            raise ValueError(f"fixed point holds finite values only, got {largest} and a perplexity of {reference}")
         tried = []
 
         @functools.cache
@@ -77,7 +80,7 @@ def measure_fixed_point(model: PreTrainedModel, evaluate: Callable[[], float]) -
     chosen = {"integer_bits": integer, "fraction_bits": fraction}
     return {
         **{f"largest_{name}": value for name, value in recorder.largest.items()},
-        "integer_bits_to_hold": max(0, math.floor(math.log2(recorder.largest["value"])) + 1),
+        "integer_bits_to_hold": max(0, math.frexp(largest)[1]),
         "perplexity": reference,
         **chosen,
         "fixed_point_perplexity": next((row["perplexity"] for row in tried if row.items() >= chosen.items()), None),

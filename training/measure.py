@@ -1,9 +1,7 @@
 """Perplexity and attention entropy of any causal language model on any texts, in one forward pass for both."""
 
-import importlib.metadata
 import json
 import os
-import platform
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,12 +26,13 @@ from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
     summarize,
 )
 
+from .checkpoints import write_atomically
 from .compare import plot_heat_maps
-from .data import BUILDERS, load_documents
+from .data import evaluation_split, load_documents, load_splits
 from .fixed_point import check_model, measure_fixed_point
 from .private_cost import comparison, count_operations, table
-from .recipe import DataArguments, RecipeError
-from .train import perplexity, write_atomically
+from .recipe import DataArguments, RecipeError, one_line
+from .train import library_versions, perplexity
 
 
 # a row a text; entropies in nats
@@ -129,7 +128,7 @@ def measure(
             sizes = {"length": max_length, "batch_size": batch_size, "new_tokens": private_cost}
             operations = count_operations(type(model), model.config, **sizes)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model {model_id!r} cannot be measured: {_one_line(error)}") from error
+        raise RecipeError(f"model {model_id!r} cannot be measured: {one_line(error)}") from error
 
     started = time.perf_counter()
     counts = dict.fromkeys(("num_texts", "skipped_texts", "truncated_texts", "num_tokens", "predicted_tokens"), 0)
@@ -155,7 +154,7 @@ def measure(
                 counts["num_texts"] += 1
                 counts["num_tokens"] += len(ids)
                 counts["predicted_tokens"] += len(nll)
-                total_nll += nll.double().sum().item()
+                total_nll += nll.cpu().double().sum().item()
                 if writer is not None:
                     entropies = [layers[row][position, :, : len(ids)] for row in range(len(layers))]
                     writer.write(_figures(index, nll, entropies))
@@ -171,9 +170,14 @@ def measure(
             for batch in tqdm(_batches(_read(rows, dataset), batch_size), desc="fixed point", unit="batch"):
                 token_ids = encode([_text(row, text_column) for _, row in batch], tokenizer)
                 likelihoods += _negative_log_likelihoods(model, [ids[:max_length] for ids in token_ids if ids])
-            return torch.cat(likelihoods).double().mean().item()
+            return torch.cat(likelihoods).cpu().double().mean().item()
 
-        bits = measure_fixed_point(model, evaluate)
+        try:
+            bits = measure_fixed_point(model, evaluate)
+        except ValueError as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError(f"model {model_id!r} cannot be measured: {error}; leave out --fixed-point") from None
 
     nll = total_nll / counts["predicted_tokens"]
     results = {
@@ -197,10 +201,7 @@ def measure(
         **({} if private_cost is None else {"private_cost": operations}),
         **({"fixed_point": bits} if fixed_point else {}),
         "seconds": time.perf_counter() - started,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
-        },
+        "versions": library_versions(),
     }
     if json_path is not None:
         write_atomically(json_path, json.dumps(results, indent=1))
@@ -241,20 +242,8 @@ def _open(name: str, config: str | None, split: str | None, streaming: bool):
             raise RecipeError(f"split of 'stdlib' must be one of {', '.join(parts)}, got {split!r}")
         rows = parts[split or "eval"]
         return rows.to_iterable_dataset() if streaming else rows
-    try:
-        if Path(name).is_file():
-            builder = BUILDERS.get(Path(name).suffix)
-            if builder is None:
-                raise RecipeError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
-            return datasets.load_dataset(builder, data_files=name, split=split or "train", streaming=streaming)
-        loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(f"dataset {name!r} cannot be loaded: {_one_line(error)}") from error
-    if split is not None:
-        return loaded
-    return loaded.get("validation", loaded.get("test", next(iter(loaded.values()))))
+    loaded = load_splits(name, config, split, streaming)
+    return evaluation_split(loaded) if split is None else loaded
 
 
 def _read(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -262,7 +251,7 @@ def _read(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, dict
     try:
         yield from enumerate(rows)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise RecipeError(f"dataset {name!r} cannot be read: {_one_line(error)}") from error
+        raise RecipeError(f"dataset {name!r} cannot be read: {one_line(error)}") from error
 
 
 def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -315,16 +304,12 @@ def _figures(index: int, nll: Tensor, entropies: list[Tensor]) -> pa.RecordBatch
     row = {
         "row": index,
         "num_tokens": entropies[0].shape[1],
-        "perplexity": perplexity(nll.double().mean().item()),
+        "perplexity": perplexity(nll.cpu().double().mean().item()),
         "nll": nll.tolist(),
         "entropy": [layer.mean(1).tolist() for layer in entropies],
         "position_entropy": [layer.mean(0).tolist() for layer in entropies],
     }
     return pa.RecordBatch.from_pylist([row], _FIGURES)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _print(results: dict[str, Any]):

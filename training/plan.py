@@ -11,13 +11,15 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import TrainingArguments
 
-from modeling_lnfree import LNFreeForCausalLM
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 
 from .data import load_tokenizer
 from .recipe import Recipe, RecipeError
 
 
 GIB = 2**30
+# those of 8 and 4 bits, of GaLore and their like hold other states
+ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 # torch counts the attention of accelerators only
 ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(
@@ -38,7 +40,7 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         flops: floating-point operations that one process does in a second, sustained.
 
     Returns:
-        `parameters`, `tokens_per_step`, `steps` and `tokens` (None without `max_steps`), `flops_per_token` (forward,
+        `parameters`, `tokens_per_step`, `steps` and `tokens` (None without a budget), `flops_per_token` (forward,
         backward and what activation checkpointing computes again), `traffic` (bytes that a process sends in a step),
         `checkpoint` (bytes), `seconds` (None without `flops`), and bytes of memory in a process at the peak of a step:
         `weights`, `gradients`, `optimizer`, `activations`, `communication`, and their sum `memory`.
@@ -51,8 +53,8 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         raise RecipeError(f"processes must be a multiple of fsdp_size={fsdp_size}, got {processes}")
     if flops is not None and not flops > 0:
         raise RecipeError(f"flops must be more than 0, got {flops}")
-    if not training.get("optim", "adamw_torch").startswith("adamw_torch"):
-        raise RecipeError(f"a plan knows the memory of AdamW only, got optim={training['optim']}")
+    if training.get("optim", "adamw_torch") not in ADAMW:
+        raise RecipeError(f"a plan knows the memory of optim={', '.join(ADAMW)} only, got {training['optim']!r}")
     sequences = training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
     accumulation = training.get("gradient_accumulation_steps", 1)
 
@@ -87,19 +89,24 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
 
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
     sent, communication = 0.0, 0
+    replicas = processes // fsdp_size
+    gradients = peak["Gradient"] / fsdp_size
     if fsdp_size > 1:
         # whole at a time: embedding and head, a layer and the one fetched ahead, and a layer's gradient
         layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters()) * 4
         communication = weights - layer * len(model.model.layers) + 3 * layer
-        # weights are gathered forward and backward, gradients are scattered, in every micro-batch but the last of them
-        sent = weights * (fsdp_size - 1) / fsdp_size * (2 * accumulation + 1)
+        # In every micro-batch the weights are gathered forward and backward. With replicas the gradients are scattered
+        # in every one too; without, in the last one only, and until then they stay whole.
+        scattered = accumulation if replicas > 1 else 1
+        sent = weights * (fsdp_size - 1) / fsdp_size * (2 * accumulation + scattered)
+        if scattered < accumulation:
+            gradients = peak["Gradient"]
     elif processes > 1:
         communication = weights  # the buckets in which gradients are summed
-    replicas = processes // fsdp_size
     sent += 2 * weights / fsdp_size * (replicas - 1) / replicas
     memory = {
         "weights": weights / fsdp_size,
-        "gradients": peak["Gradient"] / fsdp_size,
+        "gradients": gradients,
         "optimizer": peak["Optstate"] / fsdp_size,
         "activations": peak["Activation"] + peak["Temp"] + peak["Other"],
         "communication": communication,
@@ -107,6 +114,9 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
     tokens_per_step = sequences * accumulation * block_size * processes
     flops_per_token = counter.get_total_flops() / input_ids.numel()
     steps = training.get("max_steps", -1)
+    if recipe.data.train_tokens is not None:
+        # the recipe's own max_steps is that of as many processes as run now
+        steps = -(-recipe.data.train_tokens // tokens_per_step)
     steps = steps if steps > 0 else None
     tokens = None if steps is None else steps * tokens_per_step
     return {
@@ -123,7 +133,7 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
     }
 
 
-def _config(recipe: Recipe):
+def _config(recipe: Recipe) -> LNFreeConfig:
     # with a vocab_size in the recipe, a plan needs no tokenizer and no network
     if recipe.data.tokenizer is None or "vocab_size" in recipe.model:
         return recipe.build_config()

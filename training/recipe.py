@@ -27,6 +27,11 @@ class RecipeError(ValueError):
     """A recipe that a person has to mend; its message is one line for them."""
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error without its line breaks, for a `RecipeError`."""
+    return " ".join(str(error).split())
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error, and not the last one silently the winner."""
 
@@ -168,7 +173,7 @@ def read_values(path: str | Path, kind: str) -> dict[str, Any]:
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"the {kind} {path} cannot be read: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"the {kind} {path} cannot be read: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"the {kind} {path} must be lines of 'key: value', got {type(values).__name__}")
     return values
@@ -239,7 +244,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     try:
         config = recipe.build_config()
     except (ValueError, StrictDataclassError) as error:
-        raise RecipeError(" ".join(str(error).split())) from None
+        raise RecipeError(one_line(error)) from None
     if not 0 < data.eval_fraction < 1:
         raise RecipeError(f"eval_fraction must be in (0, 1), got {data.eval_fraction}")
     if data.tokenizer is None and recipe.model.get("vocab_size", 0) < 258:

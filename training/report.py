@@ -2,20 +2,19 @@
 
 import base64
 import io
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from .callbacks import read_records
 from .seeds import configuration, evaluations
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -93,20 +92,19 @@ def _by_configuration(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, An
 
 def plot_evaluations(runs: list[dict[str, Any]]) -> str | None:
     """Perplexity over training tokens: a line a configuration (mean over seeds), and a band from least to largest."""
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    drawn = False
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     for colour, (name, seeds) in zip(_colours(), _by_configuration(runs).items(), strict=False):
         curves = [evaluations(run) for run in seeds]
         length = min(map(len, curves))
         if length == 0:
             continue
-        drawn = True
         tokens = [count / 1e6 for count, _ in curves[0][:length]]
         values = np.array([[value for _, value in curve[:length]] for curve in curves])  # (seeds, evaluations)
         axis.plot(tokens, values.mean(0), color=colour, label=f"{name} ({len(seeds)})", linewidth=1.4)
         axis.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-    if not drawn:
-        return _drop(figure)
+    if not axis.lines:
+        return None
     axis.set(xlabel="million training tokens", ylabel="perplexity")
     _make_logarithmic(axis)
     axis.legend(fontsize=8, title="configuration (seeds)", title_fontsize=8)
@@ -115,19 +113,19 @@ def plot_evaluations(runs: list[dict[str, Any]]) -> str | None:
 
 def plot_gradient_norms(runs: list[dict[str, Any]]) -> str | None:
     """Gradient norm over steps: the median of every 10 steps, a line a run."""
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    drawn = False
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
     for colour, (name, seeds) in zip(_colours(), _by_configuration(runs).items(), strict=False):
         for index, run in enumerate(seeds):
             records = read_records(run["folder"] / "gradient_norm.jsonl")
             norms = np.array([norm for record in records for norm in record["norms"]])
             medians = [np.median(norms[start : start + 10]) for start in range(0, len(norms), 10)]
             if medians:
-                drawn = True
-                label = name if index == 0 else None
-                axis.plot(10 * np.arange(1, len(medians) + 1), medians, color=colour, linewidth=1, label=label)
-    if not drawn:
-        return _drop(figure)
+                # the last one may be of fewer
+                steps = np.minimum(10 * np.arange(1, len(medians) + 1), len(norms))
+                axis.plot(steps, medians, color=colour, linewidth=1, label=name if index == 0 else None)
+    if not axis.lines:
+        return None
     axis.set(xlabel="step", ylabel="gradient norm")
     _make_logarithmic(axis)
     axis.legend(fontsize=8)
@@ -162,13 +160,12 @@ def plot_layers(
         return None
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3 * columns + 1, 2.7 * rows), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(3 * columns + 1, 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, (steps, values)) in zip(axes.flat, panels.items(), strict=False):
-        colours = plt.get_cmap("plasma")(np.linspace(0, 0.9, values.shape[1]))
+        colours = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, values.shape[1]))
         for layer, colour in enumerate(colours):
             axis.plot(steps, values[:, layer], color=colour, label=f"layer {layer}", linewidth=1.2)
         if limit is not None:
@@ -189,23 +186,19 @@ def plot_layers(
 def _make_logarithmic(axis):
     axis.set_yscale("log")
     for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        ticks(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axis.grid(alpha=0.3, which="both")
 
 
-def _colours() -> list:
-    return [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
+def _colours() -> Iterator[tuple[float, float, float]]:
+    """18 colours, and then those again: no configuration is left out."""
+    return itertools.cycle([*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["Dark2"].colors])
 
 
 def _finish_figure(figure) -> str:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
-    plt.close(figure)
     return _data_uri(picture)
-
-
-def _drop(figure) -> None:
-    plt.close(figure)
 
 
 def _data_uri(picture: io.BytesIO) -> str:

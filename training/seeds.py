@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from .private_cost import BASELINE
+
 
 LEAST_SEEDS = 3
-BASELINE = "SM+LN+G"
 # first is compared with second: without LayerNorm, with it
 PAIRS = [("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G")]
 

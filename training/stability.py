@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from .callbacks import append_record, drop_records_after, read_records
-from .checkpoints import list_checkpoints
+from .checkpoints import list_checkpoints, write_atomically
 from .recipe import RecipeError
 
 
@@ -112,7 +112,7 @@ class StabilityCallback(TrainerCallback):
         last = next((path.name for path in reversed(list_checkpoints(self.run_dir))), None)
         report = {"step": step, "layer": layer, "seen": seen, "found": found, "last_checkpoint": last}
         if self.writes:
-            (self.run_dir / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+            write_atomically(self.run_dir / REPORT, json.dumps(report, indent=1))
         raise UnstableRunError(f"{self.run_dir} {describe(report)}")
 
 

@@ -57,9 +57,15 @@ from .callbacks import (
     SpeedCallback,
     ZeroActivations,
 )
-from .checkpoints import last_whole_checkpoint, list_checkpoints, remove_old_checkpoints, write_manifest
+from .checkpoints import (
+    last_whole_checkpoint,
+    list_checkpoints,
+    remove_old_checkpoints,
+    write_atomically,
+    write_manifest,
+)
 from .data import document_positions, find_revision, load_documents, load_tokenizer, tokenize_blocks
-from .recipe import DataArguments, Recipe, RecipeError, load_recipe
+from .recipe import DataArguments, Recipe, RecipeError, one_line, read_values
 from .stability import REPORT, StabilityCallback
 
 
@@ -197,7 +203,7 @@ class LNFreeTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (RuntimeError, dcp.CheckpointException) as error:
             # torch's own words for a disk that is full
-            raise OSError(errno.EIO, " ".join(str(error).split())) from error
+            raise OSError(errno.EIO, one_line(error)) from error
         if self.stream is not None:
             aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             torch.save(self.stream.state_dict(), aside / self._stream_name)
@@ -325,15 +331,15 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     The results of a finished run.
 
     Raises:
-        RecipeError: if the folder holds none, or they are damaged.
+        RecipeError: if the folder holds none, or a file that cannot be read.
     """
     path = Path(run_dir) / RESULTS
     if not path.is_file():
         raise RecipeError(f"{run_dir} is not a finished run: it has no {RESULTS}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {one_line(error)}; remove it, and the run ends again") from None
 
 
 def build_arguments(recipe: Recipe) -> TrainingArguments:
@@ -347,7 +353,7 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
     try:
         return TrainingArguments(**{**defaults, **recipe.training})
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"recipe: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"recipe: {one_line(error)}") from error
 
 
 def _spread(blocks: Dataset, number: int | None) -> Dataset:
@@ -415,12 +421,12 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
 
 
 def check_same_recipe(run_dir: Path, recipe: Recipe):
-    """Raises RecipeError if the folder holds a run of another recipe."""
+    """Raises RecipeError if the folder holds a run of another recipe, or of one that cannot be read."""
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         return
     # a field that the run did not know yet had its default's effect
-    ours, theirs = recipe.to_dict(), {**asdict(DataArguments()), **yaml.safe_load(path.read_text(encoding="utf-8"))}
+    ours, theirs = recipe.to_dict(), {**asdict(DataArguments()), **read_values(path, "recipe")}
     for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
         if ours.get(key) != theirs.get(key):
             raise RecipeError(
@@ -446,17 +452,6 @@ def _disk_errors_explained(run_dir: Path):
         ) from error
 
 
-def write_atomically(path: Path, text: str):
-    """Writes a text file that is whole or not there."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 def _finish(
     run_dir: Path,
     recipe: Recipe,
@@ -474,7 +469,6 @@ def _finish(
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
     write_atomically(run_dir / "log_history.json", json.dumps(state.log_history, indent=1))
 
-    threads = torch.get_num_threads()
     results = {
         "variant": model.config.variant,
         "backbone": model.config.backbone,
@@ -496,17 +490,26 @@ def _finish(
             "nan_count": record.nan_count.sum(-1).tolist(),
         },
         "recipe": recipe.to_dict(),
-        "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {threads} thread{'s' * (threads > 1)}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
-        },
+        "hardware": device_name(arguments.device),
+        "versions": library_versions(),
         **origin,
     }
     write_atomically(run_dir / RESULTS, json.dumps(results, indent=1))
     print(f"{run_dir} is finished: {results['variant']}, perplexity {results['perplexity']:.3f}")
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the name of a CUDA device, and the number of threads of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on."""
+    names = ("torch", "transformers", "datasets", "tokenizers")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def _commit() -> str | None:
@@ -522,9 +525,6 @@ def _commit() -> str | None:
 
 
 if __name__ == "__main__":
-    try:
-        train(load_recipe(sys.argv[1], sys.argv[2:]))
-    except RecipeError as error:
-        sys.exit(f"lnfree train: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from .cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
