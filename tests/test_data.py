@@ -186,17 +186,18 @@ def stream(folder, rank=0, processes=1, **more):
 
 @pytest.fixture
 def streamed(tmp_path, jsonl):
-    """A folder of four files to train on, whose documents may be counted, and one to evaluate on."""
+    """A folder of files to train on, whose documents may be counted, and one to evaluate on; all have a null row."""
 
     def write(files: int) -> Path:
         folder = tmp_path / f"{files}-files"
         folder.mkdir()
         for index in range(files):
             rows = "".join(json.dumps({"content": text}) + "\n" for text in DOCUMENTS[index:160:files])
-            (folder / f"train-{index}.jsonl").write_text(rows)
+            (folder / f"train-{index}.jsonl").write_text(rows + '{"content": null}\n')
         # the first differs from a document of the train part in white space alone
         held_out = ["\n\n" + DOCUMENTS[7].replace("    ", "\t"), *DOCUMENTS[160:]]
-        (folder / "validation.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in held_out))
+        rows = "".join(json.dumps({"content": text}) + "\n" for text in [*held_out, None])
+        (folder / "validation.jsonl").write_text(rows)
         arguments = DataArguments(dataset=str(jsonl))
         tokenizer = data.load_tokenizer(arguments, data.load_documents(arguments, 0)["train"], 400)
         tokenizer.save_pretrained(folder / "bpe")

@@ -462,6 +462,12 @@ def test_intervals_and_paired_changes_over_seeds(tmp_path):
     assert pair["change"]["bootstrap_interval"] == pytest.approx(expected)
 
 
+def test_the_same_run_twice_is_an_error(tmp_path):
+    run = fake_run(tmp_path, "SM+R", 1, 10.0)
+    with pytest.raises(RecipeError, match="SM\\+R-1 and .*copy are the same run, SM\\+R with seed 1"):
+        seeds.summarise([run, {**run, "folder": tmp_path / "copy"}])
+
+
 def test_fewer_than_three_seeds_give_no_interval(tmp_path):
     runs = [fake_run(tmp_path, variant, seed, 10.0 + seed) for variant in ("SM+R", "SM+G") for seed in (1, 2)]
     summary = seeds.summarise(runs)

@@ -140,11 +140,10 @@ def _is_text(text: str | None) -> bool:
 
 def _stream(train: IterableDataset, held_out: Dataset | IterableDataset, text_column: str, seed: int):
     # the evaluation part is finite and read often
-    held_out = Dataset.from_list(list(held_out.select_columns(text_column)))
+    held_out = _texts_only(Dataset.from_list(list(held_out.select_columns(text_column))), text_column)
     known = {_content_hash(text) for text in held_out[text_column]}
-    train = train.select_columns(text_column).filter(
-        _is_known, input_columns=text_column, fn_kwargs={"known": known, "wanted": False}
-    )
+    train = train.select_columns(text_column).filter(_is_text, input_columns=text_column)
+    train = train.filter(_is_known, input_columns=text_column, fn_kwargs={"known": known, "wanted": False})
     _report(f"documents of the stream that equal one of the {len(held_out)} to evaluate on are left out of it")
     # an epoch other than 0 puts the files in an order of its own; `shuffle` would lose its buffer on resuming
     train.set_epoch(1 + seed)

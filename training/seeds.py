@@ -7,6 +7,7 @@ import numpy as np
 import scipy.stats
 
 from .private_cost import BASELINE
+from .recipe import RecipeError
 
 
 LEAST_SEEDS = 3
@@ -28,10 +29,18 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         (paired by seed), and the entropy by layer. `pairs`: the same paired change of ReLU against GELU without and
         with LayerNorm, and by seed from how many tokens on which of them is ahead. An interval is None with fewer
         than 3 seeds.
+
+    Raises:
+        RecipeError: for two runs of one configuration and seed, of which one would hide the other.
     """
     by_configuration: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
-        by_configuration.setdefault(configuration(run), {})[run["seed"]] = run
+        earlier = by_configuration.setdefault(configuration(run), {}).setdefault(run["seed"], run)
+        if earlier is not run:
+            raise RecipeError(
+                f"{earlier['folder']} and {run['folder']} are the same run, {configuration(run)} with seed "
+                f"{run['seed']}: move one of them away"
+            )
     baseline = by_configuration.get(BASELINE, {})
     configurations = []
     for name, seeds in by_configuration.items():
