@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -446,18 +447,22 @@ def test_intervals_and_paired_changes_over_seeds(tmp_path):
     ]
     summary = seeds.summarise(runs)
     by_name = {row["configuration"]: row for row in summary["configurations"]}
-    # Student's t with 2 degrees of freedom: 4.3027; standard error 10 / sqrt(3)
-    half = 4.302653 * 10 / math.sqrt(3)
-    assert by_name["SM+G"]["perplexity"] == 140
-    assert by_name["SM+G"]["perplexity_interval"] == pytest.approx([140 - half, 140 + half], rel=1e-6)
+    # Student's t with 2 degrees of freedom: 4.3027
+    losses = [math.log(value) for value in (130, 140, 150)]
+    half = 4.302653 * statistics.stdev(losses) / math.sqrt(3)
+    mean = statistics.mean(losses)
+    assert by_name["SM+G"]["perplexity"] == pytest.approx(math.exp(mean))
+    ends = [math.exp(mean - half), math.exp(mean + half)]
+    assert by_name["SM+G"]["perplexity_interval"] == pytest.approx(ends, rel=1e-6)
     assert by_name["SM+G"]["entropy_by_layer"] == [1.5, 2.0] and by_name["SM+LN+G"]["change"] is None
     changes = [100 * (120 / 130 - 1), 100 * (133 / 140 - 1), 100 * (141 / 150 - 1)]
     [pair] = summary["pairs"]
     assert (pair["first"], pair["second"]) == ("SM+R", "SM+G")
     assert list(pair["change"]["by_seed"].values()) == pytest.approx(changes)
-    assert pair["change"]["mean"] == pytest.approx(np.mean(changes))
+    logs = np.log1p(np.array(changes) / 100)
+    assert pair["change"]["mean"] == pytest.approx(100 * np.expm1(np.mean(logs)))
     # all 27 resamples of three values, each as likely as the others: the quantiles of their means
-    means = sorted(np.mean(sample) for sample in itertools.product(changes, repeat=3))
+    means = sorted(100 * np.expm1(np.mean(sample)) for sample in itertools.product(logs, repeat=3))
     expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf").tolist()
     assert pair["change"]["bootstrap_interval"] == pytest.approx(expected)
 
@@ -520,7 +525,9 @@ def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path
         measured = [
             train.read_results(tmp_path / str(i))["perplexity"] for i in range(6) if i % 2 == variants.index(variant)
         ]
-        assert rows[variant]["perplexity"] == pytest.approx(np.mean(measured)) and rows[variant]["seeds"] == [1, 2, 3]
+        assert rows[variant]["perplexity"] == pytest.approx(statistics.geometric_mean(measured)) and rows[variant][
+            "seeds"
+        ] == [1, 2, 3]
     markdown = (tmp_path / "report" / "report.md").read_text()
     page = (tmp_path / "report" / "report.html").read_text()
     for text in (

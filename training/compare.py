@@ -204,6 +204,8 @@ def _markdown(groups: list[dict[str, Any]], unfinished: dict[str, str]) -> str:
                 "|---" * 7 + "|",
                 *map(_summary_row, configurations),
                 "",
+                "Means and intervals over seeds are those of the loss; a perplexity is the exponential of it.",
+                "",
             ]
         lines += [
             "| configuration | seed | perplexity | change | evaluation tokens | parameters | NaNs | "
@@ -310,13 +312,15 @@ def plot_curves(runs: list[dict[str, Any]], path: Path):
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.3] + [1] * rows)
     loss_axis = figure.add_subplot(grid[0, :])
     finite = []
+    colours, seeds = {}, {}
     for run in runs:
+        colour = colours.setdefault(configuration(run), f"C{len(colours) % 10}")
+        style = ("-", "--", ":", "-.")[seeds.setdefault(run["seed"], len(seeds)) % 4]
         log = json.loads((run["folder"] / "log_history.json").read_text(encoding="utf-8"))
         logged = [entry for entry in log if "loss" in entry]
         losses = [entry["loss"] for entry in logged]
-        loss_axis.plot(
-            [entry["step"] for entry in logged], losses, label=run_title(run).replace("\n", ", "), linewidth=1.2
-        )
+        steps, label = [entry["step"] for entry in logged], run_title(run).replace("\n", ", ")
+        loss_axis.plot(steps, losses, color=colour, linestyle=style, label=label, linewidth=1.2)
         finite += [loss for loss in losses if np.isfinite(loss)]
     if finite:
         # the first steps, from a uniform prediction, would squeeze the rest
@@ -329,8 +333,8 @@ def plot_curves(runs: list[dict[str, Any]], path: Path):
         axis = figure.add_subplot(grid[1 + index // columns, index % columns])
         records = read_records(run["folder"] / "attention_entropy.jsonl")
         by_layer = np.array([np.mean(record["entropy"], axis=1) for record in records])  # (records, layers)
-        colours = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, by_layer.shape[1]))
-        for layer, colour in enumerate(colours):
+        shades = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, by_layer.shape[1]))
+        for layer, colour in enumerate(shades):
             axis.plot([r["step"] for r in records], by_layer[:, layer], color=colour, label=f"layer {layer}", lw=1.2)
         axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
         axis.set(ylim=(0, 1.05 * limit), xlabel="step", ylabel="entropy (nats)")

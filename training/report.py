@@ -101,7 +101,7 @@ def plot_evaluations(runs: list[dict[str, Any]]) -> str | None:
             continue
         tokens = [count / 1e6 for count, _ in curves[0][:length]]
         values = np.array([[value for _, value in curve[:length]] for curve in curves])  # (seeds, evaluations)
-        axis.plot(tokens, values.mean(0), color=colour, label=f"{name} ({len(seeds)})", linewidth=1.4)
+        axis.plot(tokens, np.exp(np.log(values).mean(0)), color=colour, label=f"{name} ({len(seeds)})", linewidth=1.4)
         axis.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     if not axis.lines:
         return None

@@ -1,6 +1,7 @@
 """What several seeds show: means, intervals, paired differences, and from how many tokens on one variant is ahead."""
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,10 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     Statistics of the runs of one setting, as JSON has them.
 
     Returns:
-        `configurations`: perplexity (mean over seeds, 95 % interval of Student's t), change against SM+LN+G in percent
-        (paired by seed), and the entropy by layer. `pairs`: the same paired change of ReLU against GELU without and
-        with LayerNorm, and by seed from how many tokens on which of them is ahead. An interval is None with fewer
-        than 3 seeds.
+        `configurations`: perplexity (exp of the mean loss over seeds, and of its 95 % interval by Student's t), change
+        against SM+LN+G in percent (paired by seed), and the entropy by layer. `pairs`: the same paired change of ReLU
+        against GELU without and with LayerNorm, and by seed from how many tokens on which of them is ahead. An
+        interval is None with fewer than 3 seeds.
 
     Raises:
         RecipeError: for two runs of one configuration and seed, of which one would hide the other.
@@ -44,14 +45,14 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     baseline = by_configuration.get(BASELINE, {})
     configurations = []
     for name, seeds in by_configuration.items():
-        perplexities = [run["perplexity"] for run in seeds.values()]
+        losses = np.log([run["perplexity"] for run in seeds.values()])
         entropies = [np.mean(run["attention_entropy"]["entropy"], axis=1) for run in seeds.values()]
         configurations.append(
             {
                 "configuration": name,
                 "seeds": sorted(seeds),
-                "perplexity": float(np.mean(perplexities)),
-                "perplexity_interval": t_interval(perplexities),
+                "perplexity": float(np.exp(np.mean(losses))),
+                "perplexity_interval": _map(np.exp, t_interval(losses)),
                 "change": paired_change(seeds, baseline) if name != BASELINE else None,
                 "entropy_by_layer": np.mean(entropies, axis=0).tolist(),
             }
@@ -71,22 +72,31 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def paired_change(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, Any] | None:
     """
-    Change of the perplexity from `theirs` to `ours` in percent, by seed, with its mean and two 95 % intervals of that;
-    None if they share no seed.
+    Change of the perplexity from `theirs` to `ours` in percent, by seed, and that of the mean loss with two 95 %
+    intervals; None if they share no seed.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
-    changes = [100 * (ours[seed]["perplexity"] / theirs[seed]["perplexity"] - 1) for seed in seeds]
+    # in nats, where changes add up and no interval reaches a perplexity below 0
+    changes = np.log([ours[seed]["perplexity"] / theirs[seed]["perplexity"] for seed in seeds])
     return {
-        "by_seed": dict(zip(map(str, seeds), changes, strict=True)),
-        "mean": float(np.mean(changes)),
-        "t_interval": t_interval(changes),
-        "bootstrap_interval": bootstrap_interval(changes),
+        "by_seed": dict(zip(map(str, seeds), map(_percent, changes), strict=True)),
+        "mean": _percent(np.mean(changes)),
+        "t_interval": _map(_percent, t_interval(changes)),
+        "bootstrap_interval": _map(_percent, bootstrap_interval(changes)),
     }
 
 
-def t_interval(values: list[float]) -> list[float] | None:
+def _percent(nats: float) -> float:
+    return float(100 * np.expm1(nats))
+
+
+def _map(function: Callable[[float], float], interval: list[float] | None) -> list[float] | None:
+    return None if interval is None else [float(function(end)) for end in interval]
+
+
+def t_interval(values: Sequence[float]) -> list[float] | None:
     """95 % interval of the mean by Student's t; None with fewer than 3 values, or if one is not finite."""
     if len(values) < LEAST_SEEDS or not np.isfinite(values).all():
         return None
@@ -94,7 +104,7 @@ def t_interval(values: list[float]) -> list[float] | None:
     return [float(np.mean(values) - half), float(np.mean(values) + half)]
 
 
-def bootstrap_interval(values: list[float]) -> list[float] | None:
+def bootstrap_interval(values: Sequence[float]) -> list[float] | None:
     """95 % percentile bootstrap interval of the mean; None with fewer than 3 values, or if one is not finite."""
     if len(values) < LEAST_SEEDS or not np.isfinite(values).all():
         return None
