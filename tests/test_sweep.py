@@ -525,9 +525,8 @@ def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path
         measured = [
             train.read_results(tmp_path / str(i))["perplexity"] for i in range(6) if i % 2 == variants.index(variant)
         ]
-        assert rows[variant]["perplexity"] == pytest.approx(statistics.geometric_mean(measured)) and rows[variant][
-            "seeds"
-        ] == [1, 2, 3]
+        assert rows[variant]["perplexity"] == pytest.approx(statistics.geometric_mean(measured))
+        assert rows[variant]["seeds"] == [1, 2, 3]
     markdown = (tmp_path / "report" / "report.md").read_text()
     page = (tmp_path / "report" / "report.html").read_text()
     for text in (
