@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -426,7 +427,8 @@ def benchmark_command(rounds: int, steps: int = 60) -> list[dict[str, Any]]:
 
     rows: dict[str, list[float]] = {"lnfree train": [], "Trainer, stock": []}
     waiting = []
-    with tempfile.TemporaryDirectory() as folder:
+    # what training prints does not belong among the tables
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         for index in range(rounds):
             base = [f"max_steps={steps}", f"save_steps={steps}", "disable_tqdm=true", "variant=SM+R"]
             recipe = load_recipe(QUICK, [*base, f"output_dir={folder}/{index}"])
