@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from modeling_lnfree import record_attention_entropy
 from .checkpoints import write_atomically
 
 
-class Quantity:
+class Quantity(ABC):
     """What one forward pass of the probe batch shows; its file in the run's folder is `<name>.jsonl`."""
 
     name: str
@@ -25,9 +26,9 @@ class Quantity:
         """Stands around the forward pass."""
         return nullcontext()
 
+    @abstractmethod
     def measure(self, model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
         """The record for the file, and the scalars for the log, after the forward pass."""
-        raise NotImplementedError
 
 
 class MeasurementCallback(TrainerCallback):
