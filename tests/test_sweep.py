@@ -355,12 +355,14 @@ def test_runs_that_outlive_their_killed_sweep_are_left_to_end(long_sweep, tmp_pa
     with (tmp_path / "log").open("w") as log:
         process = start_sweep(path, log)
         assert wait_for(lambda: len(list((tmp_path / "runs").glob("*/speed.jsonl"))) == 2)
+        # stopped, so that no run ends before the next sweep looks
+        os.killpg(process.pid, signal.SIGSTOP)
         process.kill()
         process.wait()
-        process = start_sweep(path, log)
-        assert process.wait(timeout=600) == 0
-    told = (tmp_path / "log").read_text()
-    assert "running in another process" in told
+        next_sweep = start_sweep(path, log)
+        assert wait_for(lambda: "running in another process" in (tmp_path / "log").read_text())
+        os.killpg(process.pid, signal.SIGCONT)
+        assert next_sweep.wait(timeout=600) == 0
     assert table(tmp_path / "runs") == expected
 
 
