@@ -285,7 +285,8 @@ def _measure(
     model.eval()
     try:
         # not reduced: other processes may measure other texts, or none
-        with torch.no_grad(), record_attention_entropy(backbone, reduce=False) as record:
+        # nor are the towers of other modalities, which read no text
+        with torch.no_grad(), record_attention_entropy(backbone.get_decoder(), reduce=False) as record:
             for start in evaluate.logging.tqdm(range(0, len(sequences), batch_size)):
                 backbone(**pad(sequences[start : start + batch_size], model.device), use_cache=False)
     finally:
