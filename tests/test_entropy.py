@@ -170,12 +170,18 @@ def test_causal_lengths_match_definition(length, heads, kv_heads):
     torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=0)
 
 
-def test_large_scores_match_definition():
-    query, key = random_states(2, 4, 4, 131, 131, 64, scale=10.0)
-    ours = compute_attention_entropy(query, key, scaling=64**-0.5, is_causal=True)
-    theirs = naive_attention_entropy(query, key, scaling=64**-0.5, is_causal=True)
-    # scores ten times larger
-    torch.testing.assert_close(ours.double(), theirs, atol=1e-3, rtol=0)
+@pytest.mark.parametrize("scale", [10.0, 100.0, 1e4, 1e6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_large_scores_match_definition(scale, masked):
+    query, key = (state.requires_grad_() for state in random_states(2, 4, 4, 131, 131, 64, scale=scale))
+    mask = random_mask((2, 1, 131, 131)) if masked else None
+    arguments = {"scaling": 64**-0.5, "attention_mask": mask, "is_causal": True}
+    ours = compute_attention_entropy(query, key, **arguments)
+    theirs = naive_attention_entropy(query, key, **arguments)
+    # the difference of two terms as large as the scores
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=0)
+    gradients = (torch.autograd.grad(entropy.sum(), query)[0] for entropy in (ours, theirs))
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])

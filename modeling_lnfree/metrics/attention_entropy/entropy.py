@@ -12,7 +12,8 @@ and the scores are linear in the keys, so the last sum is an attention output wh
 A fused attention kernel computes the log-sum-exp and that output in O(T) memory: no (T, T) map is ever formed.
 
 Precision: H does not change when one vector is added to every key, but both terms do, and their difference cancels.
-So the mean of the visible keys is subtracted from every key first, and everything is computed in float32 at least.
+So the mean of the visible keys is subtracted from every key first, and everything is computed in float32 at least; in
+float64 where the terms are large all the same, as in a head of a run that diverges (on the CPU).
 
 Gradient: the log-sum-exp of a kernel carries none. But dH/ds_j = -p_j (s_j - sum_i p_i s_i) is also the gradient of
 -sum_j p_j c_j with constants c_j = s_j, so H = lse.detach() - scaling * q.detach() . Attention(q, k, v=k.detach())
@@ -40,6 +41,8 @@ from transformers.masking_utils import find_packed_sequence_indices, sdpa_mask
 
 # elements of the scores, or of the float mask of a kernel, that are held at a time
 _BLOCK_ELEMENTS = 2**22
+# log-sum-exp from which on the difference needs float64
+_LARGE_SCORE = 2**8
 
 
 def compute_attention_entropy(
@@ -226,6 +229,9 @@ def _kernel_entropy(
 ) -> Tensor:
     """`lse - scaling * q . Attention(q, k, v=k)` with the right gradient, `(batch, heads, T)`."""
     output, logsumexp = kernel(query, key, key.detach(), visibility, scaling)
+    # the terms cancel: float32 leaves an error of 3e-7 of their size (the CPU alone has kernels in float64)
+    if query.device.type == "cpu" and query.dtype == torch.float32 and logsumexp.abs().max() > _LARGE_SCORE:
+        return _kernel_entropy(kernel, query.double(), key.double(), visibility, scaling).float()
     return logsumexp.detach() - scaling * torch.linalg.vecdot(query.detach(), output)
 
 
