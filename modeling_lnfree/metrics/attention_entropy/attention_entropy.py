@@ -297,7 +297,10 @@ def _measure(
 def _summarize(measurements: list[dict[str, Any]]) -> dict[str, Any]:
     measurements = [measurement for measurement in measurements if measurement["num_queries"] > 0]
     if not measurements:
-        raise ValueError("no query was measured: the model read nothing while it was recorded")
+        raise ValueError(
+            "no query was measured: the model read nothing while it was recorded, or ran a graph that "
+            "torch.compile had made before"
+        )
     shapes = {np.shape(measurement["entropy"]) for measurement in measurements}
     if len(shapes) > 1:
         raise ValueError(f"the measurements are of models of different (layers, heads): {sorted(shapes)}")
