@@ -137,7 +137,10 @@ class LNFreeAttention(nn.Module):
             key_states = apply_rotary(key_states, *position_embeddings)
 
         if layer_past is not None:
-            key_states, value_states = layer_past.update(key_states, value_states, self.layer_idx)  # (B, H, S, d)
+            # the paged cache of `generate_batch` finds in the keywords where to read and write
+            key_states, value_states = layer_past.update(
+                key_states, value_states, self.layer_idx, kwargs=kwargs
+            )  # (B, H, S, d)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

@@ -4,6 +4,8 @@ import inspect
 import math
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from transformers.masking_utils import (
     eager_mask,
     flash_attention_mask,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module
 from modeling_lnfree.metrics.attention_entropy.entropy import compute_attention_entropy, record_attention_entropy
@@ -167,12 +170,18 @@ def test_causal_lengths_match_definition(length, heads, kv_heads):
     torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=0)
 
 
-def test_large_scores_match_definition():
-    query, key = random_states(2, 4, 4, 131, 131, 64, scale=10.0)
-    ours = compute_attention_entropy(query, key, scaling=64**-0.5, is_causal=True)
-    theirs = naive_attention_entropy(query, key, scaling=64**-0.5, is_causal=True)
-    # scores ten times larger
-    torch.testing.assert_close(ours.double(), theirs, atol=1e-3, rtol=0)
+@pytest.mark.parametrize("scale", [10.0, 100.0, 1e4, 1e6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_large_scores_match_definition(scale, masked):
+    query, key = (state.requires_grad_() for state in random_states(2, 4, 4, 131, 131, 64, scale=scale))
+    mask = random_mask((2, 1, 131, 131)) if masked else None
+    arguments = {"scaling": 64**-0.5, "attention_mask": mask, "is_causal": True}
+    ours = compute_attention_entropy(query, key, **arguments)
+    theirs = naive_attention_entropy(query, key, **arguments)
+    # the difference of two terms as large as the scores
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=0)
+    gradients = (torch.autograd.grad(entropy.sum(), query)[0] for entropy in (ours, theirs))
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -260,19 +269,32 @@ def test_queries_that_see_no_key_are_nan():
     assert entropy[:, :, :2].isnan().all() and entropy.isnan().sum() == 4
 
 
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(0, 4), (3, 0)])
-def test_empty_inputs(num_queries, num_keys):
-    query, key = random_states(2, 4, 2, num_queries, num_keys, 8)
+@pytest.mark.parametrize(("batch", "num_queries", "num_keys"), [(2, 0, 4), (2, 3, 0), (2, 0, 0), (0, 3, 4)])
+def test_empty_inputs(batch, num_queries, num_keys):
+    query, key = random_states(batch, 4, 2, num_queries, num_keys, 8)
     entropy = compute_attention_entropy(query, key, scaling=1.0)
-    assert entropy.shape == (2, 4, num_queries) and entropy.isnan().all()
+    assert entropy.shape == (batch, 4, num_queries) and entropy.isnan().all()
 
 
-def test_wrong_shapes_are_refused():
-    query, key = random_states(1, 4, 3, 5, 5, 8)
-    with pytest.raises(ValueError, match="heads must be a multiple of kv_heads, got 4 and 3"):
-        compute_attention_entropy(query, key, scaling=1.0)
-    with pytest.raises(ValueError, match=r"attention_mask must have 4 dimensions, got shape \(5, 5\)"):
-        compute_attention_entropy(query, key[:, :2], scaling=1.0, attention_mask=torch.ones(5, 5, dtype=torch.bool))
+@pytest.mark.parametrize(
+    ("key_shape", "options", "message"),
+    [
+        ((2, 3, 5, 8), {}, "heads must be a multiple of kv_heads, got 4 and 3"),
+        ((2, 0, 5, 8), {}, "heads must be a multiple of kv_heads, got 4 and 0"),
+        # the kernel would read past the end of these
+        ((1, 2, 5, 8), {}, r"got \(2, 4, 5, 8\) and \(1, 2, 5, 8\)"),
+        ((2, 2, 5, 9), {}, r"got \(2, 4, 5, 8\) and \(2, 2, 5, 9\)"),
+        ((2, 5, 8), {}, r"got \(2, 4, 5, 8\) and \(2, 5, 8\)"),
+        ((2, 2, 5, 8), {"attention_mask": torch.ones(5, 5).bool()}, r"must be \(2 or 1, 4 .* got shape \(5, 5\)"),
+        ((2, 2, 5, 8), {"attention_mask": torch.ones(2, 1, 5, 7)}, r"5 or 1, 5\) here, got shape \(2, 1, 5, 7\)"),
+        ((2, 2, 5, 8), {"attention_mask": torch.ones(1, 2, 5, 5).bool()}, r"got shape \(1, 2, 5, 5\)"),
+        ((2, 2, 5, 8), {"attention_mask": torch.ones(1, 1, 5, 5).long()}, "bool or floating, got torch.int64"),
+        ((2, 2, 5, 8), {"sinks": torch.zeros(2)}, r"each of the 4 heads, got shape \(2,\)"),
+    ],
+)
+def test_wrong_shapes_are_refused(key_shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        compute_attention_entropy(torch.randn(2, 4, 5, 8), torch.randn(key_shape), scaling=1.0, **options)
 
 
 GRADIENT_CASES = {
@@ -619,6 +641,19 @@ def test_arguments_of_flash_attention(model_type, padding, flash_on_cpu):
     torch.testing.assert_close(record.max_entropy, expected.max_entropy, atol=1e-6, rtol=0)
 
 
+def test_sequences_packed_by_their_lengths(flash_on_cpu):
+    query, key = random_states(1, 4, 2, 13, 13, 16)
+    ends = torch.tensor([0, 5, 13], dtype=torch.int32)
+    attention = _Attention()
+    AttentionInterface.register("flash_on_cpu", lambda *args, **kwargs: None)
+    with record_attention_entropy(attention) as record:
+        attention(query, key, flash_on_cpu, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    parts = [(query[:, :, :5], key[:, :, :5]), (query[:, :, 5:], key[:, :, 5:])]
+    expected = torch.cat([naive_attention_entropy(*part, scaling=0.25) for part in parts], -1).mean((0, 2))
+    torch.testing.assert_close(record.entropy[0].double(), expected, atol=2e-5, rtol=0)
+    assert record.max_entropy[0, 0].item() == pytest.approx((5 * math.log(5) + 8 * math.log(8)) / 13)
+
+
 def test_no_interface_is_left_changed_after_an_exception():
     model = make_model("llama")
 
@@ -648,6 +683,71 @@ def test_two_models_at_once_do_not_mix():
             second(**other)
     assert torch.equal(outer.entropy, alone.entropy) and torch.equal(inner.entropy, again.entropy)
     assert (outer.num_queries, inner.num_queries) == (batch["attention_mask"].sum(), 13)
+
+
+def test_blocks_in_threads_and_in_any_order_are_apart_and_leave_nothing():
+    model, batch = make_model("llama"), make_batch("left")
+    before = vars(AttentionInterface).copy(), vars(AttentionMaskInterface).copy()
+    start = threading.Barrier(3)
+
+    def measure(model):
+        start.wait()
+        records = []
+        for _ in range(10):
+            with record_attention_entropy(model) as record, torch.no_grad():
+                model(**batch)
+            records.append(record)
+        return records
+
+    with ThreadPoolExecutor(3) as threads:
+        measured = list(threads.map(measure, [make_model("llama"), make_model("llama", "eager"), make_model("gpt2")]))
+    assert {record.num_queries for records in measured for record in records} == {26}
+
+    first, second = record_attention_entropy(model), record_attention_entropy(model)
+    with torch.no_grad():
+        records = first.__enter__(), second.__enter__()
+        model(**batch)
+        first.__exit__(None, None, None)
+        model(**batch)
+        second.__exit__(None, None, None)
+        model(**batch)
+    assert [record.num_queries for record in records] == [26, 2 * 26]
+    assert (vars(AttentionInterface), vars(AttentionMaskInterface)) == before
+
+
+class _Attention(torch.nn.Module):
+    """Calls an attention function of its own with queries, keys and further arguments."""
+
+    is_causal = False
+
+    def forward(self, query, key, implementation="eager", **arguments):
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, lambda *args, **kwargs: None)
+        return attention(self, query, key, key, None, scaling=0.25, **arguments)
+
+
+def test_a_batch_of_one_is_broadcast():
+    query, key = random_states(1, 4, 2, 7, 13, 16)[0], random_states(3, 4, 2, 7, 13, 16)[1]
+    attention = _Attention()
+    with record_attention_entropy(attention) as record:
+        attention(query, key)
+    expected = naive_attention_entropy(query.expand(3, -1, -1, -1), key, scaling=0.25).mean((0, 2))
+    assert record.num_queries == 3 * 7
+    torch.testing.assert_close(record.entropy[0].double(), expected, atol=2e-5, rtol=0)
+
+
+def test_a_sink_for_every_query(monkeypatch):
+    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2000)
+    query, key = random_states(2, 4, 2, 23, 13, 16)
+    sinks = torch.randn(2, 4, 23, 1)
+    attention = _Attention()
+    with record_attention_entropy(attention) as record:
+        attention(query, key, sinks=sinks)
+    expected = [
+        naive_attention_entropy(query[:, :, [i]], key, scaling=0.25, sinks=sinks[b, :, i, 0])[b]
+        for b in range(2)
+        for i in range(23)
+    ]
+    torch.testing.assert_close(record.entropy[0].double(), torch.cat(expected, -1).mean(-1), atol=2e-5, rtol=0)
 
 
 def test_part_of_a_model():
@@ -701,10 +801,39 @@ def test_models_beside_the_interface_are_refused_by_name(model_type):
         pass
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_encoder_of_an_encoder_decoder(implementation):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB_SIZE, "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4}
+    config = AutoConfig.for_model("bart", **sizes, decoder_layers=1, decoder_attention_heads=4)
+    model, batch = AutoModel.from_config(config, attn_implementation="eager").eval(), make_batch("right")
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.self_attn.q_proj.weight.normal_(std=0.5)
+        maps = torch.stack(model.encoder(**batch, output_attentions=True).attentions).double()
+        model.set_attn_implementation(implementation)
+        with record_attention_entropy(model.encoder) as record:
+            model.encoder(**batch)
+    expected = mean_of_queries(torch.special.entr(maps).sum(-1), batch["attention_mask"])
+    torch.testing.assert_close(record.entropy.double(), expected, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="BartDecoder is an encoder-decoder, or a part of one"):
+        record_attention_entropy(model.decoder).__enter__()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_decoders_with_cross_attention_are_refused(model_type):
+    model = make_model(model_type, is_decoder=True, add_cross_attention=True)
+    with pytest.raises(ValueError, match="with cross attention"), record_attention_entropy(model):
+        pass
+
+
 def test_encoder_decoders_are_refused_by_name():
     config = AutoConfig.for_model("bart", vocab_size=VOCAB_SIZE, d_model=32, encoder_layers=1, decoder_layers=1)
     model = AutoModel.from_config(config)
-    with pytest.raises(ValueError, match="BartModel is an encoder-decoder"), record_attention_entropy(model):
+    with (
+        pytest.raises(ValueError, match="BartModel is an encoder-decoder"),
+        record_attention_entropy(model),
+    ):
         pass
 
 

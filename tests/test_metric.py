@@ -174,6 +174,17 @@ def test_a_broken_head_is_nan_and_counted(metric, tokenizer):
     assert AttentionEntropy().compute(predictions=[result])["nan_count"] == result["nan_count"]
 
 
+def test_the_text_layers_of_a_multi_modal_model(metric, tokenizer):
+    text = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, "image_size": 28})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    result = metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)
+    assert np.shape(result["entropy"]) == (3, 4) and 0 < result["mean_entropy"] < result["max_entropy"][0][0]
+    assert sum(result["head_distribution"]) == 1
+
+
 def test_a_model_in_training_is_measured_without_dropout_and_left_as_it_was(metric, tokenizer):
     model = make_model()
     expected = metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -372,6 +374,20 @@ def test_beams_and_sampling_equal_those_without_a_cache(backbone):
         torch.manual_seed(1)
         samples.append(model.generate(input_ids, do_sample=True, top_k=20, use_cache=use_cache, **kwargs))
     assert samples[0].equal(samples[1])
+
+
+@pytest.mark.slow  # its server needs seconds to start
+@every_backbone
+def test_continuous_batching_equals_generation_one_by_one(backbone):
+    model, prompts = tiny_model("SM+R", backbone), [[3, 4, 5], [6, 7, 8, 9]]
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=1, pad_token_id=0)
+    # by default its cache takes most of the memory
+    paged = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16)
+    batched = model.generate_batch(prompts, config, paged, progress_bar=False, warmup=False)
+    assert [output.error for output in batched.values()] == [None, None]
+    for prompt, output in zip(prompts, batched.values(), strict=True):
+        alone = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]
+        assert output.generated_tokens == alone.tolist()
 
 
 @every_backbone

@@ -285,7 +285,8 @@ def _measure(
     model.eval()
     try:
         # not reduced: other processes may measure other texts, or none
-        with torch.no_grad(), record_attention_entropy(backbone, reduce=False) as record:
+        # nor are the towers of other modalities, which read no text
+        with torch.no_grad(), record_attention_entropy(backbone.get_decoder(), reduce=False) as record:
             for start in evaluate.logging.tqdm(range(0, len(sequences), batch_size)):
                 backbone(**pad(sequences[start : start + batch_size], model.device), use_cache=False)
     finally:
@@ -296,7 +297,10 @@ def _measure(
 def _summarize(measurements: list[dict[str, Any]]) -> dict[str, Any]:
     measurements = [measurement for measurement in measurements if measurement["num_queries"] > 0]
     if not measurements:
-        raise ValueError("no query was measured: the model read nothing while it was recorded")
+        raise ValueError(
+            "no query was measured: the model read nothing while it was recorded, or ran a graph that "
+            "torch.compile had made before"
+        )
     shapes = {np.shape(measurement["entropy"]) for measurement in measurements}
     if len(shapes) > 1:
         raise ValueError(f"the measurements are of models of different (layers, heads): {sorted(shapes)}")

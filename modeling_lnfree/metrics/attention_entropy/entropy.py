@@ -12,7 +12,8 @@ and the scores are linear in the keys, so the last sum is an attention output wh
 A fused attention kernel computes the log-sum-exp and that output in O(T) memory: no (T, T) map is ever formed.
 
 Precision: H does not change when one vector is added to every key, but both terms do, and their difference cancels.
-So the mean of the visible keys is subtracted from every key first, and everything is computed in float32 at least.
+So the mean of the visible keys is subtracted from every key first, and everything is computed in float32 at least; in
+float64 where the terms are large all the same, as in a head of a run that diverges (on the CPU).
 
 Gradient: the log-sum-exp of a kernel carries none. But dH/ds_j = -p_j (s_j - sum_i p_i s_i) is also the gradient of
 -sum_j p_j c_j with constants c_j = s_j, so H = lse.detach() - scaling * q.detach() . Attention(q, k, v=k.detach())
@@ -24,8 +25,9 @@ block of queries at a time.
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +41,8 @@ from transformers.masking_utils import find_packed_sequence_indices, sdpa_mask
 
 # elements of the scores, or of the float mask of a kernel, that are held at a time
 _BLOCK_ELEMENTS = 2**22
+# log-sum-exp from which on the difference needs float64
+_LARGE_SCORE = 2**8
 
 
 def compute_attention_entropy(
@@ -69,14 +73,30 @@ def compute_attention_entropy(
         float32. NaN for a query that sees no key, and for one that is not finite or sees a key that is not.
 
     Raises:
-        ValueError: if `heads` is no multiple of `kv_heads`, or `attention_mask` does not have four dimensions.
+        ValueError: for shapes or a dtype of `attention_mask` other than these.
     """
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"heads must be a multiple of kv_heads, got {query.shape[1]} and {key.shape[1]}")
-    if attention_mask is not None and attention_mask.ndim != 4:
-        raise ValueError(f"attention_mask must have 4 dimensions, got shape {tuple(attention_mask.shape)}")
+    if query.ndim != 4 or key.ndim != 4 or query.shape[::3] != key.shape[::3]:
+        raise ValueError(
+            "query must be (batch, heads, T, head_dim) and key (batch, kv_heads, S, head_dim), got "
+            f"{tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    batch, heads, num_queries, _ = query.shape
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {key.shape[1]}")
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise ValueError(f"attention_mask must be bool or floating, got {attention_mask.dtype}")
+        allowed = ({1, batch}, {1, heads}, {1, num_queries}, {key.shape[2]})
+        if attention_mask.ndim != 4 or not all(map(set.__contains__, allowed, attention_mask.shape)):
+            raise ValueError(
+                f"attention_mask must be ({batch} or 1, {heads} or 1, {num_queries} or 1, {key.shape[2]}) here, got "
+                f"shape {tuple(attention_mask.shape)}"
+            )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must have one entry for each of the {heads} heads, got shape {tuple(sinks.shape)}")
     visible, bias = _split_mask(attention_mask)
-    visibility = _Visibility(visible, is_causal, query.shape[2], key.shape[2], query.device)
+    visibility = _Visibility(visible, is_causal, num_queries, key.shape[2], query.device)
+    sinks = None if sinks is None else sinks.view(1, heads, 1, 1)
     return _entropy(query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks)[0]
 
 
@@ -158,7 +178,7 @@ def _entropy(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Entropy, `(batch, heads, T)`, and number of the seen scores whose query or key holds an infinity, of the same
-    shape; None where every query sees a key and nothing is broken."""
+    shape; None where every query sees a key and nothing is broken. `sinks` is `(batch | 1, heads, T | 1, 1)`."""
     batch, heads, num_queries, _ = query.shape
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
@@ -179,6 +199,7 @@ def _entropy(
     if kernel is None:
         elements = batch * heads * visibility.num_keys
         bias = None if bias is None else bias.expand(-1, -1, num_queries, -1)
+        sinks = None if sinks is None else sinks.expand(batch, -1, num_queries, -1)
     else:
         elements = 0 if visibility.mask is None else visibility.mask[..., 0, :].numel()
     step = max(1, _BLOCK_ELEMENTS // elements) if elements else max(1, num_queries)
@@ -190,7 +211,8 @@ def _entropy(
             block = visibility.block(rows.start, rows.stop) if elements else visibility
             if kernel is None:
                 rows_bias = None if bias is None else bias[:, :, rows]
-                entropy = _softmax_entropy(query[:, :, rows], key, scaling, block, rows_bias, softcap, sinks)
+                rows_sinks = None if sinks is None else sinks[:, :, rows]
+                entropy = _softmax_entropy(query[:, :, rows], key, scaling, block, rows_bias, softcap, rows_sinks)
             else:
                 entropy = _kernel_entropy(kernel, query[:, :, rows], key, block, scaling)
             size = query_size[:, :, rows]
@@ -207,6 +229,9 @@ def _kernel_entropy(
 ) -> Tensor:
     """`lse - scaling * q . Attention(q, k, v=k)` with the right gradient, `(batch, heads, T)`."""
     output, logsumexp = kernel(query, key, key.detach(), visibility, scaling)
+    # the terms cancel: float32 leaves an error of 3e-7 of their size (the CPU alone has kernels in float64)
+    if query.device.type == "cpu" and query.dtype == torch.float32 and logsumexp.abs().max() > _LARGE_SCORE:
+        return _kernel_entropy(kernel, query.double(), key.double(), visibility, scaling).float()
     return logsumexp.detach() - scaling * torch.linalg.vecdot(query.detach(), output)
 
 
@@ -265,7 +290,7 @@ def _softmax_entropy(
     """Entropy of one block of queries by way of its scores."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
-    grouped = query.reshape(batch, kv_heads, -1, head_dim)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * num_queries, head_dim)
     scores = scaling * (grouped @ key.mT).view(batch, heads, num_queries, num_keys)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -273,7 +298,7 @@ def _softmax_entropy(
         scores = scores + bias
     hidden = torch.zeros_like(scores[:1, :1], dtype=torch.bool) if visibility.mask is None else ~visibility.mask
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, heads, 1, 1).expand(batch, -1, num_queries, 1)], -1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
         hidden = F.pad(hidden, (0, 1), value=False)
     # a query that sees no key gets all: its NaN would enter the gradient of the others
     hidden = hidden & ~hidden.all(-1, keepdim=True)
@@ -296,7 +321,8 @@ def _describe_mask(mask: Tensor | BlockMask, **arguments) -> _MaskOrigin:
         visible = sdpa_mask(**arguments)
         is_causal = visible is None and not arguments.get("allow_is_bidirectional_skip", False)
     padding_mask = arguments["attention_mask"]
-    if padding_mask is not None:
+    # more queries than keys are those of cross attention, of which it tells the keys
+    if padding_mask is not None and arguments["q_length"] <= padding_mask.shape[1]:
         queries = torch.arange(arguments["q_length"], device=padding_mask.device) + arguments["q_offset"]
         padded = ~padding_mask[:, queries].bool()
     return _MaskOrigin(visible, is_causal, padded)
@@ -316,10 +342,15 @@ class AttentionEntropyRecord:
                 f"{type(model).__name__} computes its attention itself and not by the attention interface of "
                 "transformers (ALL_ATTENTION_FUNCTIONS), so its queries and keys cannot be seen"
             )
-        if any(getattr(vars(module).get("config"), "is_encoder_decoder", False) for module in model.modules()):
+        configs = [vars(module).get("config") for module in model.modules()]
+        # the configuration of an encoder-decoder is also that of its encoder alone
+        decodes = any(getattr(layer, "is_decoder", True) for layer in layers.values())
+        if any(getattr(config, "add_cross_attention", False) for config in configs) or (
+            decodes and any(getattr(config, "is_encoder_decoder", False) for config in configs)
+        ):
             raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder: its cross attention is not told which of its queries "
-                "are padding"
+                f"{type(model).__name__} is an encoder-decoder, or a part of one, with cross attention, which is not "
+                "told which of its queries are padding"
             )
         self.layer_names = list(layers)
         self._rows = {module: row for row, module in enumerate(layers.values())}
@@ -401,16 +432,21 @@ class AttentionEntropyRecord:
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        sinks: Tensor | None = None,
         **kwargs,
     ) -> None:
         # in the backward pass, a checkpointed layer is computed a second time
         if module not in self._rows or torch._C._current_graph_task_id() != -1:
             return
         origin = None if attention_mask is None else self._masks.get(attention_mask)
+        # attention broadcasts a batch of one, as of learned queries
+        batch = max(len(query), len(key))
+        query, key = (states.expand(batch, -1, -1, -1) for states in (query, key))
         key, visibility, bias = _see(implementation, module, query, key, attention_mask, origin, **kwargs)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # sdpa leaves sinks out
-        sinks = None if implementation == "sdpa" else s_aux
+        # one a head, and left out by sdpa; `sinks`, as of Inkling 2, are one a query
+        if s_aux is not None and implementation != "sdpa":
+            sinks = s_aux.view(1, -1, 1, 1)
         entropy, infinite = _entropy(query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks)
 
         number = visibility.number()
@@ -463,6 +499,8 @@ def _see(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, _Visibility, Tensor | None]:
@@ -470,7 +508,8 @@ def _see(
     num_queries, num_keys = query.shape[2], key.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if "flash" in implementation:
-        visible = _flash_visible(query, key, attention_mask, sliding_window, position_ids)
+        lengths = (cu_seq_lens_q, cu_seq_lens_k)
+        visible = _flash_visible(query, key, attention_mask, sliding_window, position_ids, lengths)
         return key, _Visibility(visible, is_causal, num_queries, num_keys, query.device), None
 
     visible, bias = None, None
@@ -498,12 +537,20 @@ def _flash_visible(
     attention_mask: Tensor | None,
     sliding_window: int | None,
     position_ids: Tensor | None,
+    cumulative_lengths: tuple[Tensor | None, Tensor | None],
 ) -> Tensor | None:
     """Mask of the keys that flash attention shows, where it shows not all or all up to the query's position."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     masks = []
     if attention_mask is not None:
         masks.append(attention_mask[:, None, None, :num_keys].bool())
+    elif len(query) == 1 and None not in cumulative_lengths:
+        # the sequence that each position of the packed ones is in
+        queries, keys = (
+            torch.searchsorted(ends, torch.arange(length, device=ends.device, dtype=ends.dtype), right=True)
+            for ends, length in zip(cumulative_lengths, (num_queries, num_keys), strict=True)
+        )
+        masks.append((queries[:, None] == keys)[None, None])
     elif position_ids is not None and position_ids.shape == (1, num_keys) and len(query) == 1:
         sequences = find_packed_sequence_indices(position_ids)
         if sequences is not None:
@@ -533,45 +580,28 @@ def _replaced(owner: type, name: str, replacement: Callable) -> Iterator[None]:
             setattr(owner, name, original)
 
 
+# the records of all open blocks, of whatever thread; the interfaces are replaced from the first to the last
+_open_records: list[AttentionEntropyRecord] = []
+_interfaces = ExitStack()
+_lock = threading.Lock()
+
+
 @contextmanager
-def record_attention_entropy(
-    model: nn.Module, *, reduce: bool = True, on_layer: Callable[[int, Tensor], None] | None = None
-) -> Iterator[AttentionEntropyRecord]:
-    """Measure the attention entropy of every head of `model` in all its forward passes inside the `with` block.
+def _opened(record: AttentionEntropyRecord) -> Iterator[None]:
+    with _lock:
+        if not _open_records:
+            _replace_interfaces()
+        _open_records.append(record)
+    try:
+        yield
+    finally:
+        with _lock:
+            _open_records.remove(record)
+            if not _open_records:
+                _interfaces.close()
 
-    ```python
-    with record_attention_entropy(model) as record:
-        model(**batch)
-    record.entropy  # (layers, heads), in nats
-    ```
 
-    It stands in the interfaces by which transformers looks up attention and mask functions, calls what the model would
-    have called with the same arguments, and reads them: the outputs of the model do not change by one bit, whatever
-    its implementation (eager, sdpa, flex, flash). It draws no random numbers and leaves no trace, also after an
-    exception. Several may be open at once, of the same or of other models, if the last entered is left first.
-
-    What is measured: the distribution before dropout, in float32 at least, also under autocast; each query once,
-    also where gradient checkpointing computes it again; cached decoding as it happens, one query a step. Queries that
-    the 2-D attention mask of the model marks as padding are left out, and those that see no key. With a 4-D mask of
-    your own all queries count that see a key. An attention sink is one more key that every query sees.
-
-    The numbers are added up on the device of each layer, which nothing waits for until a result is read. Graphs that
-    `torch.compile` made before the `with` block are not measured.
-
-    Args:
-        model (`torch.nn.Module`): a model of transformers, or a module that holds one; only its modules are measured.
-        reduce (`bool`, defaults to `True`): where `torch.distributed` is initialised, add up the measurements of all
-            processes when the block is left without an exception, so that all see the results of the whole batch.
-            This is a collective: all processes must enter the block. Pass False to measure in one of them only, or
-            when the processes hold parts of the heads (tensor parallelism).
-        on_layer (`Callable`, *optional*): called at each measurement of a layer with its row and the entropy of every
-            query, a `torch.FloatTensor` of shape `(batch, heads, T)` with NaN where the query is padding or broken.
-
-    Raises:
-        ValueError: if the model does not use the attention interface (BLOOM, MPT and Falcon do not), or is an
-            encoder-decoder.
-    """
-    record = AttentionEntropyRecord(model, on_layer)
+def _replace_interfaces() -> None:
     get_interface, get_attention = AttentionInterface.get_interface, AttentionInterface.__getitem__
     get_mask = AttentionMaskInterface.__getitem__
 
@@ -579,7 +609,8 @@ def record_attention_entropy(
         @functools.wraps(function)
         def attention(module, query, key, value, attention_mask, *args, **kwargs):
             output = function(module, query, key, value, attention_mask, *args, **kwargs)
-            record._measure(implementation, module, query, key, attention_mask, **kwargs)
+            for record in tuple(_open_records):
+                record._measure(implementation, module, query, key, attention_mask, **kwargs)
             return output
 
         return attention
@@ -599,17 +630,60 @@ def record_attention_entropy(
         @functools.wraps(function)
         def mask_function(*args, **kwargs):
             mask = function(*args, **kwargs)
-            record._remember_mask(mask, kwargs)
+            for record in tuple(_open_records):
+                record._remember_mask(mask, kwargs)
             return mask
 
         return mask_function
 
-    with (
-        model.register_forward_pre_hook(record._remember_batch, with_kwargs=True),
-        _replaced(AttentionInterface, "get_interface", measured_interface),
-        _replaced(AttentionInterface, "__getitem__", measured_attention),
-        _replaced(AttentionMaskInterface, "__getitem__", remembered_mask),
+    for owner, name, replacement in (
+        (AttentionInterface, "get_interface", measured_interface),
+        (AttentionInterface, "__getitem__", measured_attention),
+        (AttentionMaskInterface, "__getitem__", remembered_mask),
     ):
+        _interfaces.enter_context(_replaced(owner, name, replacement))
+
+
+@contextmanager
+def record_attention_entropy(
+    model: nn.Module, *, reduce: bool = True, on_layer: Callable[[int, Tensor], None] | None = None
+) -> Iterator[AttentionEntropyRecord]:
+    """Measure the attention entropy of every head of `model` in all its forward passes inside the `with` block.
+
+    ```python
+    with record_attention_entropy(model) as record:
+        model(**batch)
+    record.entropy  # (layers, heads), in nats
+    ```
+
+    It stands in the interfaces by which transformers looks up attention and mask functions, calls what the model would
+    have called with the same arguments, and reads them: the outputs of the model do not change by one bit, whatever
+    its implementation (eager, sdpa, flex, flash). It draws no random numbers and leaves no trace, also after an
+    exception. Several may be open at once, of the same or of other models, also in other threads.
+
+    What is measured: the distribution before dropout, in float32 at least, also under autocast; each query once,
+    also where gradient checkpointing computes it again; cached decoding as it happens, one query a step. Queries that
+    the 2-D attention mask of the model marks as padding are left out, and those that see no key. With a 4-D mask of
+    your own all queries count that see a key. An attention sink is one more key that every query sees.
+
+    The numbers are added up on the device of each layer, which nothing waits for until a result is read. Graphs that
+    `torch.compile` made before the `with` block are not measured.
+
+    Args:
+        model (`torch.nn.Module`): a model of transformers, or a module that holds one; only its modules are measured.
+        reduce (`bool`, defaults to `True`): where `torch.distributed` is initialised, add up the measurements of all
+            processes when the block is left without an exception, so that all see the results of the whole batch.
+            This is a collective: all processes must enter the block. Pass False to measure in one of them only, or
+            when the processes hold parts of the heads (tensor parallelism).
+        on_layer (`Callable`, *optional*): called at each measurement of a layer with its row and the entropy of every
+            query, a `torch.FloatTensor` of shape `(batch, heads, T)` with NaN where the query is padding or broken.
+
+    Raises:
+        ValueError: if the model does not use the attention interface (BLOOM, MPT and Falcon do not), or has cross
+            attention, as encoder-decoders have; their encoder by itself is measured.
+    """
+    record = AttentionEntropyRecord(model, on_layer)
+    with model.register_forward_pre_hook(record._remember_batch, with_kwargs=True), _opened(record):
         yield record
     if reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
         record.all_reduce()
