@@ -362,7 +362,7 @@ def test_measure_counts_what_costs_under_encryption(tmp_path, folder, tokenizer,
     assert counts["baseline"]["generation"]["total"]["gelu"]["elements"] == 3 * 2 * (9 + 1 + 1) * 128
     printed = capsys.readouterr().out
     assert "one forward pass over 2 x 9 tokens" in printed and "generating 3 tokens after 2 x 9 tokens" in printed
-    assert "| SM+LN+G |" in printed and "-108 layer_norm rows, -6,912 gelu" in printed
+    assert "| SM+LN+G |" in printed and "-108 LayerNorm rows, -6,912 GELU" in printed
     # a model of another kind has no baseline
     assert cli.main(["measure", folder, *sizes, "--private-cost"]) == 0
     assert "| GPT2LMHeadModel |" in capsys.readouterr().out
