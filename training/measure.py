@@ -27,9 +27,9 @@ from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
 )
 
 from .checkpoints import write_atomically
-from .compare import plot_heat_maps
 from .data import evaluation_split, load_documents, load_splits
 from .fixed_point import check_model, measure_fixed_point
+from .plots import plot_heat_maps
 from .private_cost import comparison, count_operations, table
 from .recipe import DataArguments, RecipeError, one_line
 from .train import library_versions, perplexity
@@ -207,7 +207,7 @@ def measure(
         write_atomically(json_path, json.dumps(results, indent=1))
     if heat_map_path is not None:
         title = f"{Path(model_id).name}\n{Path(dataset).name}, {counts['num_tokens']:,} tokens"
-        plot_heat_maps([results["attention_entropy"]], [title], heat_map_path)
+        plot_heat_maps([results["attention_entropy"]], [title]).savefig(heat_map_path)
     _print(results)
     return results
 
