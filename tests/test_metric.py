@@ -417,6 +417,7 @@ def test_an_infinite_perplexity_is_a_number(tmp_path, tokenizer, corpus):
         ({"text_column": "text"}, "'text' is not a column of the dataset, which has content, number"),
         ({"text_column": "number"}, "text_column='number' must hold texts, got int"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"private_cost": -1}, "private_cost must be at least 0 new tokens, got -1"),
         ({"max_length": 41}, "in 1 to 40, the positions of the model, got 41"),
         ({"private_cost": 2}, "length=40 and new_tokens=2 need 41 positions, the model has 40"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),

@@ -299,6 +299,8 @@ def test_report_leaves_out_what_is_not_finished(runs_dir, tmp_path, capsys):
     (tmp_path / "SM+R").unlink()
     assert cli.main(["compare", str(tmp_path)]) == 1
     assert "no finished run in" in capsys.readouterr().err
+    assert cli.main(["compare", str(tmp_path / "missing")]) == 1
+    assert f"{tmp_path / 'missing'} is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["log_history.json", "attention_entropy.jsonl", "model/config.json"])

@@ -45,9 +45,11 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
         The path of `report.md`.
 
     Raises:
-        RecipeError: if there is no finished run, or a file of one cannot be read.
+        RecipeError: if there is no such folder or no finished run, or a file of one cannot be read.
     """
     runs_dir = Path(runs_dir)
+    if not runs_dir.is_dir():
+        raise RecipeError(f"{runs_dir} is not a folder")
     folders = sorted(path.parent for path in runs_dir.glob("*/recipe.yaml"))
     runs = [{"folder": folder, **read_results(folder)} for folder in folders if (folder / RESULTS).is_file()]
     unfinished = {folder.name: why_unstable(folder) for folder in folders if not (folder / RESULTS).is_file()}

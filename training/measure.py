@@ -109,6 +109,8 @@ def measure(
     for name, number in (("batch_size", batch_size), ("max_samples", max_samples), ("max_length", max_length)):
         if number is not None and number < 1:
             raise RecipeError(f"{name} must be at least 1, got {number}")
+    if private_cost is not None and private_cost < 0:
+        raise RecipeError(f"private_cost must be at least 0 new tokens, got {private_cost}")
     json_path, heat_map_path, parquet_path = map(_check_output, (json_path, heat_map_path, parquet_path))
     if heat_map_path is not None and heat_map_path.suffix not in (".png", ".pdf", ".svg"):
         raise RecipeError(f"{heat_map_path} must end in .png, .pdf or .svg")
