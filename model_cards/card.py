@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .diagram import describe_activation
+
 
 TEMPLATE = Path(__file__).with_name("lnfree_card.md.jinja")
 RESULTS_TEMPLATE = Path(__file__).with_name("results_card.md.jinja")
@@ -82,6 +84,7 @@ def build_card(
         model_id=f"{namespace}/{name}" if namespace else name,
         namespace=namespace,
         config=config,
+        activation=describe_activation(config),
         results=results,
         siblings=[_sibling(sibling, siblings) for sibling in siblings],
         step=step,

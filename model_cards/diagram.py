@@ -18,7 +18,7 @@ def draw_block(config, path: Path):
     biased = set(config.biased_projections)
     attention = f"attention, {config.num_attention_heads} heads\n{_biases(biased, ('q', 'k', 'v', 'o'))}"
     feed_forward = (
-        f"feed-forward, {config.intermediate_size}\n{_activation(config)}\n{_biases(biased, ('up', 'down'))}"
+        f"feed-forward, {config.intermediate_size}\n{describe_activation(config)}\n{_biases(biased, ('up', 'down'))}"
     )
     figure = Figure()
     axis = figure.add_axes((0, 0, 1, 1))
@@ -57,7 +57,8 @@ def _line(axis, start: tuple[float, float], end: tuple[float, float], arrow: boo
     axis.annotate("", xy=end, xytext=start, arrowprops=style, zorder=0)
 
 
-def _activation(config) -> str:
+def describe_activation(config) -> str:
+    """As the field writes it: `ReLU`, `leaky ReLU, slope 0.1`."""
     names = {"gelu": "GELU", "gelu_pytorch_tanh": "GELU (tanh)", "relu": "ReLU"}
     if config.hidden_act != "leaky_relu":
         return names[config.hidden_act]

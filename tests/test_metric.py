@@ -373,7 +373,7 @@ def test_measure_counts_what_costs_under_encryption(tmp_path, folder, tokenizer,
     assert counts["baseline"]["generation"]["total"]["gelu"]["elements"] == 3 * 2 * (9 + 1 + 1) * 128
     printed = capsys.readouterr().out
     assert "one forward pass over 2 x 9 tokens" in printed and "generating 3 tokens after 2 x 9 tokens" in printed
-    assert "| SM+LN+G |" in printed and "-108 layer_norm rows, -6,912 gelu" in printed
+    assert "| SM+LN+G |" in printed and "-108 LayerNorm rows, -6,912 GELU" in printed
     # a model of another kind has no baseline
     assert cli.main(["measure", folder, *sizes, "--private-cost"]) == 0
     assert "| GPT2LMHeadModel |" in capsys.readouterr().out
@@ -428,6 +428,7 @@ def test_an_infinite_perplexity_is_a_number(tmp_path, tokenizer, corpus):
         ({"text_column": "text"}, "'text' is not a column of the dataset, which has content, number"),
         ({"text_column": "number"}, "text_column='number' must hold texts, got int"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"private_cost": -1}, "private_cost must be at least 0 new tokens, got -1"),
         ({"max_length": 41}, "in 1 to 40, the positions of the model, got 41"),
         ({"private_cost": 2}, "length=40 and new_tokens=2 need 41 positions, the model has 40"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),

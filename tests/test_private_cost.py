@@ -124,12 +124,12 @@ def test_the_baseline_is_sm_ln_g_of_the_same_sizes(variant, backbone):
     assert (changes == []) == (variant == "SM+LN+G")
     if variant == "SM+R":
         activations = 3 * 7 * config.intermediate_size
-        relu = f"+{activations:,} relu"
+        relu = f"+{activations:,} ReLU"
         assert changes == [
-            f"-{3 * 2 * 7} layer_norm rows",
-            f"-{activations:,} gelu",
+            f"-{3 * 2 * 7} LayerNorm rows",
+            f"-{activations:,} GELU",
             relu,
-            relu.replace("relu", "comparison"),
+            relu.replace("ReLU", "comparisons"),
         ]
 
 
@@ -191,8 +191,8 @@ def test_tables_name_lengths_and_what_has_no_figure():
     lines = table([("SM+R", counts["forward"]["total"]), ("new", counts["generation"]["total"])], "x")
     assert "| 60 x 5 |" in lines[2] and "| 84 x 5 to 7 |" in lines[3]
     text = "\n".join(comparison([("SM+R", counts["forward"])], counts["baseline"]["forward"]))
-    assert "5 layer_norm rows, 60 softmax rows | -30 layer_norm rows, -1,920 gelu" in text
-    assert "layer_norm (all of it" in text and "against" not in "\n".join(comparison([("x", counts["forward"])], None))
+    assert "5 LayerNorm rows, 60 softmax rows | -30 LayerNorm rows, -1,920 GELU" in text
+    assert "LayerNorm (all of it" in text and "against" not in "\n".join(comparison([("x", counts["forward"])], None))
 
 
 @pytest.mark.parametrize(

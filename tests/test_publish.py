@@ -309,6 +309,7 @@ def test_hub_that_cannot_be_reached_is_one_line(server, runs_dir, monkeypatch, c
     ("token", "namespace", "message"),
     [
         (None, "me", "no token of the Hub; log in by 'hf auth login', or set HF_TOKEN"),
+        (TOKEN, "a b/c", "namespace must be the name of a user or organisation of the Hub, got 'a b/c'"),
         (TOKEN, "google", "namespace=google is not yours; the token's are me, lab"),
         ("hf_nobody_has_this", "me", "the Hub does not know the token; log in by 'hf auth login', or set HF_TOKEN"),
         ("hf_\u00e9", "me", "the token of the Hub has characters that no token has"),
@@ -467,7 +468,7 @@ def test_one_seed_of_a_variant_is_published_and_all_are_in_the_results(runs_dir,
     runs = publish.find_runs(runs_dir)
     assert [run["folder"].name for run in publish._choose(runs, None)] == ["SM+LN+G-5", "SM+R-5"]
     assert f"{MODELS[1]}: the run of seed 5 is published; also in the results: 7" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="seed=7 is not among the finished runs of lnfree-gpt2-sm-ln-g-t16"):
+    with pytest.raises(RecipeError, match="seed=7 is not among the finished runs of lnfree-gpt2-sm-ln-g-t16 .seed 5"):
         publish._choose(runs, 7)
     rows = load_dataset("parquet", data_files=str(built[3].folder / "data" / "*.parquet"), split="train").to_pandas()
     for run in runs:

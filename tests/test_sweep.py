@@ -22,7 +22,8 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from training import checkpoints, cli, seeds, sweep, train
-from training.compare import setting_of
+from training.compare import _summary_row, setting_of
+from training.plots import plot_gradient_norms
 from training.recipe import RecipeError, build_recipe, load_recipe
 
 
@@ -467,6 +468,24 @@ def test_intervals_and_paired_changes_over_seeds(tmp_path):
     means = sorted(100 * np.expm1(np.mean(sample)) for sample in itertools.product(logs, repeat=3))
     expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf").tolist()
     assert pair["change"]["bootstrap_interval"] == pytest.approx(expected)
+
+
+def test_a_change_says_how_many_seeds_it_is_over(tmp_path):
+    runs = [fake_run(tmp_path, "SM+LN+G", seed, 10.0) for seed in (1, 2)]
+    runs += [fake_run(tmp_path, "SM+R", seed, 9.0) for seed in (1, 2, 3)]
+    baseline, row = seeds.summarise(runs)["configurations"]
+    assert _summary_row(row).startswith("| SM+R | 3 | 9.000 | 9.000 to 9.000 | -10.00 % (2 of the seeds) |")
+    assert _summary_row(baseline) == "| SM+LN+G | 2 | 10.000 |  | 0 |  |  |"
+
+
+def test_logarithmic_axes_have_plain_numbers(tmp_path):
+    runs = [fake_run(tmp_path, "SM+R", 1, 10.0)]
+    (runs[0]["folder"] / "gradient_norm.jsonl").write_text(json.dumps({"norms": [0.35] * 10 + [0.65] * 10}))
+    figure = plot_gradient_norms(runs)
+    figure.canvas.draw()
+    axis = figure.axes[0].yaxis
+    labels = [label.get_text() for label in axis.get_ticklabels() + axis.get_ticklabels(minor=True)]
+    assert {"0.4", "0.5", "0.6"} <= set(labels) and not any("e" in label for label in labels)
 
 
 def test_the_same_run_twice_is_an_error(tmp_path):

@@ -276,9 +276,9 @@ def test_report_has_the_papers_table(runs_dir, capsys):
         change = 100 * (results[variant]["perplexity"] / results["SM+LN+G"]["perplexity"] - 1)
         assert f"| {results[variant]['perplexity']:.3f} | {change:+.2f} % |" in row
     headline = 100 * (results["SM+R"]["perplexity"] / results["SM+G"]["perplexity"] - 1)
-    assert f"(SM+R against SM+G, seed 1337): {headline:+.2f} % perplexity." in report
+    assert f"SM+R against SM+G, paired over 1 seed: {headline:+.2f} % perplexity (seed 1337 " in report
     comparison = json.loads((runs_dir / "report" / "comparison.json").read_text())
-    assert comparison["groups"][0]["headline"][0]["relu_against_gelu_percent"] == pytest.approx(headline)
+    assert comparison["groups"][0]["summary"]["pairs"][0]["change"]["by_seed"] == {"1337": pytest.approx(headline)}
     for row in comparison["groups"][0]["rows"]:
         assert sum(row["head_distribution"]) == pytest.approx(1)
         entropy = results.get(row["variant"], train.read_results(runs_dir / row["variant"]))["attention_entropy"]
@@ -299,6 +299,18 @@ def test_report_leaves_out_what_is_not_finished(runs_dir, tmp_path, capsys):
     (tmp_path / "SM+R").unlink()
     assert cli.main(["compare", str(tmp_path)]) == 1
     assert "no finished run in" in capsys.readouterr().err
+    assert cli.main(["compare", str(tmp_path / "missing")]) == 1
+    assert f"{tmp_path / 'missing'} is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["log_history.json", "attention_entropy.jsonl", "model/config.json"])
+def test_report_names_a_file_of_a_run_that_cannot_be_read(runs_dir, tmp_path, capsys, name):
+    run_dir = tmp_path / "run"
+    shutil.copytree(runs_dir / "SM+R", run_dir)
+    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
+        damage(run_dir / name)
+        assert cli.main(["compare", str(tmp_path)]) == 1
+        assert f"lnfree compare: error: {run_dir / name} cannot be read: " in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ the export

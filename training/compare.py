@@ -5,20 +5,19 @@ import json
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 
 from .callbacks import read_records
 from .checkpoints import write_atomically
+from .plots import plot_curves, plot_heat_maps, run_title
 from .private_cost import BASELINE, comparison, count_operations
 from .recipe import MODEL_FIELDS, DataArguments, RecipeError
-from .report import build_html
-from .seeds import LEAST_SEEDS, configuration, summarise
+from .report import RANGES, build_html
+from .seeds import LEAST_SEEDS, configuration, read_json, summarise
 from .stability import REPORT, describe
 from .train import RESULTS, read_results
 
@@ -31,7 +30,6 @@ DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "nor
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
     *("lr_scheduler_type", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "bf16"),
 }
-RANGES = ["[0, max/4)", "[max/4, max/2)", "[max/2, 3max/4)", "[3max/4, max]"]
 
 
 def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -47,9 +45,11 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
         The path of `report.md`.
 
     Raises:
-        RecipeError: if there is no finished run.
+        RecipeError: if there is no such folder or no finished run, or a file of one cannot be read.
     """
     runs_dir = Path(runs_dir)
+    if not runs_dir.is_dir():
+        raise RecipeError(f"{runs_dir} is not a folder")
     folders = sorted(path.parent for path in runs_dir.glob("*/recipe.yaml"))
     runs = [{"folder": folder, **read_results(folder)} for folder in folders if (folder / RESULTS).is_file()]
     unfinished = {folder.name: why_unstable(folder) for folder in folders if not (folder / RESULTS).is_file()}
@@ -67,12 +67,12 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     except OSError as error:
         raise RecipeError(f"output={output} cannot be written: {error.strerror}") from None
     measurements, titles = [run["attention_entropy"] for run in runs], [run_title(run) for run in runs]
-    plot_heat_maps(measurements, titles, output / "heat_maps.png")
-    plot_curves(runs, output / "curves.png")
+    plot_heat_maps(measurements, titles).savefig(output / "heat_maps.png")
+    plot_curves(runs).savefig(output / "curves.png")
     write_atomically(output / "comparison.json", json.dumps({"groups": groups, "unfinished": unfinished}, indent=1))
     report = _markdown(groups, unfinished)
     write_atomically(output / "report.md", report)
-    page = build_html(groups, runs_of_groups, unfinished, plot_heat_maps, RANGES)
+    page = build_html(groups, runs_of_groups, unfinished)
     write_atomically(output / "report.html", page)
     print(report)
     print(f"report: {output / 'report.md'}, and for a browser {output / 'report.html'}")
@@ -104,7 +104,7 @@ def _titles(runs_of_groups: list[list[dict[str, Any]]]) -> list[str]:
 def why_unstable(folder: Path) -> str:
     """What a run that is unstable says of it, in one line; nothing for any other."""
     path = folder / REPORT
-    return describe(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""
+    return describe(read_json(path)) if path.is_file() else ""
 
 
 def papers_order(variant: str) -> tuple:
@@ -119,7 +119,7 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for run in runs:
         baseline = perplexity.get((BASELINE, run["seed"]))
         entropy = np.array(run["attention_entropy"]["entropy"])  # (layers, heads)
-        config = (run["folder"] / "model" / "config.json").read_text(encoding="utf-8")
+        config = json.dumps(read_json(run["folder"] / "model" / "config.json"))
         rows.append(
             {
                 "variant": run["variant"],
@@ -136,17 +136,9 @@ def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 "private_cost": _private_cost(config, run["block_size"]),
             }
         )
-    headline = [
-        {
-            "seed": seed,
-            "relu_against_gelu_percent": 100 * (perplexity["SM+R", seed] / perplexity["SM+G", seed] - 1),
-        }
-        for seed in sorted({run["seed"] for run in runs})
-        if ("SM+R", seed) in perplexity and ("SM+G", seed) in perplexity
-    ]
     first = runs[0]
     setting = {key: first[key] for key in ("backbone", "block_size", "dataset", "train_tokens")}
-    return {**setting, "rows": rows, "headline": headline, "summary": summary, "notes": _notes(summary, runs)}
+    return {**setting, "rows": rows, "summary": summary, "notes": _notes(summary, runs)}
 
 
 def _notes(summary: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
@@ -156,12 +148,15 @@ def _notes(summary: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
         first, second, change = pair["first"], pair["second"], pair["change"]
         number = len(change["by_seed"])
         note = f"{first} against {second}, paired over {number} seed{'s' if number > 1 else ''}: "
-        note += f"{change['mean']:+.2f} % perplexity"
-        if change["t_interval"] is None:
-            note += f" (fewer than {LEAST_SEEDS} seeds: no interval)."
+        by_seed = ", ".join(f"seed {seed} {percent:+.2f} %" for seed, percent in change["by_seed"].items())
+        note += f"{change['mean']:+.2f} % perplexity ({by_seed}; "
+        if number < LEAST_SEEDS:
+            note += f"fewer than {LEAST_SEEDS} seeds: no interval)."
+        elif change["t_interval"] is None:
+            note += "not all finite: no interval)."
         else:
             note += (
-                f" (95 % interval: {_percent(change['t_interval'])} by t, {_percent(change['bootstrap_interval'])} by "
+                f"95 % interval: {_percent(change['t_interval'])} by t, {_percent(change['bootstrap_interval'])} by "
                 "bootstrap, which is too narrow with few seeds)."
             )
         notes.append(note)
@@ -220,12 +215,6 @@ def _markdown(groups: list[dict[str, Any]], unfinished: dict[str, str]) -> str:
                 f"| {row['configuration']} | {row['seed']} | {row['perplexity']:.3f} | {change} | "
                 f"{row['eval_tokens']:,} | {row['parameters']:,} | {row['nan_count']} | {shares} |"
             )
-        for headline in group["headline"]:
-            lines += [
-                "",
-                f"Without LayerNorm, ReLU against GELU (SM+R against SM+G, seed {headline['seed']}): "
-                f"{headline['relu_against_gelu_percent']:+.2f} % perplexity.",
-            ]
         lines += [line for note in group["notes"] for line in ("", note)]
         layers = max(len(row["entropy_by_layer"]) for row in rows)
         lines += [
@@ -262,84 +251,9 @@ def _summary_row(row: dict[str, Any]) -> str:
     cells.append("" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
     baseline = row["configuration"] == BASELINE
     cells.append("0" if baseline else "" if change is None else f"{change['mean']:+.2f} %")
+    if change is not None and len(change["by_seed"]) < len(row["seeds"]):
+        # the others have no run of SM+LN+G
+        cells[-1] += f" ({len(change['by_seed'])} of the seeds)"
     for name in ("t_interval", "bootstrap_interval"):
         cells.append("" if change is None or change[name] is None else _percent(change[name]))
     return "| " + " | ".join(cells) + " |"
-
-
-def run_title(run: dict[str, Any]) -> str:
-    """Variant and setting of a run, in two lines."""
-    return f"{run['variant']}\n{run['backbone']}, T={run['block_size']}, seed {run['seed']}"
-
-
-def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str], path: Path | BinaryIO):
-    """
-    Attention entropy by layer and head, a panel a measurement, on one scale from 0 to the largest reachable entropy.
-
-    Args:
-        measurements: dictionaries with `entropy` and `max_entropy`, each `(layers, heads)`, in nats.
-        titles: of the panels.
-        path: of the picture, whose ending says the format, or a file object for a PNG.
-    """
-    columns = min(len(measurements), 4)
-    rows = -(-len(measurements) // columns)
-    limit = max(np.max(measurement["max_entropy"]) for measurement in measurements)
-    figure = Figure(figsize=(3.1 * columns + 1, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(measurements) :]:
-        axis.set_visible(False)
-    for axis, measurement, title in zip(axes.flat, measurements, titles, strict=False):
-        entropy = np.array(measurement["entropy"])
-        image = axis.imshow(entropy, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("head")
-        axis.set_ylabel("layer")
-        axis.set_xticks(range(entropy.shape[1]))
-        axis.set_yticks(range(entropy.shape[0]))
-        if entropy.size <= 64:
-            for (layer, head), value in np.ndenumerate(entropy):
-                colour = "black" if value > 0.6 * limit else "white"
-                axis.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(image, ax=axes, label="attention entropy (nats)", shrink=0.9)
-    figure.savefig(path, dpi=150)
-
-
-def plot_curves(runs: list[dict[str, Any]], path: Path):
-    """Training loss of all runs in one panel, then the mean entropy of each layer over the steps, a panel a run."""
-    columns = min(len(runs), 4)
-    rows = -(-len(runs) // columns)
-    figure = Figure(figsize=(3.1 * columns + 1, 3.6 + 2.9 * rows), layout="constrained")
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.3] + [1] * rows)
-    loss_axis = figure.add_subplot(grid[0, :])
-    finite = []
-    colours, seeds = {}, {}
-    for run in runs:
-        colour = colours.setdefault(configuration(run), f"C{len(colours) % 10}")
-        style = ("-", "--", ":", "-.")[seeds.setdefault(run["seed"], len(seeds)) % 4]
-        log = json.loads((run["folder"] / "log_history.json").read_text(encoding="utf-8"))
-        logged = [entry for entry in log if "loss" in entry]
-        losses = [entry["loss"] for entry in logged]
-        steps, label = [entry["step"] for entry in logged], run_title(run).replace("\n", ", ")
-        loss_axis.plot(steps, losses, color=colour, linestyle=style, label=label, linewidth=1.2)
-        finite += [loss for loss in losses if np.isfinite(loss)]
-    if finite:
-        # the first steps, from a uniform prediction, would squeeze the rest
-        loss_axis.set_ylim(min(finite) - 0.2, min(finite) + 3)
-    loss_axis.set(xlabel="step", ylabel="training loss (nats per token)", title="Training loss")
-    loss_axis.legend(fontsize=8, ncols=2)
-    loss_axis.grid(alpha=0.3)
-    limit = max(np.max(run["attention_entropy"]["max_entropy"]) for run in runs)
-    for index, run in enumerate(runs):
-        axis = figure.add_subplot(grid[1 + index // columns, index % columns])
-        records = read_records(run["folder"] / "attention_entropy.jsonl")
-        by_layer = np.array([np.mean(record["entropy"], axis=1) for record in records])  # (records, layers)
-        shades = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, by_layer.shape[1]))
-        for layer, colour in enumerate(shades):
-            axis.plot([r["step"] for r in records], by_layer[:, layer], color=colour, label=f"layer {layer}", lw=1.2)
-        axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
-        axis.set(ylim=(0, 1.05 * limit), xlabel="step", ylabel="entropy (nats)")
-        axis.set_title(run_title(run), fontsize=10)
-        axis.grid(alpha=0.3)
-        if index == 0:
-            axis.legend(fontsize=7)
-    figure.savefig(path, dpi=150)

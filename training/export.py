@@ -19,7 +19,7 @@ from model_cards.card import build_card
 from model_cards.diagram import draw_block
 from modeling_lnfree import LNFreeForCausalLM
 
-from .compare import plot_curves, plot_heat_maps, run_title
+from .plots import plot_curves, plot_heat_maps, run_title
 from .private_cost import describe_forward
 from .recipe import RecipeError
 from .train import read_results
@@ -89,9 +89,8 @@ def export(
         folder = Path(aside) / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        plot_heat_maps([results["attention_entropy"]], [run_title(results)], folder / "heat_map.png")
-        with _reading(run_dir, "log_history.json or attention_entropy.jsonl"):
-            plot_curves([{"folder": run_dir, **results}], folder / "curves.png")
+        plot_heat_maps([results["attention_entropy"]], [run_title(results)]).savefig(folder / "heat_map.png")
+        plot_curves([{"folder": run_dir, **results}]).savefig(folder / "curves.png")
         draw_block(model.config, folder / "block.png")
         for measured in (run_dir / "log_history.json", *run_dir.glob("*.jsonl")):
             with _reading(run_dir, measured.name):

@@ -27,9 +27,9 @@ from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
 )
 
 from .checkpoints import write_atomically
-from .compare import plot_heat_maps
 from .data import evaluation_split, load_documents, load_splits
 from .fixed_point import check_model, measure_fixed_point
+from .plots import plot_heat_maps
 from .private_cost import comparison, count_operations, table
 from .recipe import DataArguments, RecipeError, one_line
 from .train import library_versions, perplexity
@@ -109,6 +109,8 @@ def measure(
     for name, number in (("batch_size", batch_size), ("max_samples", max_samples), ("max_length", max_length)):
         if number is not None and number < 1:
             raise RecipeError(f"{name} must be at least 1, got {number}")
+    if private_cost is not None and private_cost < 0:
+        raise RecipeError(f"private_cost must be at least 0 new tokens, got {private_cost}")
     json_path, heat_map_path, parquet_path = map(_check_output, (json_path, heat_map_path, parquet_path))
     if heat_map_path is not None and heat_map_path.suffix not in (".png", ".pdf", ".svg"):
         raise RecipeError(f"{heat_map_path} must end in .png, .pdf or .svg")
@@ -207,7 +209,7 @@ def measure(
         write_atomically(json_path, json.dumps(results, indent=1))
     if heat_map_path is not None:
         title = f"{Path(model_id).name}\n{Path(dataset).name}, {counts['num_tokens']:,} tokens"
-        plot_heat_maps([results["attention_entropy"]], [title], heat_map_path)
+        plot_heat_maps([results["attention_entropy"]], [title]).savefig(heat_map_path)
     _print(results)
     return results
 

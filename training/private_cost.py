@@ -355,6 +355,11 @@ def _totals(phase: dict[str, Any]) -> dict[str, Any]:
 _ROWS = ("softmax", "layer_norm", "rms_norm")
 _FIRST = (*_ROWS, "gelu", "relu", "leaky_relu")
 _LAST = ("comparison", "opening", "truncation")
+# as the field writes them; an operation that is not here is called what torch calls it
+_TITLES = {
+    **{"layer_norm": "LayerNorm", "rms_norm": "RMSNorm", "gelu": "GELU", "relu": "ReLU", "leaky_relu": "leaky ReLU"},
+    **{"comparison": "comparisons", "opening": "openings", "truncation": "truncations"},
+}
 
 
 def table(counts: list[tuple[str, dict[str, Any]]], heading: str) -> list[str]:
@@ -365,7 +370,7 @@ def table(counts: list[tuple[str, dict[str, Any]]], heading: str) -> list[str]:
     found = {name for _, count in counts for name in count} - {"matmul"}
     others = sorted(found - {*_FIRST, *_LAST})
     columns = [name for name in (*_FIRST, *others, *_LAST) if name in found]
-    titles = [f"{name} rows x length" if name in _ROWS else name for name in columns]
+    titles = [f"{_title(name)} x length" if name in _ROWS else _title(name) for name in columns]
     lines = [f"| {heading} | " + " | ".join(titles) + " |", "|---" * (1 + len(columns)) + "|"]
     for title, count in counts:
         lines.append(f"| {title} | " + " | ".join(_cell(count.get(name)) for name in columns) + " |")
@@ -407,7 +412,7 @@ def comparison(named: list[tuple[str, dict[str, Any]]], baseline: dict[str, Any]
         "",
         f"Rounds (one operation after the other) and MB are those of one protocol ({PROTOCOL}), composed of "
         f"{SOURCES['kernels']}; GELU as {SOURCES['gelu']}. What has no published figure that could be checked is not "
-        "in them: " + "; ".join(f"{name} ({what})" for name, what in kinds.items()) + ".",
+        "in them: " + "; ".join(f"{_TITLES.get(name, name)} ({what})" for name, what in kinds.items()) + ".",
     ]
     return lines
 
@@ -423,16 +428,20 @@ def describe_forward(model_class: type[PreTrainedModel], config: PreTrainedConfi
 
 
 def _amount_of(name: str, count: dict[str, Any]) -> str:
-    return f"{_amount(name, count):,} {name}{' rows' if name in _ROWS else ''}"
+    return f"{_amount(name, count):,} {_title(name)}"
+
+
+def _title(name: str) -> str:
+    return f"{_TITLES.get(name, name)}{' rows' if name in _ROWS else ''}"
 
 
 def difference(total: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
-    """What a total has more or fewer of than another: `-1,536 layer_norm rows`, `+65,536 relu`."""
+    """What a total has more or fewer of than another: `-1,536 LayerNorm rows`, `+65,536 ReLU`."""
     changes = []
     for name in (*_FIRST, *_LAST):
         ours, theirs = (_amount(name, counts.get(name)) for counts in (total, baseline))
         if ours != theirs:
-            changes.append(f"{ours - theirs:+,} {name}{' rows' if name in _ROWS else ''}")
+            changes.append(f"{ours - theirs:+,} {_title(name)}")
     return changes
 
 

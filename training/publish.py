@@ -41,12 +41,13 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import sha
+from huggingface_hub.utils import sha, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 import modeling_lnfree
@@ -163,6 +164,12 @@ def publish(
         RecipeError: for runs that cannot be published, before anything is; and when the Hub refuses or cannot be
             reached, with what is done and what is left.
     """
+    try:
+        validate_repo_id(f"{namespace}/{METRIC.name}")
+    except HFValidationError:
+        raise RecipeError(
+            f"namespace must be the name of a user or organisation of the Hub, got {namespace!r}"
+        ) from None
     runs, api = find_runs(Path(runs_dir)), HfApi()
     try:
         if get_token() is not None or not dry_run:
@@ -214,9 +221,10 @@ def _choose(runs: list[dict[str, Any]], seed: int | None) -> list[dict[str, Any]
                 f"{first['folder'].name} and {run['folder'].name} would both be {name}; publish runs of one setting "
                 "from a folder of their own"
             )
-    missing = sorted({model_name(run) for run in runs} - chosen.keys())
+    missing = [run for run in runs if model_name(run) not in chosen]
     if missing:
-        raise RecipeError(f"seed={seed} is not among the finished runs of {', '.join(missing)}")
+        found = sorted({f"{model_name(run)} (seed {run['seed']})" for run in missing})
+        raise RecipeError(f"seed={seed} is not among the finished runs of {', '.join(found)}")
     for name, run in chosen.items():
         others = [str(other["seed"]) for other in runs if model_name(other) == name and other is not run]
         if others:

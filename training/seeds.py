@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.stats
 
 from .private_cost import BASELINE
-from .recipe import RecipeError
+from .recipe import RecipeError, one_line
 
 
 LEAST_SEEDS = 3
@@ -131,9 +132,17 @@ def ahead(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, Any]:
     return found
 
 
+def read_json(path: Path) -> Any:
+    """What a file of a run holds. Raises RecipeError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {one_line(error)}") from error
+
+
 def evaluations(run: dict[str, Any]) -> list[tuple[int, float]]:
     """Training tokens and perplexity of a run's evaluations on the way."""
-    log = json.loads((run["folder"] / "log_history.json").read_text(encoding="utf-8"))
+    log = read_json(run["folder"] / "log_history.json")
     tokens_per_step = run["train_tokens"] // run["train_steps"]
     evaluated = [
         (entry["step"] * tokens_per_step, entry["eval_perplexity"]) for entry in log if "eval_perplexity" in entry

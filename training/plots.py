@@ -1,0 +1,217 @@
+"""Heat maps of attention entropy, and curves over training."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from .callbacks import read_records
+from .recipe import RecipeError
+from .seeds import configuration, evaluations, read_json
+
+
+class _PlainLogFormatter(LogFormatter):
+    """Labels the ticks that `LogFormatter` labels, as 0.5 and not as 5e-01."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def run_title(run: dict[str, Any]) -> str:
+    """Configuration and setting of a run, in two lines."""
+    return f"{configuration(run)}\n{run['backbone']}, T={run['block_size']}, seed {run['seed']}"
+
+
+def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Figure:
+    """
+    Attention entropy by layer and head, a panel a measurement, on one scale from 0 to the largest reachable entropy.
+
+    Args:
+        measurements: dictionaries with `entropy` and `max_entropy`, each `(layers, heads)`, in nats.
+        titles: of the panels.
+    """
+    columns = min(len(measurements), 4)
+    rows = -(-len(measurements) // columns)
+    limit = max(np.max(measurement["max_entropy"]) for measurement in measurements)
+    figure = Figure(figsize=(3.1 * columns + 1, 3.4 * rows), layout="constrained", dpi=150)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(measurements) :]:
+        axis.set_visible(False)
+    for axis, measurement, title in zip(axes.flat, measurements, titles, strict=False):
+        entropy = np.array(measurement["entropy"])
+        image = axis.imshow(entropy, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+        if entropy.size <= 64:
+            for (layer, head), value in np.ndenumerate(entropy):
+                colour = "black" if value > 0.6 * limit else "white"
+                axis.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    figure.colorbar(image, ax=axes, label="attention entropy (nats)", shrink=0.9)
+    return figure
+
+
+def plot_curves(runs: list[dict[str, Any]]) -> Figure:
+    """
+    Training loss of all runs in one panel, then the mean entropy of each layer over the steps, a panel a run.
+
+    Raises:
+        RecipeError: if a run's log or its record of the entropy cannot be read.
+    """
+    columns = min(len(runs), 4)
+    rows = -(-len(runs) // columns)
+    figure = Figure(figsize=(3.1 * columns + 1, 3.6 + 2.9 * rows), layout="constrained", dpi=150)
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.3] + [1] * rows)
+    loss_axis = figure.add_subplot(grid[0, :])
+    finite = []
+    colours, seeds = defaultdict(_colours().__next__), {}
+    for run in runs:
+        colour = colours[run["backbone"], run["block_size"], configuration(run)]
+        style = ("-", "--", ":", "-.")[seeds.setdefault(run["seed"], len(seeds)) % 4]
+        logged = [entry for entry in read_json(run["folder"] / "log_history.json") if "loss" in entry]
+        losses = [entry["loss"] for entry in logged]
+        steps, label = [entry["step"] for entry in logged], run_title(run).replace("\n", ", ")
+        loss_axis.plot(steps, losses, color=colour, linestyle=style, label=label, linewidth=1.2)
+        finite += [loss for loss in losses if np.isfinite(loss)]
+    if finite:
+        # the first steps, from a uniform prediction, would squeeze the rest
+        loss_axis.set_ylim(min(finite) - 0.2, min(finite) + 3)
+    loss_axis.set(xlabel="step", ylabel="training loss (nats per token)", title="Training loss")
+    loss_axis.legend(fontsize=8, ncols=2)
+    loss_axis.grid(alpha=0.3)
+    limit = max(np.max(run["attention_entropy"]["max_entropy"]) for run in runs)
+    for index, run in enumerate(runs):
+        axis = figure.add_subplot(grid[1 + index // columns, index % columns])
+        path = run["folder"] / "attention_entropy.jsonl"
+        if not (records := read_records(path)):
+            raise RecipeError(f"{path} cannot be read: it has no record")
+        by_layer = np.array([np.mean(record["entropy"], axis=1) for record in records])  # (records, layers)
+        shades = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, by_layer.shape[1]))
+        for layer, colour in enumerate(shades):
+            axis.plot([r["step"] for r in records], by_layer[:, layer], color=colour, label=f"layer {layer}", lw=1.2)
+        axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
+        axis.set(ylim=(0, 1.05 * limit), xlabel="step", ylabel="entropy (nats)")
+        axis.set_title(run_title(run), fontsize=10)
+        axis.grid(alpha=0.3)
+        if index == 0:
+            axis.legend(fontsize=7)
+    return figure
+
+
+def _by_configuration(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(configuration(run), []).append(run)
+    return found
+
+
+def plot_evaluations(runs: list[dict[str, Any]]) -> Figure | None:
+    """Perplexity over training tokens: a line a configuration (mean over seeds), and a band from least to largest."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for colour, (name, seeds) in zip(_colours(), _by_configuration(runs).items(), strict=False):
+        curves = [evaluations(run) for run in seeds]
+        length = min(map(len, curves))
+        if length == 0:
+            continue
+        tokens = [count / 1e6 for count, _ in curves[0][:length]]
+        values = np.array([[value for _, value in curve[:length]] for curve in curves])  # (seeds, evaluations)
+        axis.plot(tokens, np.exp(np.log(values).mean(0)), color=colour, label=f"{name} ({len(seeds)})", linewidth=1.4)
+        axis.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    if not axis.lines:
+        return None
+    axis.set(xlabel="million training tokens", ylabel="perplexity")
+    _make_logarithmic(axis)
+    axis.legend(fontsize=8, title="configuration (seeds)", title_fontsize=8)
+    return figure
+
+
+def plot_gradient_norms(runs: list[dict[str, Any]]) -> Figure | None:
+    """Gradient norm over steps: the median of every 10 steps, a line a run."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for colour, (name, seeds) in zip(_colours(), _by_configuration(runs).items(), strict=False):
+        for index, run in enumerate(seeds):
+            records = read_records(run["folder"] / "gradient_norm.jsonl")
+            norms = np.array([norm for record in records for norm in record["norms"]])
+            medians = [np.median(norms[start : start + 10]) for start in range(0, len(norms), 10)]
+            if medians:
+                # the last one may be of fewer
+                steps = np.minimum(10 * np.arange(1, len(medians) + 1), len(norms))
+                axis.plot(steps, medians, color=colour, linewidth=1, label=name if index == 0 else None)
+    if not axis.lines:
+        return None
+    axis.set(xlabel="step", ylabel="gradient norm")
+    _make_logarithmic(axis)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def plot_layers(
+    runs: list[dict[str, Any]],
+    name: str,
+    read: Callable[[dict[str, Any]], Any],
+    label: str,
+    log: bool = False,
+    limit: float | None = None,
+) -> Figure | None:
+    """
+    A measured quantity over the steps: a panel a configuration, a line a layer (mean over seeds).
+
+    Args:
+        name: of the measurement file.
+        read: takes the values of the layers out of a record.
+        label: of the vertical axis, which all panels share.
+        limit: a dotted line.
+    """
+    panels = {}
+    for title, seeds in _by_configuration(runs).items():
+        series = [read_records(run["folder"] / f"{name}.jsonl") for run in seeds]
+        length = min(map(len, series))
+        if length:
+            values = np.array([[read(record) for record in records[:length]] for records in series])
+            panels[title] = [record["step"] for record in series[0][:length]], values.mean(0)  # (records, layers)
+    if not panels:
+        return None
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3 * columns + 1, 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, (steps, values)) in zip(axes.flat, panels.items(), strict=False):
+        colours = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, values.shape[1]))
+        for layer, colour in enumerate(colours):
+            axis.plot(steps, values[:, layer], color=colour, label=f"layer {layer}", linewidth=1.2)
+        if limit is not None:
+            axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
+            axis.set_ylim(0, 1.05 * limit)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if log:
+            _make_logarithmic(axis)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(label)
+    most = max(axes.flat, key=lambda axis: len(axis.get_legend_handles_labels()[0]))
+    figure.legend(*most.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _make_logarithmic(axis):
+    axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(_PlainLogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axis.grid(alpha=0.3, which="both")
+
+
+def _colours() -> Iterator[tuple[float, float, float]]:
+    """18 colours, and then those again: no configuration is left out."""
+    return itertools.cycle([*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["Dark2"].colors])
