@@ -260,6 +260,12 @@ def test_order_of_a_stream_follows_the_seed(streamed):
     assert orders[0] == orders[1] != orders[2]
 
 
+def test_order_of_a_streams_files_follows_the_seed(streamed):
+    arguments = DataArguments(dataset=str(streamed(6)), streaming=True)
+    texts = [[row["content"] for row in data.load_documents(arguments, seed)["train"]] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2] and sorted(texts[0]) == sorted(texts[2])
+
+
 def test_documents_trained_on_are_left_out_of_the_evaluation(streamed, capsys):
     folder = streamed(2)
     parts = data.load_documents(DataArguments(dataset=str(folder)), seed=0)
