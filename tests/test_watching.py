@@ -142,7 +142,7 @@ def test_flops_of_a_token_are_those_that_torch_counts(monkeypatch, tmp_path):
     model, probe = tiny_model("SM+R", "pythia"), random_ids(1, 64)
     model.set_attn_implementation("eager")
     monkeypatch.setattr(callbacks, "_peak_flops", lambda device, dtype: 1.0)
-    callback = callbacks.SpeedCallback(64, 64, tmp_path / "speed.jsonl", print)
+    callback = callbacks.SpeedCallback(64, 64, tmp_path / "speed.jsonl", None)
     state = type("State", (), {"is_world_process_zero": True, "global_step": 0})
     callback.on_train_begin(TrainingArguments(str(tmp_path)), state, None, model=model)
     with FlopCounterMode(display=False) as counter:

@@ -316,6 +316,18 @@ def _tokenize_and_shuffle(batch, indices, *, end_of_text: int, block_size: int, 
     return {"input_ids": [tokens[i * block_size : (i + 1) * block_size] for i in order.tolist()]}
 
 
+def digest_blocks(blocks: dict[str, Dataset | IterableDataset]) -> str:
+    """
+    SHA-256 of the blocks' number and the first thousand of each part, in the order of the seed: other documents, or
+    another tokenizer, give another one. Of a stream nothing is read.
+    """
+    digest = hashlib.sha256()
+    for part in blocks.values():
+        if isinstance(part, Dataset):
+            digest.update(f"{len(part)} ".encode() + part[:1000]["input_ids"].numpy().tobytes())
+    return digest.hexdigest()
+
+
 def document_positions(input_ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
     """
     Positions that start again after every end-of-text token; the model then attends within each document only.
