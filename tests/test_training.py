@@ -177,6 +177,26 @@ def test_data_that_changed_since_the_checkpoint_is_an_error(recipe_values, corpu
     train.train(build_recipe(values))
 
 
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        (slice(80, None), "", "stopped at step 0 of 8: the dataset has no more blocks to train on"),
+        (slice(0, 80), "{", "the data of step 1 cannot be read: JSON parse error"),
+    ],
+    ids=["all in the evaluation", "broken"],
+)
+def test_stream_that_ends_or_breaks_is_no_finished_run(recipe_values, corpus, tmp_path, rows, more, message):
+    documents = data.load_documents(build_recipe(recipe_values).data, 0)
+    data.load_tokenizer(build_recipe(recipe_values).data, documents["train"], 300).save_pretrained(tmp_path / "bpe")
+    lines = corpus.read_text().splitlines(keepends=True)
+    for name, part in {"train-0": lines[rows], "train-1": [*lines[rows], more], "validation": lines[80:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    values = {**recipe_values, "dataset": str(tmp_path), "tokenizer": str(tmp_path / "bpe"), "streaming": True}
+    with pytest.raises(RecipeError, match=message):
+        train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
 def test_everything_is_on_the_disk_before_it_gets_its_name(recipe_values, tmp_path, monkeypatch):
     flushed, left_out = set(), []
     fsync, replace = os.fsync, os.replace

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import yaml
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
@@ -135,7 +136,11 @@ class LNFreeTrainer(Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         began = time.perf_counter()
-        samples = super().get_batch_samples(*args, **kwargs)
+        try:
+            samples = super().get_batch_samples(*args, **kwargs)
+        except (OSError, ValueError, DatasetsError) as error:
+            step = self.state.global_step + 1
+            raise RecipeError(f"the data of step {step} cannot be read: {one_line(error)}") from error
         self.data_seconds += time.perf_counter() - began
         return samples
 
@@ -230,8 +235,8 @@ def train(recipe: Recipe) -> Path:
         The run's folder.
 
     Raises:
-        RecipeError: for data that cannot be had, for a folder that holds a run of another recipe, and for a disk that
-            cannot be written.
+        RecipeError: for data that cannot be had or have changed since the last checkpoint, for a folder that holds a
+            run of another recipe, and for a disk that cannot be written.
         UnstableRunError: for a run that is unstable (`StabilityCallback`).
     """
     arguments = build_arguments(recipe)
@@ -309,6 +314,12 @@ def train(recipe: Recipe) -> Path:
             trainer._load_from_checkpoint(checkpoint)
         else:
             runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+            if trainer.state.global_step < trainer.state.max_steps:
+                # of a stream without a row, the Trainer only warns
+                raise RecipeError(
+                    f"{run_dir} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: the dataset "
+                    "has no more blocks to train on"
+                )
         with torch.no_grad(), record_attention_entropy(model) as record:
             metrics = trainer.evaluate(blocks["eval"])
         model.config.use_cache = True  # the Trainer switches it off for training
