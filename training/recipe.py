@@ -111,8 +111,8 @@ class DataArguments:
 DATA_FIELDS = {f.name for f in fields(DataArguments)}
 TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
 MODEL_FIELDS = set(LNFreeConfig.__annotations__) - TRAINING_FIELDS
-# with these of the Trainer's arguments a run would not be what its recipe and its results say
 _TO_THE_HUB = "finished runs go to the Hub by 'lnfree publish', with the token of 'hf auth login'"
+# with these of the Trainer's arguments a run would not be what its recipe and its results say
 REFUSED = {
     "auto_find_batch_size": "a step has the tokens that the recipe says",
     "dataloader_drop_last": "the evaluation is over the whole part",
