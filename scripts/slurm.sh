@@ -17,6 +17,7 @@ cd "${SLURM_SUBMIT_DIR:?this is a script for sbatch}"
 gpus=${SLURM_GPUS_ON_NODE:-8}
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / gpus))
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun .venv/bin/torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$gpus" \
+# srun does not take over how many CPUs the job has a task: left out, all processes of a node share one
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" .venv/bin/torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$gpus" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$host:29500" \
     -m training.train "$@"

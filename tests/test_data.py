@@ -133,6 +133,30 @@ def test_dataset_with_its_own_evaluation_part_and_a_tokenizer_by_name(tmp_path, 
     assert loaded("def f") == AutoTokenizer.from_pretrained(tmp_path / "tokenizer")("def f")
 
 
+@pytest.mark.parametrize("parts", [{"test": 200}, {"validation": 200}, {"validation": 150, "test": 50}])
+def test_without_a_train_split_the_first_is_trained_on(tmp_path, parts):
+    folder, texts = tmp_path / "parts", iter(DOCUMENTS)
+    folder.mkdir()
+    for name, number in parts.items():
+        rows = [json.dumps({"content": text}) + "\n" for text in islice(texts, number)]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    documents = data.load_documents(DataArguments(dataset=str(folder), eval_fraction=0.2), seed=0)
+    assert sorted([*documents["train"]["content"], *documents["eval"]["content"]]) == sorted(DOCUMENTS)
+    if len(parts) == 2:
+        assert list(documents["eval"]["content"]) == DOCUMENTS[150:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_embedded_corpus_beside_other_data(jsonl, streaming):
+    arguments = DataArguments(dataset=str(jsonl), eval_dataset="stdlib", streaming=streaming)
+    documents = data.load_documents(arguments, seed=0)
+    assert Path(json.__file__).read_text() in documents["eval"]["content"]
+    assert sorted(row["content"] for row in documents["train"]) == sorted(DOCUMENTS)
+    arguments = DataArguments(dataset="stdlib", eval_dataset=str(jsonl), streaming=streaming)
+    texts = [row["content"] for row in data.load_documents(arguments, seed=0)["train"]]
+    assert Path(json.__file__).read_text() in texts and len(texts) > 500
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -258,6 +282,12 @@ def test_order_of_a_stream_follows_the_seed(streamed):
         for s in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]
+
+
+def test_order_of_a_streams_files_follows_the_seed(streamed):
+    arguments = DataArguments(dataset=str(streamed(6)), streaming=True)
+    texts = [[row["content"] for row in data.load_documents(arguments, seed)["train"]] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2] and sorted(texts[0]) == sorted(texts[2])
 
 
 def test_documents_trained_on_are_left_out_of_the_evaluation(streamed, capsys):

@@ -69,6 +69,13 @@ def test_command_line_overrides_the_file(tmp_path):
     assert recipe.training["output_dir"] == "runs/gpt2-sm-r-t128-seed7"
 
 
+def test_digits_in_quotes_are_a_number_only_where_a_number_is_meant():
+    values = {"dataset_config": "2019", "run_name": "007", "learning_rate": "1e-3", "initializer_range": "2e-2"}
+    recipe = build_recipe({**SMALLEST, **values})
+    assert (recipe.data.dataset_config, recipe.training["run_name"]) == ("2019", "007")
+    assert recipe.training["learning_rate"] == 0.001 and recipe.build_config().initializer_range == 0.02
+
+
 WRONG = [
     ({"learnin_rate": 1}, "unknown key 'learnin_rate'.*'learning_rate'"),
     ({"hiden_size": 8}, "unknown key 'hiden_size'.*'hidden_size'"),
@@ -78,10 +85,22 @@ WRONG = [
     ({"learning_rate": "fast"}, "learning_rate.*float.*fast"),
     ({"block_size": 12.5}, "block_size.*int"),
     ({"block_size": 1}, "block_size must be at least 2, got 1"),
-    ({"logging_steps": 0}, "logging_steps must be more than 0, got 0"),
-    ({"learning_rate": float("nan")}, "learning_rate must be more than 0, got nan"),
+    ({"logging_steps": 0}, "logging_steps must be at least 1, got 0"),
+    # of the steps, as the Trainer has it
+    ({"save_steps": 0.5, "logging_steps": 0.25}, "logging_steps must be at least 1, got 0.25"),
+    ({"eval_accumulation_steps": 0}, "eval_accumulation_steps must be at least 1, got 0"),
+    ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0, got -1"),
+    ({"seed": -1}, "seed must be at least 0, got -1"),
+    ({"seed": 2**32}, "seed must be less than 2\\*\\*32, got 4294967296"),
+    ({"learning_rate": float("nan")}, "learning_rate must be finite and more than 0, got nan"),
+    ({"num_train_epochs": 0}, "num_train_epochs must be finite and more than 0, got 0"),
+    ({"vocab_size": "300"}, "vocab_size.*int.*'300'"),
+    ({"dtype": "float16"}, "unknown key 'dtype'"),
+    ({"dataloader_drop_last": True}, "dataloader_drop_last is not supported in a recipe: the evaluation is over"),
+    ({"fsdp": "full_shard"}, "fsdp is not supported in a recipe: fsdp_size"),
     ({"max_steps": 0}, "max_steps must be at least 1"),
-    ({"output_dir": None}, "output_dir must be a folder"),
+    ({"output_dir": None}, "output_dir must be a folder, got None"),
+    ({"output_dir": ""}, "output_dir must be a folder, got ''"),
     ({"load_best_model_at_end": True}, "load_best_model_at_end"),
     ({"push_to_hub": True, "hub_model_id": "me/x"}, "push_to_hub is not supported in a recipe.*'lnfree publish'"),
     ({"hub_token": "hf_of_somebody"}, "hub_token is not supported in a recipe: (?!.*hf_of_somebody)"),

@@ -253,6 +253,11 @@ def test_progress_tells_the_time_left(write_sweep, monkeypatch, capsys):
     # 50 steps in 10 s; 250 are left
     progress.began = (0, next(moments))
     assert progress._table() == ["  gpt2-sm-r-t16-seed1  step 50 of 100", "  0 of 3 runs done, 0 h 01 min left"]
+    # 200 are left when it fails, and its 50 were made
+    runs[0].state = "failed"
+    progress.began = (0, next(moments))
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: progress.began[1] + 60)
+    assert progress._table() == ["  1 of 3 runs done, 0 h 04 min left"]
 
 
 def test_variants_of_one_seed_see_the_same_batches(recipe_values, tmp_path, monkeypatch):

@@ -149,6 +149,112 @@ def test_finished_run_is_left_as_it_is_and_another_recipe_is_refused(runs_dir, r
         train.train(build_recipe({**values, "learning_rate": 0.02}))
 
 
+def test_run_does_not_replace_what_is_no_run(recipe_values, tmp_path):
+    for name in ("model", "checkpoint-5"):
+        thesis = tmp_path / name / name / "thesis.tex"
+        thesis.parent.mkdir(parents=True)
+        thesis.touch()
+        with pytest.raises(RecipeError, match=f"{name} is not a run's folder: it holds a model or checkpoints"):
+            train.train(build_recipe({**recipe_values, "output_dir": str(tmp_path / name)}))
+        assert thesis.exists()
+
+
+def test_data_that_changed_since_the_checkpoint_is_an_error(recipe_values, corpus, tmp_path, monkeypatch):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    (tmp_path / "documents.jsonl").write_text(corpus.read_text())
+    values = {**recipe_values, "dataset": str(tmp_path / "documents.jsonl"), "output_dir": str(tmp_path / "run")}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "BriefPrinterCallback", Interrupt)
+        train.train(build_recipe(values))
+    (tmp_path / "documents.jsonl").write_text("".join(corpus.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RecipeError, match="checkpoint-4 was trained on other data"):
+        train.train(build_recipe(values))
+    (tmp_path / "documents.jsonl").write_text(corpus.read_text())
+    train.train(build_recipe(values))
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        (slice(80, None), "", "stopped at step 0 of 8: the dataset has no more blocks to train on"),
+        (slice(0, 80), "{", "the data of step 1 cannot be read: JSON parse error"),
+    ],
+    ids=["all in the evaluation", "broken"],
+)
+def test_stream_that_ends_or_breaks_is_no_finished_run(recipe_values, corpus, tmp_path, rows, more, message):
+    documents = data.load_documents(build_recipe(recipe_values).data, 0)
+    data.load_tokenizer(build_recipe(recipe_values).data, documents["train"], 300).save_pretrained(tmp_path / "bpe")
+    lines = corpus.read_text().splitlines(keepends=True)
+    for name, part in {"train-0": lines[rows], "train-1": [*lines[rows], more], "validation": lines[80:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    values = {**recipe_values, "dataset": str(tmp_path), "tokenizer": str(tmp_path / "bpe"), "streaming": True}
+    with pytest.raises(RecipeError, match=message):
+        train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(recipe_values, tmp_path, monkeypatch):
+    flushed, left_out = set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def note(file):
+        flushed.add(os.fstat(file).st_ino)
+        fsync(file)
+
+    def check(source, target):
+        files = [path for path in [Path(source), *Path(source).rglob("*")] if path.is_file()]
+        left_out.extend(path for path in files if path.stat().st_ino not in flushed)
+        named.append(Path(target).name)
+        replace(source, target)
+
+    named: list[str] = []
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(train.os, "replace", check)
+    run_dir = train.train(build_recipe({**recipe_values, "output_dir": str(tmp_path / "run")}))
+    assert {"recipe.yaml", "checkpoint-4", "checkpoint-8", "model", "results.json"} <= set(named)
+    assert not [path for path in left_out if run_dir in path.parents]
+
+
+def test_failure_in_a_checkpoint_is_of_the_disk_only_if_torch_could_not_write(recipe_values, tmp_path, monkeypatch):
+    values = {**recipe_values, "output_dir": str(tmp_path)}
+    full = "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"
+    for message, error in (("CUDA error: out of memory", RuntimeError), (full, RecipeError)):
+
+        def fail(*args, message=message, **kwargs):
+            raise RuntimeError(message)
+
+        with monkeypatch.context() as patch, pytest.raises(error, match=re.escape(message)) as caught:
+            patch.setattr(train.Trainer, "_save_optimizer_and_scheduler", fail)
+            train.train(build_recipe(values))
+        assert ("cannot be written" in str(caught.value)) == (error is RecipeError)
+
+
+def test_one_process_trains_on_one_gpu(recipe_values, monkeypatch):
+    finish = train.TrainingArguments.__post_init__
+
+    def see_four(self):
+        finish(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(train.TrainingArguments, "__post_init__", see_four)
+    arguments = train.build_arguments(build_recipe(recipe_values))
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == recipe_values["per_device_train_batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("report_to", "message"),
+    [("bogus", "bogus is not supported, only .*wandb"), ("tensorboard", "requires tensorboard")],
+)
+def test_reporting_that_cannot_be_done_is_told_before_the_data(recipe_values, report_to, message, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    with pytest.raises(RecipeError, match=message):
+        train.build_arguments(build_recipe({**recipe_values, "report_to": report_to}))
+
+
 @pytest.mark.parametrize("moment", ["after a checkpoint", "in the middle of a checkpoint"])
 def test_run_killed_resumes_bitwise(runs_dir, recipe_values, tmp_path, moment):
     path = tmp_path / "recipe.yaml"

@@ -5,6 +5,7 @@ import math
 import shutil
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,12 +143,30 @@ def test_flops_of_a_token_are_those_that_torch_counts(monkeypatch, tmp_path):
     model, probe = tiny_model("SM+R", "pythia"), random_ids(1, 64)
     model.set_attn_implementation("eager")
     monkeypatch.setattr(callbacks, "_peak_flops", lambda device, dtype: 1.0)
-    callback = callbacks.SpeedCallback(64, 64, tmp_path / "speed.jsonl", print)
+    callback = callbacks.SpeedCallback(64, 64, tmp_path / "speed.jsonl", None)
     state = type("State", (), {"is_world_process_zero": True, "global_step": 0})
     callback.on_train_begin(TrainingArguments(str(tmp_path)), state, None, model=model)
     with FlopCounterMode(display=False) as counter:
         model(probe, labels=probe).loss.backward()
     assert callback.token_share * 64 == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_tokens_per_second_count_the_wait_for_data(monkeypatch, tmp_path):
+    trainer = SimpleNamespace(data_seconds=0.0, log=lambda logs: None)
+    callback = callbacks.SpeedCallback(64, 64, tmp_path / "speed.jsonl", trainer)
+    callback.token_share = 0.001
+    args, control = SimpleNamespace(logging_steps=1), SimpleNamespace(should_log=False)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=2)
+    # steps of a second; before them waits of 3 seconds and of 1, and between them an evaluation
+    moments = iter([3.0, 4.0, 50.0, 51.0])
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(moments))
+    for waited in (3.0, 4.0):
+        trainer.data_seconds = waited
+        callback.on_step_begin(args, state, control)
+        state.global_step += 1
+        callback.on_step_end(args, state, control)
+    speeds = [record["tokens_per_second"] for record in callbacks.read_records(tmp_path / "speed.jsonl")]
+    assert speeds == [64 / 4, 64 / 2]
 
 
 def test_evaluations_on_the_way_take_blocks_spread_over_the_evaluation_part(values, tmp_path):

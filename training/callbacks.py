@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from modeling_lnfree import record_attention_entropy
 
@@ -238,7 +238,8 @@ def _add_up(sums: torch.Tensor, device: torch.device) -> torch.Tensor:
 class SpeedCallback(TrainerCallback):
     """
     Training tokens per second, of all processes together, and model FLOPs utilisation, each time that the loss is
-    logged; the time is that of the steps, without loading their data, evaluations, measurements and checkpoints.
+    logged; the time is that of the steps and of waiting for their data, without evaluations, measurements and
+    checkpoints.
 
     A model FLOP is one that the weights and the attention of a forward and a backward pass need: 6 a token for each
     weight of a matrix product, 12 * layers * hidden size * T for attention (PaLM, arXiv 2204.02311, appendix B). They
@@ -249,12 +250,12 @@ class SpeedCallback(TrainerCallback):
         tokens_per_step: of all processes.
         block_size: T.
         path: JSON-lines file.
-        log: the Trainer's `log`.
+        trainer: its `log`, and its `data_seconds`, the time that it has waited for data so far.
     """
 
-    def __init__(self, tokens_per_step: int, block_size: int, path: Path, log: Callable[[dict[str, float]], None]):
-        self.tokens_per_step, self.block_size, self.path, self.log = tokens_per_step, block_size, path, log
-        self.seconds, self.steps = 0.0, 0
+    def __init__(self, tokens_per_step: int, block_size: int, path: Path, trainer: Trainer):
+        self.tokens_per_step, self.block_size, self.path, self.trainer = tokens_per_step, block_size, path, trainer
+        self.seconds, self.data_seconds, self.steps = 0.0, 0.0, 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero:
@@ -275,13 +276,14 @@ class SpeedCallback(TrainerCallback):
         self.seconds += time.perf_counter() - self.began
         self.steps += 1
         if due:
-            tokens_per_second = self.steps * self.tokens_per_step / self.seconds
+            waited, self.data_seconds = self.trainer.data_seconds - self.data_seconds, self.trainer.data_seconds
+            tokens_per_second = self.steps * self.tokens_per_step / (self.seconds + waited)
             self.seconds, self.steps = 0.0, 0
             record = {"tokens_per_second": tokens_per_second, "mfu": tokens_per_second * self.token_share}
             if state.is_world_process_zero:
                 append_record(self.path, {"step": state.global_step, **record})
             should_log = control.should_log
-            self.log({f"speed/{key}": value for key, value in record.items()})
+            self.trainer.log({f"speed/{key}": value for key, value in record.items()})
             control.should_log = should_log
 
 

@@ -30,6 +30,14 @@ def write_atomically(path: Path, text: str):
         raise
 
 
+def flush(folder: Path):
+    """Waits until a folder's files are on the disk: a power cut may keep a name and lose what was not there yet."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
 def write_manifest(checkpoint: Path):
     """Writes size and SHA-256 of every file of a checkpoint into it, before it gets its name."""
     files = {
@@ -38,6 +46,7 @@ def write_manifest(checkpoint: Path):
         if path.is_file()
     }
     (checkpoint / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+    flush(checkpoint)
 
 
 def find_damage(checkpoint: Path) -> str | None:

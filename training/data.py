@@ -47,14 +47,11 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
         RecipeError: for a dataset that cannot be loaded, or that has no such column of texts; for a stream without
             evaluation data of its own.
     """
-    if arguments.dataset == "stdlib":
-        source = {"root": sysconfig.get_path("stdlib"), "version": sys.version, "text_column": arguments.text_column}
-        loaded = {"train": Dataset.from_generator(_stdlib_documents, gen_kwargs=source)}
-    else:
-        loaded = load_splits(arguments.dataset, arguments.dataset_config, streaming=arguments.streaming)
-    train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    loaded = _load(arguments.dataset, arguments, arguments.dataset_config, arguments.streaming)
+    # the only split of a dataset may have any name
+    train = loaded.pop("train" if "train" in loaded else next(iter(loaded)))
     if arguments.eval_dataset is not None:
-        held_out = evaluation_split(load_splits(arguments.eval_dataset))
+        held_out = evaluation_split(_load(arguments.eval_dataset, arguments))
     else:
         held_out = loaded.get("validation", loaded.get("test"))
     for split in (train, held_out):
@@ -76,6 +73,14 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
         train = split(fn_kwargs={"fraction": arguments.eval_fraction, "wanted": False})
     held_out = _without_duplicates(held_out, train, arguments.text_column)
     return {"train": train.shuffle(seed=seed), "eval": held_out}
+
+
+def _load(name: str, arguments: DataArguments, config: str | None = None, streaming: bool = False):
+    if name != "stdlib":
+        return load_splits(name, config, streaming=streaming)
+    source = {"root": sysconfig.get_path("stdlib"), "version": sys.version, "text_column": arguments.text_column}
+    documents = Dataset.from_generator(_stdlib_documents, gen_kwargs=source)
+    return {"train": documents.to_iterable_dataset() if streaming else documents}
 
 
 def find_revision(arguments: DataArguments) -> str | None:
@@ -309,6 +314,18 @@ def _tokenize_and_shuffle(batch, indices, *, end_of_text: int, block_size: int, 
     # follows from the place in the stream alone: a stream that was left and entered again goes on as it would have
     order = np.random.default_rng([seed, indices[0]]).permutation(len(tokens) // block_size)
     return {"input_ids": [tokens[i * block_size : (i + 1) * block_size] for i in order.tolist()]}
+
+
+def digest_blocks(blocks: dict[str, Dataset | IterableDataset]) -> str:
+    """
+    SHA-256 of the blocks' number and the first thousand of each part, in the order of the seed: other documents, or
+    another tokenizer, give another one. Of a stream nothing is read.
+    """
+    digest = hashlib.sha256()
+    for part in blocks.values():
+        if isinstance(part, Dataset):
+            digest.update(f"{len(part)} ".encode() + part[:1000]["input_ids"].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def document_positions(input_ids: torch.Tensor, end_of_text: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ Its keys are the fields of `DataArguments` below, of `LNFreeConfig` (the model) 
 """
 
 import difflib
+import math
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -109,7 +110,21 @@ class DataArguments:
 
 DATA_FIELDS = {f.name for f in fields(DataArguments)}
 TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
-MODEL_FIELDS = {f.name for f in fields(LNFreeConfig)} - TRAINING_FIELDS - {"transformers_version", "architectures"}
+MODEL_FIELDS = set(LNFreeConfig.__annotations__) - TRAINING_FIELDS
+_TO_THE_HUB = "finished runs go to the Hub by 'lnfree publish', with the token of 'hf auth login'"
+# with these of the Trainer's arguments a run would not be what its recipe and its results say
+REFUSED = {
+    "auto_find_batch_size": "a step has the tokens that the recipe says",
+    "dataloader_drop_last": "the evaluation is over the whole part",
+    "deepspeed": "fsdp_size is what shards a model here",
+    "fsdp": "fsdp_size is what shards a model here",
+    "ignore_data_skip": "a run goes on in its data where it was interrupted",
+    "load_best_model_at_end": "variants are compared at equal steps",
+    "resume_from_checkpoint": "a run goes on from its own last checkpoint by itself",
+    # the folder of a run has local paths, and no copy of the model's code
+    "push_to_hub": _TO_THE_HUB,
+    "hub_token": _TO_THE_HUB,
+}
 
 
 @dataclass
@@ -183,9 +198,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     """Checks a flat recipe given as a dictionary; see `load_recipe`."""
     parts = {"data": {}, "model": {}, "training": {"seed": 1337}}
     for key, value in values.items():
-        # YAML 1.1 reads 1e-3 as a string, and no as False
-        if isinstance(value, str) and _NUMBER.fullmatch(value):
-            value = float(value)
+        # YAML 1.1 reads no as False
         if value is False and str(key).endswith("_strategy"):
             value = "no"
         for part, known in (("data", DATA_FIELDS), ("training", TRAINING_FIELDS), ("model", MODEL_FIELDS)):
@@ -197,11 +210,16 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
                 str(key), DATA_FIELDS | MODEL_FIELDS | TRAINING_FIELDS, n=1, cutoff=0.0
             )
             raise RecipeError(f"unknown key {key!r} in the recipe; the nearest known one is {nearest[0]!r}")
-    for part, owner in (("data", DataArguments), ("training", TrainingArguments)):
-        hints = get_type_hints(owner)
+    for part, hints in (
+        *(("data", get_type_hints(DataArguments)), ("training", get_type_hints(TrainingArguments))),
+        ("model", LNFreeConfig.__annotations__),
+    ):
         for key, value in parts[part].items():
-            # an integer is a float to everybody but a type checker
             takes_float = float in (hints[key], *get_args(hints[key]))
+            # YAML 1.1 reads 1e-3 as a string
+            if takes_float and isinstance(value, str) and _NUMBER.fullmatch(value):
+                parts[part][key] = value = float(value)
+            # an integer is a float to everybody but a type checker
             checked = float(value) if type(value) is int and takes_float else value
             try:
                 type_validator(key, checked, hints[key])
@@ -209,38 +227,34 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
                 raise RecipeError(f"recipe: {error}") from None
     recipe = Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
     data, training = recipe.data, recipe.training
+    for name, reason in REFUSED.items():
+        if training.get(name):
+            raise RecipeError(f"{name} is not supported in a recipe: {reason}")
+    given = recipe.to_dict()
     # a block of one token predicts nothing
     for name, least in (
         *(("block_size", 2), ("train_tokens", 1), ("eval_sequences", 1)),
         *(("entropy_steps", 1), ("entropy_sequences", 1)),
         *(("shuffle_buffer", 1), ("fsdp_size", 1)),
+        *(("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1)),
+        *(("logging_steps", 1), ("save_steps", 1), ("eval_steps", 1), ("eval_accumulation_steps", 1)),
+        *(("dataloader_num_workers", 0), ("seed", 0)),
     ):
-        value = getattr(data, name)
-        if value is not None and value < least:
-            raise RecipeError(f"{name} must be at least {least}, got {value}")
-    for name in (
-        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        *("logging_steps", "save_steps", "learning_rate"),
-    ):
-        if not training.get(name, 1) > 0:
-            raise RecipeError(f"{name} must be more than 0, got {training[name]}")
+        if given.get(name) is not None and not given[name] >= least:
+            raise RecipeError(f"{name} must be at least {least}, got {given[name]}")
+    for name in ("learning_rate", "num_train_epochs"):
+        if not 0 < training.get(name, 1) < math.inf:
+            raise RecipeError(f"{name} must be finite and more than 0, got {training[name]}")
+    if training["seed"] >= 2**32:
+        raise RecipeError(f"seed must be less than 2**32, got {training['seed']}")
     if data.train_tokens is not None:
         training["max_steps"] = -(-data.train_tokens // recipe.tokens_per_step)
     if training.get("max_steps", -1) == 0 or training.get("max_steps", -1) < -1:
         raise RecipeError(
             f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {training['max_steps']}"
         )
-    if training.get("load_best_model_at_end"):
-        raise RecipeError("load_best_model_at_end=True is not supported: variants are compared at equal steps")
-    for name in ("push_to_hub", "hub_token"):
-        # the folder of a run has local paths, and no copy of the model's code
-        if training.get(name):
-            raise RecipeError(
-                f"{name} is not supported in a recipe: finished runs go to the Hub by 'lnfree publish', with the "
-                "token of 'hf auth login'"
-            )
-    if training.get("output_dir", "") is None:
-        raise RecipeError("output_dir must be a folder, got None")
+    if not training.get("output_dir", "runs"):
+        raise RecipeError(f"output_dir must be a folder, got {training['output_dir']!r}")
     try:
         config = recipe.build_config()
     except (ValueError, StrictDataclassError) as error:

@@ -257,7 +257,7 @@ class _Progress:
         return [line[: columns - 1] for line in lines] if self.live else lines
 
     def _steps(self) -> int:
-        return sum(run.step for run in self.runs if run.state != "failed")
+        return sum(run.step for run in self.runs)
 
     def _time_left(self) -> str:
         """By the steps that all runs together made in this session."""

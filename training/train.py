@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import yaml
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
@@ -43,6 +44,7 @@ from torch.distributed.tensor import DTensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
@@ -58,19 +60,20 @@ from .callbacks import (
     ZeroActivations,
 )
 from .checkpoints import (
+    flush,
     last_whole_checkpoint,
     list_checkpoints,
     remove_old_checkpoints,
     write_atomically,
     write_manifest,
 )
-from .data import document_positions, find_revision, load_documents, load_tokenizer, tokenize_blocks
+from .data import digest_blocks, document_positions, find_revision, load_documents, load_tokenizer, tokenize_blocks
 from .recipe import DataArguments, Recipe, RecipeError, one_line, read_values
 from .stability import REPORT, StabilityCallback
 
 
 RESULTS, LOCK, ASIDE = "results.json", ".lock", ".incomplete"
-SHARDED_OPTIMIZER = "optimizer_shards"
+SHARDED_OPTIMIZER, DATA_DIGEST = "optimizer_shards", "data.sha256"
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -86,6 +89,7 @@ class LNFreeTrainer(Trainer):
     Args:
         decay_slopes: weight decay on learned negative slopes too.
         milestones: steps whose checkpoints are kept beside the newest `save_total_limit`.
+        data_digest: of the blocks that are trained and evaluated on; a part of every checkpoint.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class LNFreeTrainer(Trainer):
         *,
         decay_slopes: bool = False,
         milestones: Sequence[int] = (),
+        data_digest: str = "",
         **kwargs,
     ):
         self.sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -102,7 +107,7 @@ class LNFreeTrainer(Trainer):
         only_model, args.save_only_model = args.save_only_model, args.save_only_model or self.sharded
         super().__init__(model, args, **kwargs)
         args.save_only_model = only_model
-        self.decay_slopes, self.milestones = decay_slopes, milestones
+        self.decay_slopes, self.milestones, self.data_digest = decay_slopes, milestones, data_digest
         self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
         self.add_callback(self.stability)
         self.stream, self.stream_states = None, None
@@ -131,7 +136,11 @@ class LNFreeTrainer(Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         began = time.perf_counter()
-        samples = super().get_batch_samples(*args, **kwargs)
+        try:
+            samples = super().get_batch_samples(*args, **kwargs)
+        except (OSError, ValueError, DatasetsError) as error:
+            step = self.state.global_step + 1
+            raise RecipeError(f"the data of step {step} cannot be read: {one_line(error)}") from error
         self.data_seconds += time.perf_counter() - began
         return samples
 
@@ -199,17 +208,19 @@ class LNFreeTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         # Written aside, then renamed: a run killed in the middle finds only whole checkpoints.
         self.stability.check_weights(self.state.global_step)
+        aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            if self.stream is not None:
+                torch.save(self.stream.state_dict(), aside / self._stream_name)
         except (RuntimeError, dcp.CheckpointException) as error:
-            # torch's own words for a disk that is full
-            raise OSError(errno.EIO, one_line(error)) from error
-        if self.stream is not None:
-            aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            torch.save(self.stream.state_dict(), aside / self._stream_name)
+            cause = _disk_error(error)
+            if cause is None:
+                raise
+            raise OSError(errno.EIO, one_line(cause)) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            (aside / DATA_DIGEST).write_text(self.data_digest, encoding="utf-8")
             write_manifest(aside)
             os.replace(aside, Path(self.args.output_dir) / aside.name)
             remove_old_checkpoints(Path(self.args.output_dir), self.args.save_total_limit, self.milestones)
@@ -224,8 +235,8 @@ def train(recipe: Recipe) -> Path:
         The run's folder.
 
     Raises:
-        RecipeError: for data that cannot be had, for a folder that holds a run of another recipe, and for a disk that
-            cannot be written.
+        RecipeError: for data that cannot be had or have changed since the last checkpoint, for a folder that holds a
+            run of another recipe, and for a disk that cannot be written.
         UnstableRunError: for a run that is unstable (`StabilityCallback`).
     """
     arguments = build_arguments(recipe)
@@ -272,12 +283,13 @@ def train(recipe: Recipe) -> Path:
         processing_class=tokenizer,
         decay_slopes=recipe.data.decay_slopes,
         milestones=recipe.data.milestones or [],
+        data_digest=digest_blocks(blocks),
     )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(BriefPrinterCallback if arguments.disable_tqdm else BriefProgressCallback)
-    # started plainly on several GPUs, the Trainer gives each a batch
-    tokens_per_step = recipe.tokens_per_step * max(1, arguments.n_gpu)
-    trainer.add_callback(SpeedCallback(tokens_per_step, recipe.data.block_size, run_dir / "speed.jsonl", trainer.log))
+    trainer.add_callback(
+        SpeedCallback(recipe.tokens_per_step, recipe.data.block_size, run_dir / "speed.jsonl", trainer)
+    )
     quantities = [AttentionEntropy(), ResidualStream()]
     if model.config.hidden_act == "relu":
         quantities.append(ZeroActivations())
@@ -302,6 +314,12 @@ def train(recipe: Recipe) -> Path:
             trainer._load_from_checkpoint(checkpoint)
         else:
             runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+            if trainer.state.global_step < trainer.state.max_steps:
+                # of a stream without a row, the Trainer only warns
+                raise RecipeError(
+                    f"{run_dir} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: the dataset "
+                    "has no more blocks to train on"
+                )
         with torch.no_grad(), record_attention_entropy(model) as record:
             metrics = trainer.evaluate(blocks["eval"])
         model.config.use_cache = True  # the Trainer switches it off for training
@@ -311,7 +329,7 @@ def train(recipe: Recipe) -> Path:
         if trainer.is_world_process_zero():
             # a resumed run has forgotten how long it took before
             metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
-            metrics["train_tokens"] = trainer.state.global_step * tokens_per_step
+            metrics["train_tokens"] = trainer.state.global_step * recipe.tokens_per_step
             _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None, origin)
     return run_dir
 
@@ -319,6 +337,12 @@ def train(recipe: Recipe) -> Path:
 def _is_trained(checkpoint: str) -> bool:
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
     return state.global_step >= state.max_steps
+
+
+def _disk_error(error: RuntimeError | dcp.CheckpointException) -> BaseException | None:
+    """What torch says in its own words of a file that could not be written, as on a full disk; None for the rest."""
+    failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else [(error, None)]
+    return next((e for e, _ in failures if isinstance(e, OSError) or "inline_container" in str(e)), None)
 
 
 def perplexity(nll: float) -> float:
@@ -351,9 +375,15 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
             "fp16=True needs an accelerator: a CPU would train in float32 without a word; bf16=True works"
         )
     try:
-        return TrainingArguments(**{**defaults, **recipe.training})
-    except (ValueError, TypeError, ImportError) as error:
+        arguments = TrainingArguments(**{**defaults, **recipe.training})
+        # refuses what is not known or not installed; the Trainer would after the data
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise RecipeError(f"recipe: {one_line(error)}") from error
+    # one process, one GPU: the Trainer would give each that it sees a batch, and a step more tokens than the recipe
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _spread(blocks: Dataset, number: int | None) -> Dataset:
@@ -390,6 +420,12 @@ def _prepare_to_resume(trainer: LNFreeTrainer, checkpoint: str):
             f"{checkpoint} holds the weights alone: the run was interrupted and cannot be resumed; name another "
             "output_dir"
         )
+    digest = Path(checkpoint) / DATA_DIGEST
+    if digest.is_file() and digest.read_text(encoding="utf-8") != trainer.data_digest:
+        raise RecipeError(
+            f"{checkpoint} was trained on other data: since then the dataset, its tokenizer or Python's standard "
+            "library has changed; name another output_dir"
+        )
     if isinstance(trainer.train_dataset, IterableDataset):
         written = len(list(Path(checkpoint).glob("stream_*.pt")))
         if written != trainer.args.world_size:
@@ -414,16 +450,22 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
     except OSError as error:
         raise RecipeError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
     check_same_recipe(run_dir, recipe)
-    shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
-    (run_dir / REPORT).unlink(missing_ok=True)
-    write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    with _disk_errors_explained(run_dir):
+        shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+        (run_dir / REPORT).unlink(missing_ok=True)
+        write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     return lock
 
 
 def check_same_recipe(run_dir: Path, recipe: Recipe):
-    """Raises RecipeError if the folder holds a run of another recipe, or of one that cannot be read."""
+    """Raises RecipeError if the folder holds a run of another recipe, or what is no run and would be lost to it."""
     path = run_dir / "recipe.yaml"
     if not path.is_file():
+        if (run_dir / "model").exists() or list_checkpoints(run_dir):
+            raise RecipeError(
+                f"{run_dir} is not a run's folder: it holds a model or checkpoints, and no recipe.yaml; name another "
+                "output_dir"
+            )
         return
     # a field that the run did not know yet had its default's effect
     ours, theirs = recipe.to_dict(), {**asdict(DataArguments()), **read_values(path, "recipe")}
@@ -464,6 +506,7 @@ def _finish(
     """Writes the model, the log and, last, the results that mark the run as finished."""
     model, state, arguments = trainer.model, trainer.state, trainer.args
     trainer.processing_class.save_pretrained(run_dir / ASIDE / "model")
+    flush(run_dir / ASIDE / "model")
     shutil.rmtree(run_dir / "model", ignore_errors=True)
     os.replace(run_dir / ASIDE / "model", run_dir / "model")
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
