@@ -119,7 +119,7 @@ def test_trl_fine_tunes(lora, model, tokenizer, tmp_path):
         str(tmp_path),
         max_steps=10,
         per_device_train_batch_size=4,
-        learning_rate=1e-2,
+        learning_rate=1e-2 if lora else 1e-3,
         max_length=64,
         logging_steps=1,
         save_strategy="no",
@@ -130,7 +130,7 @@ def test_trl_fine_tunes(lora, model, tokenizer, tmp_path):
     trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-3:]) < sum(losses[:3])
 
 
 # ------------------------------------------------------------------------------------------ generation, quantisation
