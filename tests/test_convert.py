@@ -270,7 +270,7 @@ def test_generation_config_goes_along(tmp_path):
             ).save_pretrained(path),
             "rope_type must be 'default', got 'linear'",
         ),
-        (lambda path: None, "cannot be loaded"),
+        (lambda path: None, "is neither a folder nor an id of the Hub"),
         (
             lambda path: _save_without(path, "transformer.h.1.mlp.c_fc.weight"),
             "lacks weights: transformer.h.1.mlp.c_fc",

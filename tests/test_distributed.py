@@ -351,5 +351,9 @@ def test_plan_counts_by_hand(values, capsys, tmp_path):
         and "tokens/s to read" in printed
         and not (tmp_path / "run").exists()
     )
-    assert cli.main(["train", "--plan", str(path), "fsdp_size=3"]) == 1
-    assert "processes must be a multiple of fsdp_size=3, got 1" in capsys.readouterr().err
+    for order in (["--plan", str(path), "fsdp_size=3"], [str(path), "--plan", "fsdp_size=3"]):
+        assert cli.main(["train", *order]) == 1
+        assert "processes must be a multiple of fsdp_size=3, got 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(path), "--plan", "fsdp_size=3", "--proceses=8"])
+    assert "unrecognized arguments: fsdp_size=3 --proceses=8" in capsys.readouterr().err

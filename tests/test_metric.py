@@ -419,7 +419,7 @@ def test_an_infinite_perplexity_is_a_number(tmp_path, tokenizer, corpus):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_id": "./no-such-model"}, "model './no-such-model' cannot be measured"),
+        ({"model_id": "./no-such-model"}, "model './no-such-model' is neither a folder nor an id of the Hub"),
         ({"dataset": "no_texts.yaml"}, "must end in one of .json"),
         ({"dataset": "./no-such-dataset"}, "dataset './no-such-dataset' cannot be loaded"),
         ({"dataset": "broken.jsonl", "streaming": True}, "dataset 'broken.jsonl' cannot be read"),

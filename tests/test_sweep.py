@@ -21,9 +21,9 @@ import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from training import checkpoints, cli, seeds, sweep, train
+from training import checkpoints, cli, compare, seeds, sweep, train
 from training.compare import _summary_row, setting_of
-from training.plots import plot_gradient_norms
+from training.plots import plot_gradient_norms, plot_heat_maps
 from training.recipe import RecipeError, build_recipe, load_recipe
 
 
@@ -525,7 +525,7 @@ def test_runs_of_other_data_are_not_compared_and_those_of_an_older_recipe_are():
         assert setting_of({**run, "recipe": {**run["recipe"], **other}}) != setting_of(run)
 
 
-def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path, capsys):
+def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path, capsys, monkeypatch):
     variants = ["SM+G", "SM+R"]
     settings = [{"variant": variant, "seed": seed} for seed in (1, 2, 3) for variant in variants]
     settings += [{"variant": "SM+LR-layer", "decay_slopes": decay} for decay in (True, False)]
@@ -540,7 +540,11 @@ def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path
             **setting,
         }
         train.train(build_recipe({**values, "output_dir": str(tmp_path / str(index))}))
+    drawn = []
+    monkeypatch.setattr(compare, "plot_heat_maps", lambda *args: drawn.append(args[1]) or plot_heat_maps(*args))
     assert cli.main(["compare", str(tmp_path)]) == 0
+    # no two panels of the one picture look the same
+    assert len(drawn[0]) == len(set(drawn[0])) == 9 and drawn[0][-1].endswith("seed 1337\ninitializer_range=0.2")
     assert str(tmp_path / "report" / "report.html") in capsys.readouterr().out
     comparison = json.loads((tmp_path / "report" / "comparison.json").read_text())
     titles = [group["title"].split("tokens, ")[1] for group in comparison["groups"]]

@@ -147,7 +147,12 @@ def main(argv: list[str] | None = None) -> int:
     benchmark.add_argument("--compiled", action="store_true", help="the section step also by torch.compile")
     benchmark.add_argument("--json", dest="json_path", metavar="FILE", help="write all figures")
 
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives `overrides` only what stands before the first option
+    if rest and (arguments.verb != "train" or any(value.startswith("-") for value in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     if arguments.verb == "train" and not arguments.plan and (arguments.processes, arguments.flops) != (None, None):
         train.error("--processes and --flops are of --plan; torchrun starts processes: see the README")
     from .recipe import RecipeError

@@ -58,8 +58,12 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     runs.sort(key=lambda run: (setting_of(run), papers_order(run["variant"]), configuration(run), run["seed"]))
     runs_of_groups = [list(group) for _, group in groupby(runs, key=setting_of)]
     groups = [_compare_group(group) for group in runs_of_groups]
-    for group, title in zip(groups, _titles(runs_of_groups), strict=True):
-        group["title"] = title
+    for group, runs_of_group, differing in zip(groups, runs_of_groups, _differing(runs_of_groups), strict=True):
+        backbone, block_size, dataset, tokens, _ = setting_of(runs_of_group[0])
+        title = f"{backbone}, T={block_size}, {dataset}, {tokens:,} training tokens"
+        group["title"] = ", ".join([title, *differing])
+        for run in runs_of_group:
+            run["differing"] = differing
 
     output = Path(output) if output is not None else runs_dir / "report"
     try:
@@ -87,18 +91,16 @@ def setting_of(run: dict[str, Any]) -> tuple:
     return run["backbone"], run["block_size"], run["dataset"], run["train_tokens"], json.dumps(decisive)
 
 
-def _titles(runs_of_groups: list[list[dict[str, Any]]]) -> list[str]:
-    """What the settings are, with the fields in which settings of the same backbone, T and tokens differ."""
+def _differing(runs_of_groups: list[list[dict[str, Any]]]) -> list[list[str]]:
+    """Of each setting the fields, as `key=value`, in which settings of the same backbone, T and tokens differ."""
     settings = [setting_of(runs[0]) for runs in runs_of_groups]
-    titles = []
+    found = []
     for *named, decisive in settings:
         alike = [json.loads(other[-1]) for other in settings if list(other[:-1]) == named]
         ours = json.loads(decisive)
         differing = [key for key in ours if any(other.get(key) != ours[key] for other in alike)]
-        backbone, block_size, dataset, tokens = named
-        title = f"{backbone}, T={block_size}, {dataset}, {tokens:,} training tokens"
-        titles.append(", ".join([title, *(f"{key}={ours[key]}" for key in differing)]))
-    return titles
+        found.append([f"{key}={ours[key]}" for key in differing])
+    return found
 
 
 def why_unstable(folder: Path) -> str:

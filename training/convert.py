@@ -22,7 +22,7 @@ from transformers.utils.hub import has_file
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
-from .recipe import RecipeError, one_line
+from .recipe import RecipeError, check_model_id, one_line
 
 
 # our modules by their stock names; a block's query, key and value projections are one module there
@@ -131,6 +131,7 @@ def convert(
 
 
 def _load(model_id: str | Path, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
+    check_model_id(model_id)
     try:
         config = AutoConfig.from_pretrained(model_id, revision=revision)
         if config.model_type not in model_types:

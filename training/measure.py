@@ -31,7 +31,7 @@ from .data import evaluation_split, load_documents, load_splits
 from .fixed_point import check_model, measure_fixed_point
 from .plots import plot_heat_maps
 from .private_cost import comparison, count_operations, table
-from .recipe import DataArguments, RecipeError, one_line
+from .recipe import DataArguments, RecipeError, check_model_id, one_line
 from .train import library_versions, perplexity
 
 
@@ -114,6 +114,7 @@ def measure(
     json_path, heat_map_path, parquet_path = map(_check_output, (json_path, heat_map_path, parquet_path))
     if heat_map_path is not None and heat_map_path.suffix not in (".png", ".pdf", ".svg"):
         raise RecipeError(f"{heat_map_path} must end in .png, .pdf or .svg")
+    check_model_id(model_id)
     rows = _open(dataset, config, split, streaming)
     if max_samples is not None:
         rows = rows.take(max_samples)
@@ -140,8 +141,10 @@ def measure(
         writer = stack.enter_context(_figures_writer(parquet_path)) if parquet_path is not None else None
         on_layer = layers.__setitem__ if writer is not None else None
         stack.enter_context(torch.no_grad())
+        # the towers of other modalities read no text
+        decoder = model.base_model.get_decoder()
         try:
-            record = stack.enter_context(record_attention_entropy(model, reduce=False, on_layer=on_layer))
+            record = stack.enter_context(record_attention_entropy(decoder, reduce=False, on_layer=on_layer))
         except ValueError as error:
             raise RecipeError(f"model {model_id!r} cannot be measured: {error}") from None
         total = max_samples if streaming else len(rows)

@@ -23,8 +23,9 @@ class _PlainLogFormatter(LogFormatter):
 
 
 def run_title(run: dict[str, Any]) -> str:
-    """Configuration and setting of a run, in two lines."""
-    return f"{configuration(run)}\n{run['backbone']}, T={run['block_size']}, seed {run['seed']}"
+    """Configuration and setting of a run, in two lines; three where `compare` found settings that differ in more."""
+    title = f"{configuration(run)}\n{run['backbone']}, T={run['block_size']}, seed {run['seed']}"
+    return "\n".join([title, *run.get("differing", [])])
 
 
 def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Figure:
@@ -73,7 +74,7 @@ def plot_curves(runs: list[dict[str, Any]]) -> Figure:
     finite = []
     colours, seeds = defaultdict(_colours().__next__), {}
     for run in runs:
-        colour = colours[run["backbone"], run["block_size"], configuration(run)]
+        colour = colours[run_title({**run, "seed": None})]
         style = ("-", "--", ":", "-.")[seeds.setdefault(run["seed"], len(seeds)) % 4]
         logged = [entry for entry in read_json(run["folder"] / "log_history.json") if "loss" in entry]
         losses = [entry["loss"] for entry in logged]

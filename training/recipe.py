@@ -15,7 +15,8 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from modeling_lnfree import LNFreeConfig
@@ -31,6 +32,15 @@ class RecipeError(ValueError):
 def one_line(error: Exception) -> str:
     """The message of an error without its line breaks, for a `RecipeError`."""
     return " ".join(str(error).split())
+
+
+def check_model_id(model_id: str | Path):
+    """Raises RecipeError for what is neither a folder nor can be the id of a model on the Hub."""
+    try:
+        if not Path(model_id).is_dir():
+            validate_repo_id(str(model_id))
+    except HFValidationError:
+        raise RecipeError(f"model {str(model_id)!r} is neither a folder nor an id of the Hub") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
