@@ -566,6 +566,9 @@ def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path
     ):
         assert text in markdown, text
     assert "negative slopes from 0.0100, 0.0100 to " in page and f"<td>{rows['SM+R']['perplexity']:.3f}</td>" in page
+    cost = page.split("<h3>Under encryption</h3>")[1].split("</table>")[0]
+    heads, *rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in cost.split("<tr>")[1:]]
+    assert dict(zip(heads, rows[1], strict=True))["configuration"] == "SM+R" and "ReLU" in heads
     # all that the page needs is in it
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page and "@import" not in page
     assert page.count('src="data:image/png;base64,') == 8 + 7

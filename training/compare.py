@@ -14,9 +14,9 @@ from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from .callbacks import read_records
 from .checkpoints import write_atomically
 from .plots import plot_curves, plot_heat_maps, run_title
-from .private_cost import BASELINE, comparison, count_operations
+from .private_cost import BASELINE, count_operations
 from .recipe import MODEL_FIELDS, DataArguments, RecipeError
-from .report import RANGES, build_html
+from .report import RANGES, build_html, cost_lines
 from .seeds import LEAST_SEEDS, configuration, read_json, summarise
 from .stability import REPORT, describe
 from .train import RESULTS, read_results
@@ -230,14 +230,12 @@ def _markdown(groups: list[dict[str, Any]], unfinished: dict[str, str]) -> str:
         for row in rows:
             values = " | ".join(f"{value:.2f}" for value in row["entropy_by_layer"])
             lines.append(f"| {row['configuration']} | {row['seed']} | {values} |")
-        costs = {row["variant"]: row["private_cost"] for row in rows}  # no seed changes them
-        named = [(variant, cost["forward"]) for variant, cost in costs.items()]
         lines += [
             "",
             f"Under encryption: operations on private data in one forward pass over {group['block_size']} tokens, "
             f"counted by running it, beside {BASELINE} of the same sizes:",
             "",
-            *comparison(named, rows[0]["private_cost"]["baseline"]),
+            *cost_lines(rows),
             "",
         ]
     lines += ["![attention entropy by layer and head](heat_maps.png)", "", "![curves over training](curves.png)", ""]

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .plots import plot_evaluations, plot_gradient_norms, plot_heat_maps, plot_layers
+from .private_cost import comparison
 from .seeds import configuration
 
 
@@ -67,10 +68,27 @@ def build_html(
             ),
         ]
         drawn = [(title, caption, _data_uri(figure)) for title, caption, figure in figures if figure is not None]
-        pages.append({**group, "figures": drawn})
+        cost = _blocks(cost_lines(group["rows"]))
+        pages.append({**group, "figures": drawn, "cost": cost})
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(groups=pages, unfinished=unfinished, ranges=RANGES)
+
+
+def cost_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown: what the variants among the rows of a setting cost under encryption."""
+    costs = {row["variant"]: row["private_cost"] for row in rows}  # no seed changes them
+    named = [(variant, cost["forward"]) for variant, cost in costs.items()]
+    return comparison(named, rows[0]["private_cost"]["baseline"])
+
+
+def _blocks(lines: list[str]) -> list[str | list[list[str]]]:
+    """Tables of Markdown as rows of cells, without the line below the heads, and paragraphs as they are."""
+    blocks = []
+    for block in "\n".join(lines).split("\n\n"):
+        rows = [line.strip("| ").split(" | ") for line in block.split("\n")]
+        blocks.append([rows[0], *rows[2:]] if block.startswith("|") else block)
+    return blocks
 
 
 def _data_uri(figure: Figure) -> str:
