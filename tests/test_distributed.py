@@ -308,6 +308,8 @@ def test_planned_memory_is_the_measured(values, tmp_path, more):
     path.write_text(yaml.safe_dump(values))
     # glibc gives back at once what is freed, and the peak is of what was in use
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    # the CPU's own kernels for bfloat16, where it has some, hold reordered copies that no plan knows
+    environment["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
     run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     measured = int(run.stdout.splitlines()[-1])
