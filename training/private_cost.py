@@ -188,7 +188,7 @@ def _run(model: PreTrainedModel, input_ids: Tensor, new_tokens: int) -> dict[str
             output = model(input_ids, use_cache=True, logits_to_keep=1 if new_tokens else 0)
             for _ in range(new_tokens - 1):
                 output = model(input_ids[:, :1], use_cache=True, **{CACHE_NAME: output[CACHE_NAME]})
-        except (NotImplementedError, RuntimeError) as error:
+        except RuntimeError as error:
             message = " ".join(str(error).split())
             raise ValueError(f"{type(model).__name__} cannot be run on the meta device: {message}") from error
     total: dict[str, Tally] = {}
