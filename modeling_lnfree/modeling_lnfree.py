@@ -33,6 +33,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -246,6 +247,91 @@ def build_norm(config: LNFreeConfig, norm_type: str) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
+class CrossEntropySum(torch.autograd.Function):
+    """
+    Sum of the cross-entropies, in nats, of `logits` `(N, vocab_size)` and those of `labels` `(N,)` that are not
+    `ignore_index`. torch's own keeps the log-probabilities and fills a gradient of theirs with zeros: this one goes
+    through a few rows at a time while they are in the cache, keeps two numbers a row, and writes the logits' gradient,
+    softmax - one_hot, only. In float32 or the logits' own type, whichever is the wider.
+    """
+
+    CHUNK = 2**19  # entries: 2 MiB in float32
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int):
+        kept = labels != ignore_index
+        labels = labels.where(kept, 0)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        maxima, sums = [], []
+        for chunk in logits.split(max(1, CrossEntropySum.CHUNK // logits.shape[-1])):
+            maximum = chunk.amax(-1, keepdim=True).to(wide)
+            maxima.append(maximum)
+            sums.append((chunk - maximum).exp_().sum(-1, keepdim=True))
+        maxima, sums = torch.cat(maxima), torch.cat(sums)  # (N, 1)
+        labels, kept = labels[:, None], kept[:, None]
+        loss = (maxima - logits.gather(-1, labels) + sums.log()).where(kept, 0).sum()
+        return loss, maxima, sums, kept, labels
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[0], *output[1:])
+        ctx.save_for_forward(inputs[0], *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        logits, maxima, sums, kept, labels = ctx.saved_tensors
+        scale = grad_output * kept
+        # the gradient of a gradient is wanted, or torch.func is at work: operations that autograd follows
+        if torch.is_grad_enabled():
+            probabilities = logits.to(maxima.dtype).softmax(-1)
+            return (probabilities * scale).scatter_add(-1, labels, -scale).to(logits.dtype), None, None
+        grad_logits = torch.empty_like(logits)
+        rows = max(1, CrossEntropySum.CHUNK // logits.shape[-1])
+        parts = (grad_logits, logits, maxima, scale / sums, labels, -scale)
+        for grad, chunk, maximum, factor, label, share in zip(*(part.split(rows) for part in parts), strict=True):
+            grad.copy_((chunk - maximum).exp_().mul_(factor).scatter_add_(-1, label, share))
+        return grad_logits, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        logits, maxima, _, kept, labels = ctx.saved_tensors
+        mean = (logits.to(maxima.dtype).softmax(-1) * tangent).sum(-1, keepdim=True)
+        return (mean - tangent.gather(-1, labels)).where(kept, 0).sum(), None, None, None, None
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    transformers' `ForCausalLMLoss`, by `CrossEntropySum` on the CPU. Where kernels are fused (torch.compile, a GPU's
+    log-softmax), and for other kinds of tensors (DTensor), it is transformers' own.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, seq_len, vocab_size)`).
+        labels (`torch.LongTensor` of shape `(batch_size, seq_len)`): shifted here, unless `shift_labels` are given.
+
+    Returns:
+        The mean in nats over the tokens that are not `ignore_index`; or their sum over `num_items_in_batch`.
+    """
+    if logits.device.type != "cpu" or type(logits) is not torch.Tensor or is_tracing(logits):
+        return ForCausalLMLoss(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs
+        )
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.flatten()
+    loss = CrossEntropySum.apply(logits.view(-1, vocab_size), shift_labels, ignore_index)[0]
+    return loss / ((shift_labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
 class LNFreePreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     config: LNFreeConfig
     config_class = LNFreeConfig
@@ -411,6 +497,7 @@ class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: 
         self.model = LNFreeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
         self.post_init()
 
     @can_return_tuple

@@ -29,6 +29,7 @@ from modeling_lnfree import (
     LNFreeModel,
 )
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
+from modeling_lnfree.modeling_lnfree import CrossEntropySum, causal_lm_loss
 
 from .conftest import every_backbone, every_variant, random_ids, tiny_config, tiny_model
 
@@ -527,6 +528,96 @@ def test_loss_is_the_mean_nll_of_the_next_token():
     log_probs = model(input_ids).logits.double().log_softmax(-1)
     expected = -log_probs[:, :-1].gather(-1, input_ids[:, 1:, None]).mean()
     assert model(input_ids, labels=input_ids).loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def shifted_cross_entropy(logits, labels, **kwargs):
+    labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1).double(), labels.flatten(), **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", [7, 5000, CrossEntropySum.CHUNK + 1], ids=["small", "chunks", "a row a chunk"])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_causal_lm_loss_and_its_gradient_match_torch(dtype, vocab_size, scale):
+    logits = (scale * torch.randn(2, 100 if vocab_size < 10000 else 3, vocab_size)).to(dtype).requires_grad_()
+    labels = torch.randint(vocab_size, logits.shape[:2])
+    labels[0, 1:-1:3] = -100
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tolerance = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 1e-6, "rtol": 2e-6}
+    for options in ({}, {"num_items_in_batch": 17}, {"num_items_in_batch": torch.tensor(17)}):
+        reduction = "sum" if options else "mean"
+        expected = shifted_cross_entropy(logits, labels, reduction=reduction) / (17 if options else 1)
+        loss = causal_lm_loss(logits, labels, vocab_size, **options)
+        assert loss.dtype == wide
+        torch.testing.assert_close(loss.double(), expected, **tolerance)
+        (grad,), (expected_grad,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
+        assert grad.dtype == dtype
+        # in half precision both are rounded once, from float32 and from float64
+        rounding = {"atol": 1e-6, "rtol": 2 * torch.finfo(dtype).eps} if dtype.itemsize == 2 else tolerance
+        torch.testing.assert_close(grad, expected_grad, **rounding)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    assert causal_lm_loss(logits, None, vocab_size, shift_labels=shifted) == causal_lm_loss(logits, labels, vocab_size)
+    other = labels.masked_fill(labels == -100, 3)
+    torch.testing.assert_close(
+        causal_lm_loss(logits, other, vocab_size, ignore_index=3).double(),
+        F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), other[:, 1:].flatten(), ignore_index=3),
+        **tolerance,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's forward mode uses torch.jit
+def test_causal_lm_loss_has_derivatives_of_every_kind(monkeypatch):
+    monkeypatch.setattr(CrossEntropySum, "CHUNK", 16)  # several chunks at this size
+    logits, labels = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True), torch.randint(5, (2, 4))
+    labels[0, 1] = -100
+
+    def loss(logits, labels=labels):
+        return causal_lm_loss(logits, labels, 5)
+
+    def reference(logits, labels=labels):
+        return shifted_cross_entropy(logits, labels)
+
+    assert torch.autograd.gradcheck(loss, logits, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, logits)
+    each = torch.func.vmap(torch.func.grad(lambda logits, labels: loss(logits[None], labels[None])))(logits, labels)
+    for index in range(2):
+        one = logits[index : index + 1]
+        (expected,) = torch.autograd.grad(reference(one, labels[index : index + 1]), one)
+        torch.testing.assert_close(each[index], expected[0])
+    torch.testing.assert_close(torch.func.hessian(loss)(logits), torch.func.hessian(reference)(logits))
+
+
+def test_causal_lm_loss_keeps_no_second_copy_of_the_logits():
+    logits = torch.randn(1, 64, 512, requires_grad=True)
+    labels, kept = torch.randint(512, (1, 64)), {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        causal_lm_loss(logits, labels, 512)
+    assert kept.pop(logits.data_ptr()) == 4 * 64 * 512
+    assert sum(kept.values()) <= 64 * (4 + 4 + 1 + 8) + 16  # two numbers, a mark and a label for each token; the count
+
+
+def test_causal_lm_loss_without_a_label_and_with_a_wrong_one():
+    logits, labels = torch.randn(1, 4, 5), torch.full((1, 4), -100)
+    logits[0, 2] = torch.nan
+    assert causal_lm_loss(logits, labels, 5).isnan()  # a mean over nothing, as in torch
+    labels[0, 1] = 2
+    assert causal_lm_loss(logits, labels, 5).isfinite()  # what is ignored may be anything
+    for wrong in (-1, 5):
+        labels[0, 1] = wrong
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            causal_lm_loss(logits, labels, 5)
+
+
+def test_loss_function_can_be_replaced():
+    model, input_ids = tiny_model("SM+R"), random_ids(2, 9)
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.mean() + vocab_size
+    output = model(input_ids, labels=input_ids)
+    assert output.loss == output.logits.mean() + model.config.vocab_size
 
 
 @pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-global"])
