@@ -41,6 +41,8 @@ from transformers.masking_utils import find_packed_sequence_indices, sdpa_mask
 
 # elements of the scores, or of the float mask of a kernel, that are held at a time
 _BLOCK_ELEMENTS = 2**22
+# scores that torch's own operations go through faster than a fused kernel
+_FEW_SCORES = 2**18
 # log-sum-exp from which on the difference needs float64
 _LARGE_SCORE = 2**8
 
@@ -228,11 +230,25 @@ def _kernel_entropy(
     kernel: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, visibility: _Visibility, scaling: float
 ) -> Tensor:
     """`lse - scaling * q . Attention(q, k, v=k)` with the right gradient, `(batch, heads, T)`."""
+    few = visibility.mask is None and query[..., 0].numel() * visibility.num_keys <= _FEW_SCORES
+    if few and query.device.type == "cpu" and not torch.is_grad_enabled():
+        return _few_scores_entropy(query, key, visibility, scaling)
     output, logsumexp = kernel(query, key, key.detach(), visibility, scaling)
     # the terms cancel: float32 leaves an error of 3e-7 of their size (the CPU alone has kernels in float64)
     if query.device.type == "cpu" and query.dtype == torch.float32 and logsumexp.abs().max() > _LARGE_SCORE:
         return _kernel_entropy(kernel, query.double(), key.double(), visibility, scaling).float()
     return logsumexp.detach() - scaling * torch.linalg.vecdot(query.detach(), output)
+
+
+def _few_scores_entropy(query: Tensor, key: Tensor, visibility: _Visibility, scaling: float) -> Tensor:
+    """The entropy by way of all scores at once, as fast where they stay in the cache; without gradient."""
+    bias = query.new_full((visibility.num_queries, visibility.num_keys), -torch.inf)
+    bias = bias.triu_(1) if visibility.is_causal else bias.zero_()
+    keys = _repeat_heads(key, query.shape[1]).flatten(0, 1).mT
+    scores = torch.baddbmm(bias, query.flatten(0, 1), keys, alpha=scaling)  # (batch * heads, T, S)
+    if query.dtype == torch.float32 and scores.amax(-1).abs().max() > _LARGE_SCORE:
+        return _few_scores_entropy(query.double(), key.double(), visibility, scaling).float()
+    return torch.special.entr(scores.softmax(-1)).sum(-1).view(query.shape[:3])
 
 
 def _fused_kernel(query: Tensor, key: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -336,13 +352,14 @@ class AttentionEntropyRecord:
     """
 
     def __init__(self, model: nn.Module, on_layer: Callable[[int, Tensor], None] | None = None):
-        layers = {name: module for name, module in model.named_modules() if _uses_attention_interface(type(module))}
+        modules = dict(model.named_modules())
+        layers = {name: module for name, module in modules.items() if _uses_attention_interface(type(module))}
         if not layers:
             raise ValueError(
                 f"{type(model).__name__} computes its attention itself and not by the attention interface of "
                 "transformers (ALL_ATTENTION_FUNCTIONS), so its queries and keys cannot be seen"
             )
-        configs = [vars(module).get("config") for module in model.modules()]
+        configs = [vars(module).get("config") for module in modules.values()]
         # the configuration of an encoder-decoder is also that of its encoder alone
         decodes = any(getattr(layer, "is_decoder", True) for layer in layers.values())
         if any(getattr(config, "add_cross_attention", False) for config in configs) or (
