@@ -61,8 +61,8 @@ def build_page(trust_remote_code: bool) -> gr.Blocks:
     def measure(model_id: str, text: str) -> tuple[str, Figure, list[list[int | str]]]:
         model_id = model_id.strip()
         try:
-            if not model_id:
-                raise ValueError("no model is named")
+            if not model_id or not text:
+                raise ValueError("a model and a text are needed")
             result = METRIC.compute(predictions=[text], model_id=model_id, trust_remote_code=trust_remote_code)
             if result["num_queries"] < 2:
                 raise ValueError("the text must have two tokens or more, as one token can look at itself only")
