@@ -45,9 +45,9 @@ class AttentionEntropy(evaluate.Metric):
     Predictions are texts, which a model reads, or measurements made before, which are put together.
 
     Args:
-        predictions (`list`): texts (`str`), each measured by itself; or measurements: records of `metric.record`,
-            results of `compute`, or dictionaries with their keys `entropy`, `max_entropy`, `nan_count`, `inf_count`
-            and `num_queries`.
+        predictions (`list`): texts (`str`, none empty), each measured by itself; or measurements: records of
+            `metric.record`, results of `compute`, or dictionaries with their keys `entropy`, `max_entropy`,
+            `nan_count`, `inf_count` and `num_queries`.
         model_id (`str`, *optional*): Hub id or folder of a causal language model, for texts.
         model (`transformers.PreTrainedModel`, *optional*): a model at hand, instead of `model_id`. It is measured
             where it is, in evaluation mode.
