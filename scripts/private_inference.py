@@ -57,7 +57,7 @@ except ImportError as error:
 SERVER, CLIENT = 0, 1
 PROMPT = "def __init__(self, name, value=None):\n        self.name = name\n        self.value ="
 HIDDEN_SCORE = -12.0
-OPERATIONS = ("embedding", "layer_norm", "linear", "attention products", "softmax", "activation", "logits")
+OPERATIONS = ("embedding", "LayerNorm", "linear", "attention products", "softmax", "activation", "logits")
 NOT_PROTECTED = (
     "Not protected: party 0 (the server) deals the triples and could unmask the prompt; deviating parties are not "
     "noticed; no offline phase is counted."
@@ -155,7 +155,7 @@ class PrivateModel:
         """LayerNorm, or nothing where the export has none."""
         if name not in self.variances:
             return states
-        with self.meter.measure("layer_norm"):
+        with self.meter.measure("LayerNorm"):
             scale = self.variances[name] ** -0.5
             states = (states - states.mean(-1, keepdim=True)) * scale
             variance = states.square().mean(-1, keepdim=True) + self.config.layer_norm_eps * scale**2

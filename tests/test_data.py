@@ -164,11 +164,14 @@ def test_embedded_corpus_beside_other_data(jsonl, streaming):
         ({"text_column": "text"}, "text_column='text' is not a column.*content"),
         ({"text_column": "number"}, "text_column='number' must hold texts, got int64"),
         ({"dataset": __file__}, "must end in one of .json"),
+        ({"dataset": "empty.jsonl"}, "dataset 'empty.jsonl' cannot be loaded: it is empty"),
     ],
 )
 def test_data_that_cannot_be_had(jsonl, arguments, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(jsonl.parent)
+    Path("empty.jsonl").touch()
     jsonl.write_text(json.dumps({"content": "a text", "number": 1}) + "\n")
     with pytest.raises(RecipeError, match=message):
         data.load_documents(DataArguments(**{"dataset": str(jsonl), **arguments}), seed=0)

@@ -199,6 +199,7 @@ def test_a_model_in_training_is_measured_without_dropout_and_left_as_it_was(metr
         ({}, "there is nothing to compute"),
         ({"predictions": []}, "at least one text or measurement, got \\[\\]"),
         ({"predictions": "a text"}, "must be a list"),
+        ({"predictions": iter("a")}, "must be a list .*, got <str_"),
         ({"predictions": [0.5]}, "got float without entropy, max_entropy"),
         ({"predictions": [{"entropy": [[1.0]]}]}, "got dict without max_entropy"),
         ({"predictions": ["a", {}]}, "texts or measurements, not both"),
@@ -207,8 +208,11 @@ def test_a_model_in_training_is_measured_without_dropout_and_left_as_it_was(metr
         ({"predictions": ["a"], "model": "given"}, "needs tokenizer="),
         ({"predictions": ["a"], "model": "given", "dtype": "float16", "revision": "main"}, "revision, dtype is for"),
         ({"predictions": ["a"], "model": "given", "tokenizer": "given", "max_length": 41}, "in 1 to 40.* got 41"),
+        ({"predictions": ["a"], "model": "given", "tokenizer": "given", "max_length": 2.0}, "an integer .* got 2.0"),
         ({"predictions": ["a"], "model": "given", "tokenizer": "given", "batch_size": 0}, "at least 1, got 0"),
-        ({"predictions": ["a", ""], "model": "given", "tokenizer": "given"}, "the text '' has no tokens"),
+        ({"predictions": ["a"], "model": "given", "tokenizer": "given", "batch_size": 2.5}, "an integer .* got 2.5"),
+        ({"predictions": ["a"], "model": "given", "tokenizer": "given", "batch_size": None}, "an integer .* got None"),
+        ({"predictions": ["a", ""], "model": "given", "tokenizer": "given"}, "predictions hold an empty text"),
         ({"predictions": ["a"], "model": "bloom", "tokenizer": "given"}, "BloomModel computes its attention itself"),
         ({"predictions": ["measured"], "model": "given"}, "put together without a model"),
     ],
@@ -237,6 +241,10 @@ def test_a_corrected_call_counts_its_texts_once(metric, model, tokenizer):
     metric.add(prediction="abc")
     with pytest.raises(ValueError, match="not both"):
         metric.add(prediction={})
+    with pytest.raises(ValueError, match="an empty text"):
+        metric.add(prediction="")
+    with pytest.raises(ValueError, match="must be a list .*, got None"):
+        metric.add_batch(predictions=None)
     for wrong in ({}, {"model": model}):
         with pytest.raises(ValueError, match="tokenizer="):
             metric.compute(predictions=["de"], **wrong)
@@ -289,31 +297,104 @@ def test_a_copied_folder_loads_in_a_process_without_the_project_and_passes_its_d
     same(answer["result"]["entropy"], mean_entropy(naive(model, tokenizer, TEXTS, max_length=64)[0]))
 
 
-@pytest.mark.slow  # a server is started
-def test_the_page_measures_a_model_and_shows_errors(tmp_path, folder):
-    pytest.importorskip("gradio", reason="the page needs gradio")
-    from gradio_client import Client
-    from gradio_client.exceptions import AppError
+# ---- its page
 
-    shutil.copytree(FOLDER, tmp_path / "space")
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The address of the page, served from a copy of the metric's folder."""
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    space = tmp_path_factory.mktemp("page") / "space"
+    shutil.copytree(FOLDER, space)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = {"GRADIO_SERVER_PORT": port, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(tmp_path / "space" / "app.py")]
-    with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment}, stdout=subprocess.PIPE) as server:
+    command = [sys.executable, str(space / "app.py")]
+    with subprocess.Popen(command, cwd=space, env={**os.environ, **environment}, stdout=subprocess.PIPE) as server:
         try:
             server.stdout.readline()  # says that it runs
-            client = Client(f"http://127.0.0.1:{port}", verbose=False)
-            summary, heat_map, table = client.predict(folder, TEXTS[0], api_name="/measure")
-            assert "nats** on average over 32 tokens" in summary and heat_map["type"] == "matplotlib"
-            assert [row[0] for row in table["data"]] == [0, 1, 2]
-            with pytest.raises(AppError, match="This cannot be measured"):
-                client.predict(str(tmp_path / "nothing"), TEXTS[0], api_name="/measure")
-            with pytest.raises(AppError, match="two tokens"):
-                client.predict(folder, "a", api_name="/measure")
+            yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
+
+
+@pytest.mark.slow  # a server is started
+def test_the_page_measures_a_model_and_shows_errors(page, folder, tmp_path):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(page, verbose=False)
+    summary, heat_map, table = client.predict(folder, TEXTS[0], api_name="/measure")
+    assert "nats** on average over 32 tokens" in summary and heat_map["type"] == "matplotlib"
+    assert [row[0] for row in table["data"]] == [0, 1, 2] and "Broken" not in summary
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"junk")
+    for model_id, text, message in (
+        (tmp_path / "nothing", TEXTS[0], "This cannot be measured"),
+        (tmp_path / "cut", TEXTS[0], "[Hh]eader"),
+        (folder, "a", "two tokens"),
+        (folder, "", "a model and a text are needed"),
+    ):
+        with pytest.raises(AppError, match=message):
+            client.predict(str(model_id), text, api_name="/measure")
+
+
+@pytest.mark.slow
+def test_the_page_tells_broken_heads(page, folder, tokenizer, tmp_path):
+    from gradio_client import Client
+
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.h[2].attn.c_attn.bias[8:16] = torch.nan
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    summary, _, table = Client(page, verbose=False).predict(str(tmp_path), "abc", api_name="/measure")
+    assert "grey in the map: 1 of 12 heads" in summary and table["data"][2][-1] == 6
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser_as_wide_as_a_telephone(page, folder):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="the browser is driven by selenium")
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("the browser test needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-background-networking"):
+        options.add_argument(f"--{argument}")
+    with webdriver.Chrome(options, webdriver.ChromeService(programs[1])) as browser:
+        screen = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        browser.get(page)
+
+        def find(path):
+            return WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.XPATH, path))[0]
+
+        def enter(label, value):
+            box = find(f"//label[contains(., '{label}')]//*[self::input or self::textarea]")
+            box.clear()
+            box.send_keys(value)
+
+        def shown():
+            return browser.find_element(By.TAG_NAME, "body").text
+
+        enter("Model", folder)
+        enter("Text", TEXTS[0])
+        find("//button[contains(., 'Measure')]").click()
+        heat_map = find("//img[contains(@alt, 'plot')]")
+        WebDriverWait(browser, 60).until(lambda _: heat_map.get_property("naturalWidth") > 0)
+        assert "nats on average over 32 tokens" in shown()
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        # markup in an error is read as text, and nothing of the last model stands beside it
+        enter("Model", "<no> such model")
+        find("//button[contains(., 'Measure')]").click()
+        find("//*[contains(text(), '<no> such model')]")
+        assert "This cannot be measured" in shown() and "on average" not in shown()
+        assert not browser.find_elements(By.XPATH, "//img[contains(@alt, 'plot')]")
 
 
 # ---- lnfree measure
@@ -425,7 +506,12 @@ def test_an_infinite_perplexity_is_a_number(tmp_path, tokenizer, corpus):
         ({"dataset": "broken.jsonl", "streaming": True}, "dataset 'broken.jsonl' cannot be read"),
         ({"dataset": "empty.jsonl"}, "no text of two tokens in the column 'content'"),
         ({"split": "validation"}, "cannot be loaded: .*validation"),
+        ({"dataset": "nothing.jsonl"}, "dataset 'nothing.jsonl' cannot be loaded: it is empty"),
+        ({"dataset": "nothing.jsonl", "streaming": True}, "dataset 'nothing.jsonl' cannot be loaded: it is empty"),
         ({"text_column": "text"}, "'text' is not a column of the dataset, which has content, number"),
+        # before the model is looked for
+        ({"text_column": "text", "model_id": "no/model"}, "'text' is not a column of the dataset"),
+        ({"text_column": "text", "model_id": "no/model", "streaming": True}, "'text' is not a column of the dataset"),
         ({"text_column": "number"}, "text_column='number' must hold texts, got int"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"private_cost": -1}, "private_cost must be at least 0 new tokens, got -1"),
@@ -444,6 +530,7 @@ def test_measure_errors_are_one_line(folder, corpus, monkeypatch, changes, messa
     Path("no_texts.yaml").write_text("a: 1\n")
     Path("broken.jsonl").write_text('{"content": "abc"}\n{"content": \n')
     Path("empty.jsonl").write_text('{"content": "a"}\n')
+    Path("nothing.jsonl").touch()
     with pytest.raises(RecipeError, match=message) as error:
         measure(**{"model_id": folder, "dataset": corpus, **changes})
     assert "\n" not in str(error.value)

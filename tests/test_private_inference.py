@@ -61,7 +61,7 @@ def test_two_parties_compute_the_clear_tokens_and_count_their_messages(exports, 
     assert ours["linear"] == {"rounds": 12, "bytes": 2 * 8 * factors, "seconds": ours["linear"]["seconds"]}
     for name in ("softmax", "linear", "embedding", "logits"):
         assert [ours[name][key] for key in ("rounds", "bytes")] == [baseline[name][key] for key in ("rounds", "bytes")]
-    assert 5 * ours["layer_norm"]["rounds"] == baseline["layer_norm"]["rounds"]  # 4 in the blocks and the final one
+    assert 5 * ours["LayerNorm"]["rounds"] == baseline["LayerNorm"]["rounds"]  # 4 in the blocks and the final one
     assert ours["activation"]["bytes"] < baseline["activation"]["bytes"]
 
 

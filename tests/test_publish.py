@@ -302,6 +302,16 @@ def test_hub_that_cannot_be_reached_is_one_line(server, runs_dir, monkeypatch, c
     assert error.startswith("lnfree publish: error: the Hub at http://127.0.0.1:9 cannot be reached: ")
 
 
+def test_clean_process_that_fails_says_why_without_the_token(server, small):
+    published = release(small[:1])
+    said = {"X-Error-Message": f"{TOKEN} may not read this"}
+    server.fail("GET", "^/api/datasets/", times=99, status=403, headers=said)
+    with pytest.raises(RecipeError) as caught:
+        publish.verify(HfApi(), published)
+    assert str(caught.value).startswith("published, but not as it should be: me/lnfree-results at ")
+    assert "*** may not read this" in str(caught.value) and TOKEN not in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 

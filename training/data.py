@@ -114,6 +114,9 @@ def load_splits(
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"dataset {name!r} cannot be loaded: {one_line(error)}") from error
+    # how datasets says that JSON files are empty
+    except StopIteration:
+        raise RecipeError(f"dataset {name!r} cannot be loaded: it is empty") from None
 
 
 def evaluation_split(splits: dict[str, Dataset | IterableDataset]) -> Dataset | IterableDataset:

@@ -118,6 +118,9 @@ def measure(
     rows = _open(dataset, config, split, streaming)
     if max_samples is not None:
         rows = rows.take(max_samples)
+    # a wrong column is told before a model is loaded
+    for _, row in _read(rows.take(1), dataset):
+        _text(row, text_column)
     _check_device(device)
     try:
         model = load_model(

@@ -604,7 +604,7 @@ def verify(api: HfApi, publications: list[Publication]):
             text=True,
         )
         if run.returncode:
-            raise RecipeError(f"published, but not as it should be: {last_words(run)}")
+            raise RecipeError(f"published, but not as it should be: {_without_token(last_words(run))}")
         found = json.loads(answers.read_text(encoding="utf-8"))
     rows = []
     for publication, result in zip(publications, found, strict=True):
@@ -679,5 +679,9 @@ def _message(error: BaseException) -> str:
         text = f"the Hub at {constants.ENDPOINT} cannot be reached: {error}"
     else:
         text = str(error)
+    return " ".join(_without_token(text).split())
+
+
+def _without_token(text: str) -> str:
     token = get_token()
-    return " ".join((text.replace(token, "***") if token else text).split())
+    return text.replace(token, "***") if token else text

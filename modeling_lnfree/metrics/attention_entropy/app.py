@@ -1,6 +1,7 @@
 """A page that shows the attention entropy of a chosen model on a typed text: `python app.py`."""
 
 import argparse
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,16 @@ import evaluate
 import gradio as gr
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 METRIC = evaluate.load(str(Path(__file__).with_name("attention_entropy.py")))
-HEADER = ["layer", "mean (nats)", "share of the largest", "lowest head", "highest head", "NaN weights"]
+HEADER = ["layer", "mean (nats)", "share of the largest", "lowest head (nats)", "highest head (nats)", "NaN weights"]
 INTRODUCTION = """
 # Attention entropy
 
 How evenly each head of a causal language model looks at the text before it: 0 nats where it looks at one token only,
-the top of the scale where it looks at all alike. Exact, on the whole text, before dropout
+the top of the scale where it looks at all alike. Exact, before dropout, on as many tokens as the model has positions
 ([arXiv 2410.09637](https://arxiv.org/abs/2410.09637)).
 """
 
@@ -24,12 +26,15 @@ the top of the scale where it looks at all alike. Exact, on the whole text, befo
 def draw_heat_map(result: dict[str, Any]) -> Figure:
     """Layers x heads, on a scale from 0 to the largest entropy that the text allows."""
     entropy = np.array(result["entropy"])  # (layers, heads)
-    figure = Figure(figsize=(2.5 + 0.45 * entropy.shape[1], 1.8 + 0.35 * entropy.shape[0]), layout="constrained")
+    # of one size, as the page fits it to its column: a larger one would have smaller letters
+    figure = Figure(figsize=(5, 4.5), layout="constrained", dpi=200)
     axis = figure.subplots()
-    # a broken head is NaN, and left white
+    # a broken head is NaN, and nothing is drawn over the grey
+    axis.set_facecolor("lightgrey")
     image = axis.imshow(entropy, vmin=0, vmax=np.max(result["max_entropy"]), cmap="viridis", aspect="auto")
-    axis.set_title("Entropy by layer and head")
-    axis.set(xlabel="head", ylabel="layer", xticks=range(entropy.shape[1]), yticks=range(entropy.shape[0]))
+    axis.set(xlabel="head", ylabel="layer")
+    for direction in (axis.xaxis, axis.yaxis):
+        direction.set_major_locator(MaxNLocator(12, integer=True))
     figure.colorbar(image, label="attention entropy (nats)")
     return figure
 
@@ -54,18 +59,24 @@ def build_page(trust_remote_code: bool) -> gr.Blocks:
     """The page; `trust_remote_code` lets a model bring code of its own."""
 
     def measure(model_id: str, text: str) -> tuple[str, Figure, list[list[int | str]]]:
+        model_id = model_id.strip()
         try:
-            result = METRIC.compute(predictions=[text], model_id=model_id.strip(), trust_remote_code=trust_remote_code)
+            if not model_id or not text:
+                raise ValueError("a model and a text are needed")
+            result = METRIC.compute(predictions=[text], model_id=model_id, trust_remote_code=trust_remote_code)
+            if result["num_queries"] < 2:
+                raise ValueError("the text must have two tokens or more, as one token can look at itself only")
         except (OSError, ValueError) as error:
-            raise gr.Error(f"This cannot be measured: {error}", print_exception=False) from error
-        if result["num_queries"] < 2:
-            message = "The text must have two tokens or more: one token can look at itself only."
-            raise gr.Error(message, print_exception=False)
+            # shown as HTML
+            raise gr.Error(f"This cannot be measured: {escape(str(error))}", print_exception=False) from error
         shares = ", ".join(f"{100 * share:.0f} %" for share in result["head_distribution"])
         summary = (
             f"**{result['mean_entropy']:.3f} nats** on average over {result['num_queries']} tokens. "
             f"Heads in the four quarters of their largest entropy, from the lowest: {shares}."
         )
+        broken = np.isnan(result["entropy"])
+        if broken.any():
+            summary += f" Broken, and grey in the map: {broken.sum()} of {broken.size} heads."
         return summary, draw_heat_map(result), tabulate(result)
 
     with gr.Blocks(title="Attention entropy") as page:
@@ -80,11 +91,15 @@ def build_page(trust_remote_code: bool) -> gr.Blocks:
                 # a label would lie over the map
                 heat_map = gr.Plot(show_label=False)
         table = gr.Dataframe(headers=HEADER, label="By layer")
-        button.click(measure, [model_id, text], [summary, heat_map, table])
+        shown = [summary, heat_map, table]
+        # or the last model's figures would stand beside the next one's error
+        quietly = {"api_visibility": "private", "show_progress": "hidden"}
+        button.click(lambda: ("", None, None), outputs=shown, **quietly).then(measure, [model_id, text], shown)
     return page
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with a model")
-    build_page(parser.parse_args().trust_remote_code).launch()
+    # with what goes wrong inside of transformers
+    build_page(parser.parse_args().trust_remote_code).launch(show_error=True)

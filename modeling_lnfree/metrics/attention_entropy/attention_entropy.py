@@ -6,7 +6,8 @@ queries of all texts, for every layer and head (arXiv 2410.09637). It is exact a
 mathematics stands in `entropy.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
+from numbers import Integral
 from typing import Any
 
 import evaluate
@@ -44,9 +45,9 @@ class AttentionEntropy(evaluate.Metric):
     Predictions are texts, which a model reads, or measurements made before, which are put together.
 
     Args:
-        predictions (`list`): texts (`str`), each measured by itself; or measurements: records of `metric.record`,
-            results of `compute`, or dictionaries with their keys `entropy`, `max_entropy`, `nan_count`, `inf_count`
-            and `num_queries`.
+        predictions (`list`): texts (`str`, none empty), each measured by itself; or measurements: records of
+            `metric.record`, results of `compute`, or dictionaries with their keys `entropy`, `max_entropy`,
+            `nan_count`, `inf_count` and `num_queries`.
         model_id (`str`, *optional*): Hub id or folder of a causal language model, for texts.
         model (`transformers.PreTrainedModel`, *optional*): a model at hand, instead of `model_id`. It is measured
             where it is, in evaluation mode.
@@ -157,8 +158,8 @@ class AttentionEntropy(evaluate.Metric):
             return super().compute(predictions=predictions)
         if (model_id is None) == (model is None):
             raise ValueError("to measure texts, pass either model_id=, or model= and tokenizer=")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         loading = {"device": device, "trust_remote_code": trust_remote_code, "revision": revision, "dtype": dtype}
         if model is None:
             model = load_model(model_id, **loading)
@@ -212,13 +213,15 @@ def check_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Number of tokens to read of a text: `max_length`, or as many as model and tokenizer take.
 
     Raises:
-        ValueError: if `max_length` is below 1, or more than the model has positions.
+        ValueError: if `max_length` is no integer, below 1, or more than the model has positions.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
     if max_length is None:
         return min(tokenizer.model_max_length, positions)
-    if not 1 <= max_length <= positions:
-        raise ValueError(f"max_length must be in 1 to {positions}, the positions of the model, got {max_length}")
+    if not isinstance(max_length, Integral) or not 1 <= max_length <= positions:
+        raise ValueError(
+            f"max_length must be an integer in 1 to {positions}, the positions of the model, got {max_length!r}"
+        )
     return max_length
 
 
@@ -247,11 +250,14 @@ def summarize(record: AttentionEntropyRecord) -> dict[str, Any]:
 
 
 def _are_texts(predictions: Sequence[Any]) -> bool:
-    if isinstance(predictions, str | Mapping) or len(predictions) == 0:
+    if isinstance(predictions, str | Mapping) or not isinstance(predictions, Sized) or len(predictions) == 0:
         raise ValueError(f"predictions must be a list with at least one text or measurement, got {predictions!r}")
     kinds = {isinstance(prediction, str) for prediction in predictions}
     if len(kinds) > 1:
         raise ValueError("predictions must be texts or measurements, not both")
+    # here and not when a tokenizer finds nothing in it: that would be too late for the texts added before
+    if kinds == {True} and not all(predictions):
+        raise ValueError("predictions hold an empty text")
     return kinds.pop()
 
 
