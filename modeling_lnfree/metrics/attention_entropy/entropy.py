@@ -41,8 +41,6 @@ from transformers.masking_utils import find_packed_sequence_indices, sdpa_mask
 
 # elements of the scores, or of the float mask of a kernel, that are held at a time
 _BLOCK_ELEMENTS = 2**22
-# scores that torch's own operations go through faster than a fused kernel
-_FEW_SCORES = 2**18
 # log-sum-exp from which on the difference needs float64
 _LARGE_SCORE = 2**8
 
@@ -230,25 +228,11 @@ def _kernel_entropy(
     kernel: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, visibility: _Visibility, scaling: float
 ) -> Tensor:
     """`lse - scaling * q . Attention(q, k, v=k)` with the right gradient, `(batch, heads, T)`."""
-    few = visibility.mask is None and query[..., 0].numel() * visibility.num_keys <= _FEW_SCORES
-    if few and query.device.type == "cpu" and not torch.is_grad_enabled():
-        return _few_scores_entropy(query, key, visibility, scaling)
     output, logsumexp = kernel(query, key, key.detach(), visibility, scaling)
     # the terms cancel: float32 leaves an error of 3e-7 of their size (the CPU alone has kernels in float64)
     if query.device.type == "cpu" and query.dtype == torch.float32 and logsumexp.abs().max() > _LARGE_SCORE:
         return _kernel_entropy(kernel, query.double(), key.double(), visibility, scaling).float()
     return logsumexp.detach() - scaling * torch.linalg.vecdot(query.detach(), output)
-
-
-def _few_scores_entropy(query: Tensor, key: Tensor, visibility: _Visibility, scaling: float) -> Tensor:
-    """The entropy by way of all scores at once, as fast where they stay in the cache; without gradient."""
-    bias = query.new_full((visibility.num_queries, visibility.num_keys), -torch.inf)
-    bias = bias.triu_(1) if visibility.is_causal else bias.zero_()
-    keys = _repeat_heads(key, query.shape[1]).flatten(0, 1).mT
-    scores = torch.baddbmm(bias, query.flatten(0, 1), keys, alpha=scaling)  # (batch * heads, T, S)
-    if query.dtype == torch.float32 and scores.amax(-1).abs().max() > _LARGE_SCORE:
-        return _few_scores_entropy(query.double(), key.double(), visibility, scaling).float()
-    return torch.special.entr(scores.softmax(-1)).sum(-1).view(query.shape[:3])
 
 
 def _fused_kernel(query: Tensor, key: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
