@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from training import cli
-from training.benchmark import SECTIONS
+from training.benchmark import SECTIONS, build_lnfree, count_flops
 
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,17 @@ ROOT = Path(__file__).parents[1]
 def test_wrong_arguments_are_one_line(arguments, message, capsys):
     assert cli.main(["benchmark", *arguments]) == 1
     assert re.fullmatch(f"lnfree benchmark: error: {message}\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("length", [128, 512])
+def test_flops_of_a_step_are_those_of_a_count_by_hand(length):
+    model, input_ids = build_lnfree("SM+R", "quick", length, "cpu"), torch.zeros(2, length, dtype=torch.long)
+    tokens, width, layers, vocab_size = 2 * length, 128, 6, 2048
+    # forward, and for the backward pass twice as much: 12 D^2 a layer, and the head
+    linear = 3 * 2 * tokens * (layers * 12 * width**2 + width * vocab_size)
+    # two products, and five for the backward pass, in which the scores are computed again; half of each is seen
+    attention = layers * (2 + 5) * 2 * tokens * length * width // 2
+    assert count_flops(model, input_ids) == linear + attention
 
 
 @pytest.mark.slow  # trains, generates and starts processes

@@ -42,6 +42,7 @@ from transformers import (
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, record_attention_entropy
 
 from .callbacks import AttentionEntropy, MeasurementCallback, ResidualStream, ZeroActivations
+from .plan import ATTENTION_FLOPS
 from .recipe import RecipeError, load_recipe
 from .train import write_atomically
 
@@ -245,8 +246,12 @@ def benchmark_step(sizes: list[str], rounds: int, device: str, compiled: bool) -
 
 
 def count_flops(model: nn.Module, input_ids: Tensor) -> int:
-    """FLOP of the matrix products of a training step, forward and backward, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOP of the products of a training step, forward and backward; on the CPU the causal half of attention's."""
+    causal = {
+        kernel: lambda *args, count=count, **kwargs: count(*args, **kwargs) // 2
+        for kernel, count in ATTENTION_FLOPS.items()
+    }
+    with FlopCounterMode(display=False, custom_mapping=causal) as counter:
         model(input_ids, labels=input_ids, use_cache=False).loss.backward()
     model.zero_grad()
     return counter.get_total_flops()
