@@ -522,6 +522,31 @@ def test_accumulated_gradients_equal_one_large_batch(backbone):
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
+def gradients(model) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_variant
+@every_backbone
+def test_mixed_precision_gives_the_gradients_of_float32(variant, backbone, dtype):
+    model = tiny_model(variant, backbone, embedding_dropout=0.0).train()
+    input_ids = random_ids(2, 9)
+    model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(input_ids, labels=input_ids, use_cache=False).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert (gradients(model) - expected).norm() < 32 * torch.finfo(dtype).eps * expected.norm()
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    scaler.step(optimizer)  # leaves the step out if a gradient is not finite
+    assert not torch.equal(model.model.embed_tokens.weight, embedding)
+
+
 def test_loss_is_the_mean_nll_of_the_next_token():
     model = tiny_model("SM+R")
     input_ids = random_ids(2, 9)
