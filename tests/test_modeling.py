@@ -530,12 +530,12 @@ def gradients(model) -> torch.Tensor:
 @every_variant
 @every_backbone
 def test_mixed_precision_gives_the_gradients_of_float32(variant, backbone, dtype):
-    model = tiny_model(variant, backbone, embedding_dropout=0.0).train()
+    model = tiny_model(variant, backbone, embedding_dropout=0.0, initializer_range=0.05).train()
     input_ids = random_ids(2, 9)
     model(input_ids, labels=input_ids, use_cache=False).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=dtype == torch.float16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with torch.autocast("cpu", dtype=dtype):
         loss = model(input_ids, labels=input_ids, use_cache=False).loss
