@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Several nodes of 8 GPUs under Slurm, a process a GPU; the folder must be on a file system that all nodes share.
 #   sbatch --nodes 4 scripts/slurm.sh training/recipes/cluster_1b_t2048.yaml output_dir=runs/1b
-# Options before the script replace those below. Where Slurm does not count GPUs, PROCESSES_PER_NODE says how many:
-#   PROCESSES_PER_NODE=1 sbatch --gpus-per-node 0 --cpus-per-task 2 scripts/slurm.sh RECIPE.yaml use_cpu=true
+# Where Slurm does not count GPUs, or there are none: PROCESSES_PER_NODE=8 sbatch --gpus-per-node 0 scripts/slurm.sh ...
 # One node without Slurm: .venv/bin/torchrun --nproc_per_node 8 -m training.train RECIPE.yaml [key=value ...]
-# A job that is requeued goes on from the last whole checkpoint.
+# A job that is requeued, or submitted again after its time, goes on from the last whole checkpoint.
 #SBATCH --job-name lnfree
 #SBATCH --nodes 2
 #SBATCH --ntasks-per-node 1
