@@ -1,7 +1,8 @@
-"""Real processes by torchrun: equal to one process, killed and resumed, sharded, and fed from a Hub on loopback."""
+"""Real processes by torchrun: equal to one process, killed and resumed, sharded, on two nodes, fed from a Hub."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,41 @@ def test_killed_run_of_two_processes_resumes_bitwise(values, tmp_path, more):
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
     results = [train.read_results(tmp_path / name) for name in ("killed", "whole")]
     assert results[0]["eval_loss"] == results[1]["eval_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, more", [(1, {}), (2, {"fsdp_size": 2})], ids=["ddp", "replicas of fsdp"])
+def test_two_nodes_equal_one_and_go_on_from_a_whole_checkpoint(values, tmp_path, processes, more):
+    values = {**values, "embedding_dropout": 0.1, "save_strategy": "steps", "save_steps": 5, **more}
+
+    def train_on(nodes, name):
+        # launchers that know of each other by an address alone; what they prepare lies in one folder, empty at first
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{server.getsockname()[1]}"]
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / name)}))
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", *meeting]
+        command += [f"--nproc_per_node={2 * processes // nodes}", "-m", "training.train", str(recipe)]
+        environment = {**os.environ, "HF_HOME": str(tmp_path / f"home-{name}"), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        launched = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(nodes)]
+        return "".join(finish(process) for process in launched)
+
+    def result(name):
+        weights = load_file(tmp_path / name / "model" / "model.safetensors")
+        return losses(tmp_path / name), {key: tensor.tolist() for key, tensor in weights.items()}
+
+    train_on(1, "one")
+    output = train_on(2, "two")
+    # each line once, not from every node
+    assert output.count(f": {2 * processes} processes") == 1 and output.count("'loss': ") == 20
+    assert result("two") == result("one")
+
+    (tmp_path / "two" / "results.json").unlink()
+    (tmp_path / "two" / "checkpoint-20" / "trainer_state.json").write_text("")
+    output = train_on(2, "two")
+    assert output.count("checkpoint-20 is damaged and removed") == 1 and output.count("'loss': ") == 5
+    assert result("two") == result("one")
 
 
 def test_run_that_keeps_weights_alone_or_cannot_be_sharded_says_so(values, tmp_path):

@@ -163,16 +163,18 @@ def print_plan(recipe: Recipe, processes: int, flops: float | None):
     lines["checkpoint"] = f"{planned['checkpoint'] / GIB:.2f} GiB"
     lines["computing"] = f"{planned['flops_per_token']:.3g} FLOPs a token"
     lines["network"] = f"{planned['traffic'] / GIB:.2f} GiB sent by a process in a step"
-    if processes > fsdp_size > 1:
-        between = 2 * planned["weights"] * (1 - fsdp_size / processes)
-        lines["network"] += f" ({between / GIB:.2f} between replicas)"
+    # replicas are on nodes of their own: this share is what the cards between nodes carry
+    between = 2 * planned["weights"] * (1 - fsdp_size / processes) if processes > fsdp_size > 1 else 0
+    if between:
+        lines["  replicas"] = f"{between / GIB:.2f} GiB of it between replicas"
     if flops is not None:
         seconds_a_step = planned["tokens_per_step"] * planned["flops_per_token"] / (flops * processes)
         lines["time"] = f"{seconds_a_step:.3g} s a step at {flops:.3g} FLOP/s in each process"
         if planned["seconds"] is not None:
             lines["time"] += f", {planned['seconds'] / 3600:.1f} hours in all, of computing alone"
         lines["data"] = f"{flops / planned['flops_per_token']:,.0f} tokens/s to read and tokenise for each process"
-        if planned["traffic"]:
-            lines["network"] += f": {planned['traffic'] / seconds_a_step / 1e9:.2f} GB/s to keep up"
+        for name, sent in (("network", planned["traffic"]), ("  replicas", between)):
+            if sent:
+                lines[name] += f": {sent / seconds_a_step / 1e9:.2f} GB/s to keep up"
     for name, value in lines.items():
         print(f"{name:<15} {value}")

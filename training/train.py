@@ -29,6 +29,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import yaml
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
@@ -286,7 +287,8 @@ def train(recipe: Recipe) -> Path:
         data_digest=digest_blocks(blocks),
     )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
-    trainer.add_callback(BriefPrinterCallback if arguments.disable_tqdm else BriefProgressCallback)
+    if trainer.is_world_process_zero():  # the Trainer's own show every line once for each node
+        trainer.add_callback(BriefPrinterCallback if arguments.disable_tqdm else BriefProgressCallback)
     trainer.add_callback(
         SpeedCallback(recipe.tokens_per_step, recipe.data.block_size, run_dir / "speed.jsonl", trainer)
     )
@@ -302,8 +304,10 @@ def train(recipe: Recipe) -> Path:
     }
     trainer.add_callback(MeasurementCallback(quantities, probe, recipe.data.entropy_steps, run_dir, trainer.log))
 
-    with arguments.main_process_first(desc="reading the last checkpoint"):
-        checkpoint = last_whole_checkpoint(run_dir)
+    # one process reads and hashes, removes what is damaged, and says where all go on: nodes may see a shared folder
+    # differently for a while
+    found = last_whole_checkpoint(run_dir) if trainer.is_world_process_zero() else None
+    (checkpoint,) = broadcast_object_list([found])
     if checkpoint is not None:
         _prepare_to_resume(trainer, checkpoint)
     with _disk_errors_explained(run_dir):
