@@ -33,7 +33,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -251,8 +251,8 @@ class CrossEntropySum(torch.autograd.Function):
     """
     Sum of the cross-entropies, in nats, of `logits` `(N, vocab_size)` and `labels` `(N, 1)` where `kept` `(N, 1)`. In
     float32 or the logits' own type, whichever is the wider. torch's own keeps log-probabilities and makes two
-    gradients of their size: this one goes through a few rows at a time, while they are in the cache, keeps nothing,
-    and makes one, softmax - one_hot.
+    gradients of their size: this one goes through a few rows at a time, while the processor has them at hand, keeps
+    nothing but the logits themselves, and makes one, softmax - one_hot.
     """
 
     CHUNK = 2**20  # entries: 4 MiB in float32
@@ -261,10 +261,14 @@ class CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(logits: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor):
         wide = torch.promote_types(logits.dtype, torch.float32)
-        rows = max(1, CrossEntropySum.CHUNK // logits.shape[-1])
-        parts = zip(logits.split(rows), labels.split(rows), strict=True)
+        parts = CrossEntropySum.split(logits, labels)
         picked = [chunk.log_softmax(-1, dtype=wide).gather(-1, label) for chunk, label in parts]
         return -torch.cat(picked).where(kept, 0).sum()
+
+    @staticmethod
+    def split(logits: torch.Tensor, *others: torch.Tensor):
+        rows = max(1, CrossEntropySum.CHUNK // logits.shape[-1])
+        return zip(*(states.split(rows) for states in (logits, *others)), strict=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -280,9 +284,7 @@ class CrossEntropySum(torch.autograd.Function):
             probabilities = logits.softmax(-1, dtype=scale.dtype)
             return (probabilities * scale).scatter_add(-1, labels, -scale).to(logits.dtype), None, None
         grad_logits = torch.empty_like(logits)
-        rows = max(1, CrossEntropySum.CHUNK // logits.shape[-1])
-        parts = (part.split(rows) for part in (grad_logits, logits, labels, scale))
-        for grad, chunk, label, factor in zip(*parts, strict=True):
+        for chunk, grad, label, factor in CrossEntropySum.split(logits, grad_logits, labels, scale):
             grad.copy_(chunk.softmax(-1, dtype=scale.dtype).mul_(factor).scatter_add_(-1, label, -factor))
         return grad_logits, None, None
 
@@ -304,8 +306,9 @@ def causal_lm_loss(
     **kwargs,
 ) -> torch.Tensor:
     """
-    transformers' `ForCausalLMLoss`, by `CrossEntropySum` on the CPU. Where kernels are fused (torch.compile, a GPU's
-    log-softmax), and for other kinds of tensors (DTensor), it is transformers' own.
+    transformers' `ForCausalLMLoss`, by `CrossEntropySum` on the CPU; the logits must stay as they are until the
+    backward pass. Where kernels are fused (torch.compile, a GPU's log-softmax), and for other kinds of tensors
+    (DTensor), it is transformers' own.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, seq_len, vocab_size)`).
@@ -313,15 +316,21 @@ def causal_lm_loss(
 
     Returns:
         The mean in nats over the tokens that are not `ignore_index`; or their sum over `num_items_in_batch`.
+
+    Raises:
+        ValueError: for another number of labels than of tokens.
     """
     if logits.device.type != "cpu" or type(logits) is not torch.Tensor or is_tracing(logits):
-        return ForCausalLMLoss(
+        return LOSS_MAPPING["ForCausalLM"](
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs
         )
     targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
-    targets = targets.reshape(-1, 1)
+    logits = logits.view(-1, vocab_size)
+    if targets.numel() != len(logits):
+        raise ValueError(f"labels must have one entry for each of the {len(logits)} tokens, got {targets.numel()}")
+    targets = targets.reshape(-1, 1).to(logits.device)
     kept = targets != ignore_index
-    loss = CrossEntropySum.apply(logits.view(-1, vocab_size), targets.where(kept, 0), kept)
+    loss = CrossEntropySum.apply(logits, targets.where(kept, 0), kept)
     return loss / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
 
 

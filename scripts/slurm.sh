@@ -17,8 +17,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?this is a script for sbatch}"
 
 processes=${SLURM_GPUS_ON_NODE:-${PROCESSES_PER_NODE:?Slurm gave the job no GPUs: set the number of processes of a node}}
-# rounded up, as 0 threads are an error
-export OMP_NUM_THREADS=$(((SLURM_CPUS_PER_TASK + processes - 1) / processes))
+threads=$((SLURM_CPUS_PER_TASK / processes))
+export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # two jobs may share a node, but not a port
 port=$((20000 + SLURM_JOB_ID % 10000))

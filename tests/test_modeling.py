@@ -541,7 +541,8 @@ def test_mixed_precision_gives_the_gradients_of_float32(variant, backbone, dtype
         loss = model(input_ids, labels=input_ids, use_cache=False).loss
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    assert (gradients(model) - expected).norm() < 32 * torch.finfo(dtype).eps * expected.norm()
+    tolerance = 0.1 if dtype == torch.bfloat16 else 0.06
+    assert (gradients(model) - expected).norm() < tolerance * expected.norm()
     embedding = model.model.embed_tokens.weight.detach().clone()
     scaler.step(optimizer)  # leaves the step out if a gradient is not finite
     assert not torch.equal(model.model.embed_tokens.weight, embedding)
@@ -561,7 +562,7 @@ def shifted_cross_entropy(logits, labels, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocab_size", [7, 5000, CrossEntropySum.CHUNK + 1], ids=["small", "chunks", "a row a chunk"])
+@pytest.mark.parametrize("vocab_size", [7, 6000, CrossEntropySum.CHUNK + 1], ids=["small", "chunks", "a row a chunk"])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_causal_lm_loss_and_its_gradient_match_torch(dtype, vocab_size, scale):
     logits = (scale * torch.randn(2, 100 if vocab_size < 10000 else 3, vocab_size)).to(dtype).requires_grad_()
@@ -591,7 +592,7 @@ def test_causal_lm_loss_and_its_gradient_match_torch(dtype, vocab_size, scale):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's forward mode uses torch.jit
-def test_causal_lm_loss_has_derivatives_of_every_kind(monkeypatch):
+def test_causal_lm_loss_has_higher_and_forward_derivatives(monkeypatch):
     monkeypatch.setattr(CrossEntropySum, "CHUNK", 16)  # several chunks at this size
     logits, labels = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True), torch.randint(5, (2, 4))
     labels[0, 1] = -100
@@ -612,18 +613,18 @@ def test_causal_lm_loss_has_derivatives_of_every_kind(monkeypatch):
     torch.testing.assert_close(torch.func.hessian(loss)(logits), torch.func.hessian(reference)(logits))
 
 
-def test_causal_lm_loss_keeps_no_second_copy_of_the_logits():
-    logits = torch.randn(1, 64, 512, requires_grad=True)
-    labels, kept = torch.randint(512, (1, 64)), {}
+def test_loss_keeps_no_second_copy_of_the_logits():
+    model, input_ids, kept = tiny_model("SM+R", vocab_size=5000), random_ids(1, 64), {}
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        causal_lm_loss(logits, labels, 512)
-    assert kept.pop(logits.data_ptr()) == 4 * 64 * 512
-    assert sum(kept.values()) <= 64 * (8 + 1) + 16  # a label and a mark for each token; the count
+        loss = model(input_ids, labels=input_ids, use_cache=False).loss
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    large = [size for pointer, size in kept.items() if pointer not in weights and size > 64 * 5000]
+    assert large == [4 * 64 * 5000] and loss.requires_grad  # the logits
 
 
 def test_causal_lm_loss_without_a_label_and_with_a_wrong_one():
@@ -636,6 +637,8 @@ def test_causal_lm_loss_without_a_label_and_with_a_wrong_one():
         labels[0, 1] = wrong
         with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
             causal_lm_loss(logits, labels, 5)
+    with pytest.raises(ValueError, match="labels must have one entry for each of the 4 tokens, got 3"):
+        causal_lm_loss(logits, labels[:, 1:], 5)
 
 
 def test_loss_function_can_be_replaced():

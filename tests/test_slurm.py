@@ -122,7 +122,8 @@ def test_requeued_job_on_two_nodes_equals_unbroken_run_on_one(slurm, submit, tmp
     wait_until("COMPLETED", "FAILED")
     # the output of both starts, of which the second did not begin again
     assert read().count("/run: 2 processes") == 2
-    assert read().count("/run is finished") == 1 and 50 <= read().count("'loss'") < 60
+    assert read().count("/run is finished") == 1
+    assert 0 < read().split("/run: 2 processes")[2].count("'loss'") < 50
     one = ["--standalone", "--nproc_per_node=2", "-m", "training.train", str(tmp_path / "recipe.yaml")]
     slurm(".venv/bin/torchrun", *one, f"output_dir={tmp_path / 'one'}")
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "one"))

@@ -3,6 +3,7 @@
 
 One training step runs on fake tensors, which have shapes but no memory, under torch's own memory tracker and FLOP
 counter: the figures are those of this very model with its activation checkpointing and precision, not of a formula.
+The loss is a GPU's: on a CPU, a run keeps one copy of the logits less.
 """
 
 import torch
@@ -163,7 +164,7 @@ def print_plan(recipe: Recipe, processes: int, flops: float | None):
     lines["checkpoint"] = f"{planned['checkpoint'] / GIB:.2f} GiB"
     lines["computing"] = f"{planned['flops_per_token']:.3g} FLOPs a token"
     lines["network"] = f"{planned['traffic'] / GIB:.2f} GiB sent by a process in a step"
-    # replicas are on nodes of their own: this share is what the cards between nodes carry
+    # where a node holds a replica, this share is what the cards between nodes carry
     between = 2 * planned["weights"] * (1 - fsdp_size / processes) if processes > fsdp_size > 1 else 0
     if between:
         lines["  replicas"] = f"{between / GIB:.2f} GiB of it between replicas"

@@ -251,8 +251,11 @@ def train(recipe: Recipe) -> Path:
         lock = _claim(run_dir, recipe)  # noqa: F841
         # some launchers start fewer than they are asked for
         print(f"{run_dir}: {arguments.world_size} process{'es' * (arguments.world_size > 1)}, {arguments.device.type}")
-    if (run_dir / RESULTS).is_file():
-        print(f"{run_dir} is finished: perplexity {read_results(run_dir)['perplexity']:.3f}")
+    # one process looks, for all: nodes may see a shared folder differently for a while
+    (finished,) = broadcast_object_list([(run_dir / RESULTS).is_file()])
+    if finished:
+        if arguments.process_index == 0:
+            print(f"{run_dir} is finished: perplexity {read_results(run_dir)['perplexity']:.3f}")
         return run_dir
 
     with arguments.main_process_first(desc="data preparation"):
@@ -304,8 +307,7 @@ def train(recipe: Recipe) -> Path:
     }
     trainer.add_callback(MeasurementCallback(quantities, probe, recipe.data.entropy_steps, run_dir, trainer.log))
 
-    # one process reads and hashes, removes what is damaged, and says where all go on: nodes may see a shared folder
-    # differently for a while
+    # one process reads and hashes, removes what is damaged, and says where all go on
     found = last_whole_checkpoint(run_dir) if trainer.is_world_process_zero() else None
     (checkpoint,) = broadcast_object_list([found])
     if checkpoint is not None:
