@@ -267,6 +267,7 @@ class CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def split(logits: torch.Tensor, *others: torch.Tensor):
+        """The tensors' rows, `CHUNK` entries of the logits at a time."""
         rows = max(1, CrossEntropySum.CHUNK // logits.shape[-1])
         return zip(*(states.split(rows) for states in (logits, *others)), strict=True)
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Set-up, then the long tests that scripts/test.sh leaves out: processes, long contexts, browsers.
+# Set-up, then the long tests that scripts/test.sh leaves out: processes, long contexts, browsers. The page in a browser
+# needs chromium and chromedriver, several nodes need Slurm and root; without them those tests are skipped, and named.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/setup.sh
-.venv/bin/python -m pytest -m slow "$@"
+.venv/bin/python -m pip --disable-pip-version-check --quiet install gradio selenium
+.venv/bin/python -m pytest -m slow -rs "$@"
