@@ -29,6 +29,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.utils.flop_counter import flop_registry
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -57,6 +59,74 @@ from .configuration_lnfree import LNFreeConfig
 # transformers 5.24 renamed `past_key_values` to `cache`, in arguments, outputs and mask builders alike. A model that
 # takes the wrong one generates from an empty cache without an error, so every forward takes both.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def mkl_leaves_half_unused() -> bool:
+    """
+    Whether torch multiplies by MKL on an AMD processor with AVX-512: MKL works with half of its vectors there, and
+    oneDNN, which torch has too, with all. False before torch 2.10, which does not tell the processor.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    processor = getattr(torch.cpu, "get_capabilities", dict)()
+    return processor.get("avx512_f", False) and "AMD" in processor.get("cpu_name", "")
+
+
+@torch.library.custom_op("lnfree::linear", mutates_args=(), device_types="cpu")
+def onednn_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`nn.functional.linear` by oneDNN, as an operation that autograd, torch.compile and the FLOP counter know."""
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+@onednn_linear.register_fake
+def _(states, weight, bias):
+    return states.new_empty((*states.shape[:-1], weight.shape[0]))
+
+
+def onednn_linear_backward(ctx, grad_output):
+    states, weight = ctx.saved_tensors
+    needs_states, needs_weight, needs_bias = ctx.needs_input_grad
+    grads = grad_output.flatten(0, -2)  # (N, output features)
+    return (
+        onednn_linear(grad_output, weight.t(), None) if needs_states else None,
+        onednn_linear(grads.t(), states.flatten(0, -2).t(), None) if needs_weight else None,
+        grads.sum(0) if needs_bias else None,
+    )
+
+
+onednn_linear.register_autograd(
+    onednn_linear_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
+)
+flop_registry[torch.ops.lnfree.linear] = lambda states, weight, bias, out_val: 2 * states.numel() * len(weight)
+
+
+class LNFreeLinear(nn.Linear):
+    """`nn.Linear`, by oneDNN for float32 on the CPU from that number of multiplications on where its call pays off."""
+
+    ONEDNN_SIZE = 2**21
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # reading a weight takes the time of 8 multiplications
+        size = max(input.numel(), 8 * self.in_features) * self.out_features
+        if size >= self.ONEDNN_SIZE and is_plain(input) and is_plain(self.weight):
+            return onednn_linear(input, self.weight, self.bias)
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is float32 on the CPU, of no subclass, and not cast, exported or transformed (torch.func) on the way."""
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting() or torch.jit.is_tracing())
+        and not torch._C._are_functorch_transforms_active()
+        and (torch.compiler.is_compiling() or unpack_dual(tensor).tangent is None)
+    )
+
+
+# the class of a model's linear layers
+Linear = LNFreeLinear if mkl_leaves_half_unused() else nn.Linear
 
 
 def eager_attention_forward(
@@ -116,7 +186,7 @@ class LNFreeAttention(nn.Module):
         self.is_causal = True
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             bias = name in config.biased_projections
-            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=bias))
+            self.add_module(name, Linear(config.hidden_size, config.hidden_size, bias=bias))
 
     def forward(
         self,
@@ -165,22 +235,27 @@ class LNFreeMLP(nn.Module):
 
     def __init__(self, config: LNFreeConfig):
         super().__init__()
-        self.up_proj = nn.Linear(
+        self.up_proj = Linear(
             config.hidden_size, config.intermediate_size, bias="up_proj" in config.biased_projections
         )
         self.act_fn = LNFreeLeakyReLU(config) if config.hidden_act == "leaky_relu" else ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(
+        self.down_proj = Linear(
             config.intermediate_size, config.hidden_size, bias="down_proj" in config.biased_projections
         )
 
     def forward(self, hidden_states: torch.Tensor, negative_slope: torch.Tensor | None = None) -> torch.Tensor:
+        input_shape = hidden_states.shape
+        # Compiled, ReLU's output and its view that down_proj keeps are two tensors to torch's partitioner, which then
+        # stores a mask of the signs as well; in two dimensions they are one.
+        if torch.compiler.is_compiling():
+            hidden_states = hidden_states.flatten(0, -2)  # (B * T, D)
         hidden_states = self.up_proj(hidden_states)  # (B, T, F)
         # Learned slopes only
         if negative_slope is not None:
             hidden_states = self.act_fn(hidden_states, negative_slope)
         else:
             hidden_states = self.act_fn(hidden_states)
-        return self.down_proj(hidden_states)
+        return self.down_proj(hidden_states).view(input_shape)
 
 
 class LNFreeLeakyReLU(nn.Module):
@@ -499,7 +574,7 @@ class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: 
         super().__init__(config)
         self.model = LNFreeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
 

@@ -660,6 +660,18 @@ def test_compiles_as_one_graph_with_equal_results(variant, backbone):
 
 
 @every_backbone
+def test_compiled_relu_keeps_no_mask_of_its_signs(backbone):
+    model, input_ids, kept = tiny_model("SM+R", backbone, embedding_dropout=0.0), random_ids(2, 9), []
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        compiled(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    width = model.config.intermediate_size
+    of_width = [tensor for tensor in kept if tensor.numel() == input_ids.numel() * width]
+    assert {tensor.dtype for tensor in of_width} == {torch.float32}
+    assert len(of_width) == model.config.num_hidden_layers
+
+
+@every_backbone
 def test_dropout_acts_where_the_config_says(backbone):
     input_ids = random_ids(1, 9)
     for name in ("embedding_dropout", "hidden_dropout", "attention_dropout"):

@@ -222,6 +222,8 @@ def benchmark_step(sizes: list[str], rounds: int, device: str, compiled: bool) -
                 models = {name: build() for name, build in builds.items()}
                 flops = {name: count_flops(model, input_ids) for name, model in models.items()}
                 if mode == "compiled":
+                    # past a number of graphs, which all models count towards, torch goes back to eager and says little
+                    torch.compiler.reset()
                     models = {name: torch.compile(model) for name, model in models.items()}
                 steps = {name: training_step(model, input_ids) for name, model in models.items()}
                 seconds = medians(take_turns(steps, rounds, device))
