@@ -106,21 +106,22 @@ class LNFreeLinear(nn.Linear):
     ONEDNN_SIZE = 2**21
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # reading a weight takes the time of 8 multiplications
-        size = max(input.numel(), 8 * self.in_features) * self.out_features
-        if size >= self.ONEDNN_SIZE and is_plain(input) and is_plain(self.weight):
-            return onednn_linear(input, self.weight, self.bias)
+        # an exported graph is for any machine and size
+        if not (torch.jit.is_tracing() or torch.compiler.is_exporting()) and input.numel():
+            # reading a weight takes the time of 8 multiplications
+            size = max(input.numel(), 8 * self.in_features) * self.out_features
+            if size >= self.ONEDNN_SIZE and is_plain(input) and is_plain(self.weight):
+                return onednn_linear(input, self.weight, self.bias)
         return nn.functional.linear(input, self.weight, self.bias)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is float32 on the CPU, of no subclass, and not cast, exported or transformed (torch.func) on the way."""
+    """Whether it is float32 on the CPU, of no subclass, and neither autocast nor in a transform of torch.func."""
     return (
         type(tensor) in (torch.Tensor, nn.Parameter)
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
-        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting() or torch.jit.is_tracing())
-        and not torch._C._are_functorch_transforms_active()
+        and not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
         and (torch.compiler.is_compiling() or unpack_dual(tensor).tangent is None)
     )
 

@@ -8,6 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
@@ -29,7 +33,7 @@ from modeling_lnfree import (
     LNFreeModel,
 )
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
-from modeling_lnfree.modeling_lnfree import CrossEntropySum, causal_lm_loss
+from modeling_lnfree.modeling_lnfree import CrossEntropySum, LNFreeLinear, causal_lm_loss, mkl_leaves_half_unused
 
 from .conftest import every_backbone, every_variant, random_ids, tiny_config, tiny_model
 
@@ -441,6 +445,158 @@ def test_kwargs_reach_the_attention_function():
     model.set_attn_implementation("own_attention")
     model(random_ids(1, 5), own_keyword=7, use_cache=False)
     assert seen == [(layer, 7, (1, 5)) for layer in range(3)]
+
+
+# ------------------------------------------------------------------------------------------ products by oneDNN
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Models have the class that an AMD processor gets, and it goes by oneDNN at every size."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr("modeling_lnfree.modeling_lnfree.Linear", LNFreeLinear)
+    monkeypatch.setattr(LNFreeLinear, "ONEDNN_SIZE", 0)
+
+
+def operations_of(run) -> dict[str, int]:
+    """FLOP of the run by operation."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
+
+
+def layouts(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """Matrices of that shape: dense, transposed, one row or one number for all, with gaps, and off the alignment."""
+    return {
+        "dense": torch.randn(rows, columns),
+        "transposed": torch.randn(columns, rows).t(),
+        "one row": torch.randn(1, columns).expand(rows, columns),
+        "one number": torch.randn(1, 1).expand(rows, columns),
+        "gaps": torch.randn(2 * rows, 3 * columns)[::2, ::3],
+        "unaligned": torch.randn(rows * columns + 1)[1:].view(rows, columns),
+    }
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.data())
+def test_products_by_onednn_and_their_gradients_equal_float64(onednn, rows, inputs, outputs, bias, data):
+    drawn = {"states": (rows, inputs), "weight": (outputs, inputs), "grad": (rows, outputs)}
+    states, weight, grad = (
+        layouts(*shape)[data.draw(st.sampled_from(list(layouts(1, 1))), label=name)] for name, shape in drawn.items()
+    )
+    layer = LNFreeLinear(inputs, outputs, bias)
+    layer.weight = torch.nn.Parameter(weight)
+    parameters = list(layer.parameters())
+    states.requires_grad_()
+    output = layer(states)
+    assert output.grad_fn.name() == "GeneratedBackwardFor_lnfree_linear_defaultBackward"
+    in_float64 = [tensor.detach().double().requires_grad_() for tensor in (states, *parameters)]
+    expected = F.linear(*in_float64)
+    gradients = torch.autograd.grad(output, (states, *parameters), grad)
+    expected_gradients = torch.autograd.grad(expected, in_float64, grad.double())
+    for ours, theirs in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-5)
+
+
+@every_variant
+@every_backbone
+def test_model_by_onednn_equals_the_plain_one(onednn, monkeypatch, variant, backbone):
+    model, input_ids = tiny_model(variant, backbone, embedding_dropout=0.0).train(), random_ids(2, 9)
+
+    def train():
+        model.zero_grad()
+        model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+
+    by_onednn, found = operations_of(train), gradients(model)
+    generated = greedy(model.eval(), input_ids)
+    monkeypatch.setattr(LNFreeLinear, "ONEDNN_SIZE", 2**62)
+    by_torch, expected = operations_of(train), gradients(model)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert generated.equal(greedy(model, input_ids))
+    assert "lnfree.linear" in by_onednn and not {"aten.mm", "aten.addmm"} & by_onednn.keys()
+    assert "lnfree.linear" not in by_torch
+    assert sum(by_onednn.values()) == sum(by_torch.values())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's forward mode uses torch.jit
+def test_linear_has_the_derivatives_of_torchs_own(onednn):
+    layer, plain = LNFreeLinear(6, 4), torch.nn.Linear(6, 4)
+    plain.load_state_dict(layer.state_dict())
+    states, tangent = torch.randn(3, 5, 6), torch.randn(3, 5, 6)
+
+    def loss(module, states, parameters=None):
+        return torch.func.functional_call(module, parameters or {}, states).tanh().sum()
+
+    def second(module):
+        leaf = states.clone().requires_grad_()
+        first = torch.autograd.grad(loss(module, leaf), (leaf, *module.parameters()), create_graph=True)
+        return torch.autograd.grad(sum(part.pow(2).sum() for part in first), (leaf, *module.parameters()))
+
+    def each(module):
+        parameters = dict(module.named_parameters())
+        grads = torch.func.vmap(torch.func.grad(loss, argnums=2), (None, 0, None))(module, states, parameters)
+        return tuple(grads.values())
+
+    def forward(module):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(states, tangent)
+            return torch.autograd.forward_ad.unpack_dual(module(dual)).tangent
+
+    ways = {
+        "twice": second,
+        "of every example": each,
+        "forward": forward,
+        "jvp": lambda module: torch.func.jvp(module, (states,), (tangent,)),
+        "hessian": lambda module: torch.func.hessian(lambda row: loss(module, row))(states[0, 0]),
+        "vmap": lambda module: torch.func.vmap(module)(states),
+    }
+    for name, way in ways.items():
+        torch.testing.assert_close(way(layer), way(plain), msg=name)
+        with torch.no_grad():
+            if name in ("forward", "jvp", "hessian", "vmap"):
+                torch.testing.assert_close(way(layer), way(plain), msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_linear_leaves_other_tensors_to_torch(onednn):
+    layer, states = LNFreeLinear(6, 4), torch.randn(3, 6)
+    assert operations_of(lambda: layer(states)) == {"lnfree.linear": 2 * 3 * 6 * 4}
+    assert layer(states[:0]).sum() == 0 and torch.autograd.grad(layer(states[:0]).sum(), layer.weight)[0].sum() == 0
+    half = copy.deepcopy(layer).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(states).dtype == torch.bfloat16
+    assert operations_of(lambda: half(states.bfloat16())) == {"aten.addmm": 2 * 3 * 6 * 4}
+    assert torch.jit.trace(layer, states).graph.findNode("aten::linear") is not None
+    exported = torch.export.export(layer, (states,))
+    assert [node.target for node in exported.graph.nodes if node.op == "call_function"] == [
+        torch.ops.aten.linear.default
+    ]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(states)).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "processor, slow",
+    [
+        ({"cpu_name": "AMD EPYC 9R45", "avx512_f": True}, True),
+        ({"cpu_name": "AMD EPYC 7B13", "avx512_f": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R) Platinum 8581C CPU", "avx512_f": True}, False),
+        ({"cpu_name": "Neoverse-V2", "architecture": "aarch64"}, False),
+        (None, False),
+    ],
+    ids=["AMD", "AMD without AVX-512", "Intel", "ARM", "torch 2.9"],
+)
+def test_only_where_mkl_is_slow_products_go_by_onednn(monkeypatch, processor, slow):
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    if processor is None:
+        monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: processor, raising=False)
+    assert mkl_leaves_half_unused() == slow
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: False)
+    assert not mkl_leaves_half_unused()
 
 
 # ------------------------------------------------------------------------------------------ inputs and outputs
