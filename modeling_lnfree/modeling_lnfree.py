@@ -101,7 +101,7 @@ flop_registry[torch.ops.lnfree.linear] = lambda states, weight, bias, out_val: 2
 
 
 class LNFreeLinear(nn.Linear):
-    """`nn.Linear`, by oneDNN for float32 on the CPU from that number of multiplications on where its call pays off."""
+    """`nn.Linear`, by oneDNN for float32 on the CPU above the number of multiplications at which its call pays off."""
 
     ONEDNN_SIZE = 2**21
 
@@ -110,7 +110,7 @@ class LNFreeLinear(nn.Linear):
         if not (torch.jit.is_tracing() or torch.compiler.is_exporting()) and input.numel():
             # reading a weight takes the time of 8 multiplications
             size = max(input.numel(), 8 * self.in_features) * self.out_features
-            if size >= self.ONEDNN_SIZE and is_plain(input) and is_plain(self.weight):
+            if size > self.ONEDNN_SIZE and is_plain(input) and is_plain(self.weight):
                 return onednn_linear(input, self.weight, self.bias)
         return nn.functional.linear(input, self.weight, self.bias)
 
