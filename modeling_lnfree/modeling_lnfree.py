@@ -86,10 +86,17 @@ def _(states, weight, bias):
 def onednn_linear_backward(ctx, grad_output):
     states, weight = ctx.saved_tensors
     needs_states, needs_weight, needs_bias = ctx.needs_input_grad
-    grads = grad_output.flatten(0, -2)  # (N, output features)
+    grads, states = grad_output.flatten(0, -2), states.flatten(0, -2)  # (N, output features), (N, input features)
+    grad_weight = None
+    if needs_weight:
+        # A first factor that is transposed is copied: the gradients, or the states and the result, whichever is less.
+        if grads.numel() < states.numel() + weight.numel():
+            grad_weight = onednn_linear(grads.t(), states.t(), None)
+        else:
+            grad_weight = onednn_linear(states.t(), grads.t(), None).t()
     return (
         onednn_linear(grad_output, weight.t(), None) if needs_states else None,
-        onednn_linear(grads.t(), states.flatten(0, -2).t(), None) if needs_weight else None,
+        grad_weight,
         grads.sum(0) if needs_bias else None,
     )
 

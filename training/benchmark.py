@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, record_attention_entropy
+from modeling_lnfree.modeling_lnfree import onednn_linear
 
 from .callbacks import AttentionEntropy, MeasurementCallback, ResidualStream, ZeroActivations
 from .plan import ATTENTION_FLOPS
@@ -155,10 +156,12 @@ def _synchronize(device: str):
 
 
 def matmul_rate(tokens: int, width: int, device: str) -> float:
-    """FLOP/s of the machine in float32 at the shape of the feed-forward layer's first projection."""
-    left, right = torch.randn(tokens, width, device=device), torch.randn(width, 4 * width, device=device)
-    seconds = medians(take_turns({"matmul": lambda: left @ right}, 20, device))["matmul"]
-    return 2 * tokens * width * 4 * width / seconds
+    """FLOP/s of the machine in float32 at the feed-forward layer's shape, by the faster of torch's libraries."""
+    states, weight = torch.randn(tokens, width, device=device), torch.randn(4 * width, width, device=device)
+    runs = {"torch": lambda: states @ weight.t()}
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        runs["oneDNN"] = lambda: onednn_linear(states, weight, None)
+    return 2 * states.numel() * len(weight) / min(medians(take_turns(runs, 20, device)).values())
 
 
 def growth_exponent(sizes: list[int], values: list[float]) -> float:
@@ -402,7 +405,8 @@ def benchmark_generation(sizes: list[str], rounds: int, device: str) -> list[dic
 
                 runs = {name: lambda model=model: generate(model) for name, model in models.items()}
                 seconds = medians(take_turns(runs, rounds, device))
-                weights = sum(p.numel() * p.element_size() for p in models["SM+R"].parameters())
+                layers = (layer for layer in models["SM+R"].modules() if isinstance(layer, nn.Linear))
+                weights = sum(layer.weight.nbytes for layer in layers)
                 rows.append(
                     {
                         "size": size,
