@@ -26,6 +26,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).paramet
 def mkl_leaves_half_unused() -> bool:
     """
     Whether torch multiplies by MKL on an AMD processor with AVX-512: MKL works with half of its vectors there, and
-    oneDNN, which torch has too, with all. False before torch 2.10, which does not tell the processor.
+    oneDNN, which torch has too, with all. Older versions of torch do not tell the processor: False.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -72,69 +73,95 @@ def mkl_leaves_half_unused() -> bool:
     return processor.get("avx512_f", False) and "AMD" in processor.get("cpu_name", "")
 
 
-@torch.library.custom_op("lnfree::linear", mutates_args=(), device_types="cpu")
-def onednn_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`nn.functional.linear` by oneDNN, as an operation that autograd, torch.compile and the FLOP counter know."""
-    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+# Not beside an accelerator, where the model will be: copies by `nn.DataParallel` would share the first one's method.
+USE_ONEDNN = mkl_leaves_half_unused() and not torch.accelerator.is_available()
+# the number of multiplications above which a call of oneDNN pays off
+ONEDNN_SIZE = 2**21
 
 
-@onednn_linear.register_fake
-def _(states, weight, bias):
-    return states.new_empty((*states.shape[:-1], weight.shape[0]))
+def define_onednn_linear():
+    """
+    `torch.ops.lnfree.linear(states, weight, bias)`: `nn.functional.linear` by oneDNN. The operation that torch has for
+    it has no derivatives, and torch.compile takes it with constant weights only.
+    """
+
+    @torch.library.custom_op("lnfree::linear", mutates_args=(), device_types="cpu")
+    def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+    @linear.register_fake
+    def _(states, weight, bias):
+        return states.new_empty((*states.shape[:-1], weight.shape[0]))
+
+    def setup_context(ctx, inputs, output):
+        needs_states, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(inputs[0] if needs_weight else None, inputs[1] if needs_states else None)
+
+    def backward(ctx, grad_output):
+        states, weight = ctx.saved_tensors
+        grad_states = grad_weight = grad_bias = None
+        if weight is not None:
+            grad_states = linear(grad_output, weight.t(), None)
+        grads = grad_output.reshape(-1, grad_output.shape[-1])  # (N, output features)
+        if states is not None:
+            states = states.reshape(-1, states.shape[-1])  # (N, input features)
+            # oneDNN copies a first factor that is transposed: the gradients, or the states and then the result
+            if grads.numel() < states.numel() + grads.shape[1] * states.shape[1]:
+                grad_weight = linear(grads.t(), states.t(), None)
+            else:
+                grad_weight = linear(states.t(), grads.t(), None).t().contiguous()
+        if ctx.needs_input_grad[2]:
+            grad_bias = grads.sum(0)
+        return grad_states, grad_weight, grad_bias
+
+    linear.register_autograd(backward, setup_context=setup_context)
+    flop_registry[torch.ops.lnfree.linear] = lambda states, weight, bias, out_val: 2 * states.numel() * len(weight)
 
 
-def onednn_linear_backward(ctx, grad_output):
-    states, weight = ctx.saved_tensors
-    needs_states, needs_weight, needs_bias = ctx.needs_input_grad
-    grads, states = grad_output.flatten(0, -2), states.flatten(0, -2)  # (N, output features), (N, input features)
-    grad_weight = None
-    if needs_weight:
-        # A first factor that is transposed is copied: the gradients, or the states and the result, whichever is less.
-        if grads.numel() < states.numel() + weight.numel():
-            grad_weight = onednn_linear(grads.t(), states.t(), None)
-        else:
-            grad_weight = onednn_linear(states.t(), grads.t(), None).t()
-    return (
-        onednn_linear(grad_output, weight.t(), None) if needs_states else None,
-        grad_weight,
-        grads.sum(0) if needs_bias else None,
-    )
-
-
-onednn_linear.register_autograd(
-    onednn_linear_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
-)
-flop_registry[torch.ops.lnfree.linear] = lambda states, weight, bias, out_val: 2 * states.numel() * len(weight)
-
-
-class LNFreeLinear(nn.Linear):
-    """`nn.Linear`, by oneDNN for float32 on the CPU above the number of multiplications at which its call pays off."""
-
-    ONEDNN_SIZE = 2**21
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # an exported graph is for any machine and size
-        if not (torch.jit.is_tracing() or torch.compiler.is_exporting()) and input.numel():
-            # reading a weight takes the time of 8 multiplications
-            size = max(input.numel(), 8 * self.in_features) * self.out_features
-            if size > self.ONEDNN_SIZE and is_plain(input) and is_plain(self.weight):
-                return onednn_linear(input, self.weight, self.bias)
-        return nn.functional.linear(input, self.weight, self.bias)
+# another copy of this file may have defined it; to define it anew would leave that one with a freed operation
+if not hasattr(torch.ops.lnfree, "linear"):
+    define_onednn_linear()
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is float32 on the CPU, of no subclass, and neither autocast nor in a transform of torch.func."""
+    """Whether it is dense, float32, on the CPU, of no subclass, and has no tangent (of forward-mode derivatives)."""
     return (
         type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.is_cpu
         and tensor.dtype == torch.float32
-        and tensor.device.type == "cpu"
-        and not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
+        and tensor.layout == torch.strided
         and (torch.compiler.is_compiling() or unpack_dual(tensor).tangent is None)
     )
 
 
-# the class of a model's linear layers
-Linear = LNFreeLinear if mkl_leaves_half_unused() else nn.Linear
+def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    """`nn.Linear.forward`, by oneDNN where that takes less time and means the same."""
+    weight = self.weight
+    # an exported graph is for any machine, and sizes would be fixed in it
+    if input.is_cpu and not (torch.jit.is_tracing() or torch.compiler.is_exporting()) and input.numel():
+        # reading a weight takes the time of 8 multiplications
+        size = max(input.numel(), 8 * self.in_features) * self.out_features
+        if (
+            size > ONEDNN_SIZE
+            and is_plain(input)
+            and is_plain(weight)
+            and input.shape[-1] == weight.shape[-1]
+            and not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
+        ):
+            return torch.ops.lnfree.linear(input, weight, self.bias)
+    return nn.functional.linear(input, weight, self.bias)
+
+
+# a pickle holds a method by its name: read anywhere, that is `nn.Linear.forward`
+linear_forward.__name__ = "forward"
+
+
+def build_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+    """`nn.Linear` itself, since quantisation goes by the exact type; its forward pass may be `linear_forward`."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    if USE_ONEDNN:
+        layer.forward = MethodType(linear_forward, layer)
+    return layer
 
 
 def eager_attention_forward(
@@ -194,7 +221,7 @@ class LNFreeAttention(nn.Module):
         self.is_causal = True
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             bias = name in config.biased_projections
-            self.add_module(name, Linear(config.hidden_size, config.hidden_size, bias=bias))
+            self.add_module(name, build_linear(config.hidden_size, config.hidden_size, bias=bias))
 
     def forward(
         self,
@@ -243,19 +270,19 @@ class LNFreeMLP(nn.Module):
 
     def __init__(self, config: LNFreeConfig):
         super().__init__()
-        self.up_proj = Linear(
+        self.up_proj = build_linear(
             config.hidden_size, config.intermediate_size, bias="up_proj" in config.biased_projections
         )
         self.act_fn = LNFreeLeakyReLU(config) if config.hidden_act == "leaky_relu" else ACT2FN[config.hidden_act]
-        self.down_proj = Linear(
+        self.down_proj = build_linear(
             config.intermediate_size, config.hidden_size, bias="down_proj" in config.biased_projections
         )
 
     def forward(self, hidden_states: torch.Tensor, negative_slope: torch.Tensor | None = None) -> torch.Tensor:
-        input_shape = hidden_states.shape
         # Compiled, ReLU's output and its view that down_proj keeps are two tensors to torch's partitioner, which then
-        # stores a mask of the signs as well; in two dimensions they are one.
-        if torch.compiler.is_compiling():
+        # stores a mask of the signs as well. In two dimensions, which hooks see then, they are one.
+        input_shape = hidden_states.shape if torch.compiler.is_compiling() else None
+        if input_shape is not None:
             hidden_states = hidden_states.flatten(0, -2)  # (B * T, D)
         hidden_states = self.up_proj(hidden_states)  # (B, T, F)
         # Learned slopes only
@@ -263,7 +290,8 @@ class LNFreeMLP(nn.Module):
             hidden_states = self.act_fn(hidden_states, negative_slope)
         else:
             hidden_states = self.act_fn(hidden_states)
-        return self.down_proj(hidden_states).view(input_shape)
+        hidden_states = self.down_proj(hidden_states)
+        return hidden_states if input_shape is None else hidden_states.view(input_shape)
 
 
 class LNFreeLeakyReLU(nn.Module):
@@ -582,7 +610,7 @@ class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: 
         super().__init__(config)
         self.model = LNFreeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = build_linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
 

@@ -1,6 +1,7 @@
 """The model against code that no one here wrote (GPT-2, GPT-NeoX), a naive float64 forward, and itself."""
 
 import copy
+import importlib.util
 import os
 import warnings
 
@@ -31,9 +32,10 @@ from modeling_lnfree import (
     LNFreeForSequenceClassification,
     LNFreeForTokenClassification,
     LNFreeModel,
+    modeling_lnfree,
 )
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
-from modeling_lnfree.modeling_lnfree import CrossEntropySum, LNFreeLinear, causal_lm_loss, mkl_leaves_half_unused
+from modeling_lnfree.modeling_lnfree import CrossEntropySum, build_linear, causal_lm_loss, mkl_leaves_half_unused
 
 from .conftest import every_backbone, every_variant, random_ids, tiny_config, tiny_model
 
@@ -452,11 +454,11 @@ def test_kwargs_reach_the_attention_function():
 
 @pytest.fixture
 def onednn(monkeypatch):
-    """Models have the class that an AMD processor gets, and it goes by oneDNN at every size."""
+    """New models are built as on an AMD processor, and take oneDNN at every size."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr("modeling_lnfree.modeling_lnfree.Linear", LNFreeLinear)
-    monkeypatch.setattr(LNFreeLinear, "ONEDNN_SIZE", 0)
+    monkeypatch.setattr(modeling_lnfree, "USE_ONEDNN", True)
+    monkeypatch.setattr(modeling_lnfree, "ONEDNN_SIZE", 0)
 
 
 def operations_of(run) -> dict[str, int]:
@@ -478,25 +480,79 @@ def layouts(rows: int, columns: int) -> dict[str, torch.Tensor]:
     }
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def assert_equals_float64(states, weight, bias, grad):
+    """Output and gradients of what needs one, by oneDNN."""
+    layer = build_linear(*weight.t().shape, bias is not None)
+    layer.weight = torch.nn.Parameter(weight.detach(), weight.requires_grad)
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias.detach(), bias.requires_grad)
+    given = [tensor for tensor in (states, layer.weight, layer.bias) if tensor is not None]
+    in_float64 = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in given]
+    output, expected = layer(states), F.linear(*in_float64)
+    tolerance = {"atol": 1e-6 * max(states.numel(), weight.numel()) ** 0.5, "rtol": 1e-5}
+    torch.testing.assert_close(output.double(), expected, **tolerance)
+    needed = [tensor for tensor in given if tensor.requires_grad]
+    if needed:
+        assert output.grad_fn.name() == "GeneratedBackwardFor_lnfree_linear_defaultBackward"
+        expected = torch.autograd.grad(expected, [t for t in in_float64 if t.requires_grad], grad.double())
+        for ours, theirs in zip(torch.autograd.grad(output, needed, grad), expected, strict=True):
+            assert ours.is_contiguous()
+            torch.testing.assert_close(ours.double(), theirs, **tolerance)
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.data())
-def test_products_by_onednn_and_their_gradients_equal_float64(onednn, rows, inputs, outputs, bias, data):
+def test_products_by_onednn_and_their_gradients_equal_float64(onednn, rows, inputs, outputs, has_bias, data):
     drawn = {"states": (rows, inputs), "weight": (outputs, inputs), "grad": (rows, outputs)}
     states, weight, grad = (
         layouts(*shape)[data.draw(st.sampled_from(list(layouts(1, 1))), label=name)] for name, shape in drawn.items()
     )
-    layer = LNFreeLinear(inputs, outputs, bias)
-    layer.weight = torch.nn.Parameter(weight)
-    parameters = list(layer.parameters())
-    states.requires_grad_()
-    output = layer(states)
-    assert output.grad_fn.name() == "GeneratedBackwardFor_lnfree_linear_defaultBackward"
-    in_float64 = [tensor.detach().double().requires_grad_() for tensor in (states, *parameters)]
-    expected = F.linear(*in_float64)
-    gradients = torch.autograd.grad(output, (states, *parameters), grad)
-    expected_gradients = torch.autograd.grad(expected, in_float64, grad.double())
-    for ours, theirs in zip((output, *gradients), (expected, *expected_gradients), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-5)
+    bias = torch.randn(outputs) if has_bias else None
+    for tensor in (states, weight, *([bias] if has_bias else [])):
+        tensor.requires_grad_(data.draw(st.booleans(), label="needs a gradient"))
+    batch = data.draw(st.sampled_from([(), (1,), (1, 1)]), label="further dimensions")
+    assert_equals_float64(states.expand(*batch, -1, -1), weight, bias, grad.expand(*batch, -1, -1))
+
+
+@pytest.mark.parametrize("shape", [(1024,), (700, 1024), (4, 33, 1024)], ids=str)
+@pytest.mark.parametrize("outputs", [256, 5000])
+def test_large_products_by_onednn_equal_float64(onednn, shape, outputs):
+    states, weight = torch.randn(shape, requires_grad=True), torch.randn(outputs, 1024, requires_grad=True)
+    assert_equals_float64(states, weight, torch.randn(outputs, requires_grad=True), torch.randn(*shape[:-1], outputs))
+
+
+def test_operation_is_one_of_torchs(onednn):
+    weight, bias = torch.randn(4, 6, requires_grad=True), torch.randn(4, requires_grad=True)
+    for states in (torch.randn(3, 5, 6, requires_grad=True), torch.randn(6)):
+        for added in (bias, None):
+            # schema, autograd, shapes without values, and the same when compiled for sizes that change
+            torch.library.opcheck(torch.ops.lnfree.linear.default, (states, weight, added))
+
+
+def test_copies_of_the_file_share_the_operation():
+    operation = torch.ops.lnfree.linear.default
+    spec = importlib.util.spec_from_file_location("modeling_lnfree.another_copy", modeling_lnfree.__file__)
+    copy_of_file = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy_of_file)
+    assert copy_of_file.build_linear is not build_linear
+    assert torch.ops.lnfree.linear.default is operation
+
+
+def test_default_follows_the_processor_and_keeps_the_type_and_the_pickle(onednn, monkeypatch, tmp_path):
+    assert type(build_linear(6, 4)) is torch.nn.Linear
+    layer, states = build_linear(6, 4, bias=True), torch.randn(3, 6)
+    expected = layer(states)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert twin(states).equal(expected) and "lnfree.linear" in operations_of(lambda: twin(states))
+    torch.save(twin, tmp_path / "layer.pt")
+    read = torch.load(tmp_path / "layer.pt", weights_only=False)
+    assert read.forward.__func__ is torch.nn.Linear.forward
+    torch.testing.assert_close(read(states), expected)
+    monkeypatch.undo()
+    assert ("forward" in vars(build_linear(6, 4))) == modeling_lnfree.USE_ONEDNN
+    assert modeling_lnfree.USE_ONEDNN == (mkl_leaves_half_unused() and not torch.accelerator.is_available())
 
 
 @every_variant
@@ -510,7 +566,7 @@ def test_model_by_onednn_equals_the_plain_one(onednn, monkeypatch, variant, back
 
     by_onednn, found = operations_of(train), gradients(model)
     generated = greedy(model.eval(), input_ids)
-    monkeypatch.setattr(LNFreeLinear, "ONEDNN_SIZE", 2**62)
+    monkeypatch.setattr(modeling_lnfree, "ONEDNN_SIZE", 2**62)
     by_torch, expected = operations_of(train), gradients(model)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert generated.equal(greedy(model, input_ids))
@@ -521,7 +577,7 @@ def test_model_by_onednn_equals_the_plain_one(onednn, monkeypatch, variant, back
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's forward mode uses torch.jit
 def test_linear_has_the_derivatives_of_torchs_own(onednn):
-    layer, plain = LNFreeLinear(6, 4), torch.nn.Linear(6, 4)
+    layer, plain = build_linear(6, 4, bias=True), torch.nn.Linear(6, 4)
     plain.load_state_dict(layer.state_dict())
     states, tangent = torch.randn(3, 5, 6), torch.randn(3, 5, 6)
 
@@ -543,8 +599,14 @@ def test_linear_has_the_derivatives_of_torchs_own(onednn):
             dual = torch.autograd.forward_ad.make_dual(states, tangent)
             return torch.autograd.forward_ad.unpack_dual(module(dual)).tangent
 
+    def batched(module):
+        leaf = states.clone().requires_grad_()
+        both = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0)),)
+        return torch.autograd.grad(module(leaf), (leaf, *module.parameters()), both, is_grads_batched=True)
+
     ways = {
         "twice": second,
+        "batched": batched,
         "of every example": each,
         "forward": forward,
         "jvp": lambda module: torch.func.jvp(module, (states,), (tangent,)),
@@ -558,9 +620,9 @@ def test_linear_has_the_derivatives_of_torchs_own(onednn):
                 torch.testing.assert_close(way(layer), way(plain), msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:Sparse CSR tensor support")
 def test_linear_leaves_other_tensors_to_torch(onednn):
-    layer, states = LNFreeLinear(6, 4), torch.randn(3, 6)
+    layer, states = build_linear(6, 4, bias=True), torch.randn(3, 6)
     assert operations_of(lambda: layer(states)) == {"lnfree.linear": 2 * 3 * 6 * 4}
     assert layer(states[:0]).sum() == 0 and torch.autograd.grad(layer(states[:0]).sum(), layer.weight)[0].sum() == 0
     half = copy.deepcopy(layer).bfloat16()
@@ -572,8 +634,14 @@ def test_linear_leaves_other_tensors_to_torch(onednn):
     assert [node.target for node in exported.graph.nodes if node.op == "call_function"] == [
         torch.ops.aten.linear.default
     ]
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(layer))
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert layer(mode.from_tensor(states)).shape == (3, 4)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(states[:, :5])
+    expected, layer.weight = layer(states), torch.nn.Parameter(layer.weight.detach().to_sparse_csr())
+    torch.testing.assert_close(layer(states), expected)
 
 
 @pytest.mark.parametrize(
@@ -804,15 +872,22 @@ def test_loss_function_can_be_replaced():
     assert output.loss == output.logits.mean() + model.config.vocab_size
 
 
+@pytest.mark.parametrize("by_onednn", [False, True], ids=["torch", "oneDNN"])
 @pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-global"])
 @every_backbone
-def test_compiles_as_one_graph_with_equal_results(variant, backbone):
+def test_compiles_as_one_graph_with_equal_results(variant, backbone, by_onednn, request):
+    if by_onednn:
+        request.getfixturevalue("onednn")
+    torch.compiler.reset()
     model = tiny_model(variant, backbone)
-    input_ids = random_ids(2, 9)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        compiled(input_ids, labels=input_ids, use_cache=False).loss, model(input_ids, labels=input_ids).loss
-    )
+    for shape in ((2, 9), (3, 12), (2, 15)):  # with sizes that change from the second on
+        input_ids, found = random_ids(*shape), []
+        for each in (compiled, model):
+            model.zero_grad()
+            each(input_ids, labels=input_ids, use_cache=False).loss.backward()
+            found.append(gradients(model))
+        torch.testing.assert_close(*found)
 
 
 @every_backbone

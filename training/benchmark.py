@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, record_attention_entropy
-from modeling_lnfree.modeling_lnfree import onednn_linear
+from modeling_lnfree.modeling_lnfree import build_linear
 
 from .callbacks import AttentionEntropy, MeasurementCallback, ResidualStream, ZeroActivations
 from .plan import ATTENTION_FLOPS
@@ -156,12 +156,11 @@ def _synchronize(device: str):
 
 
 def matmul_rate(tokens: int, width: int, device: str) -> float:
-    """FLOP/s of the machine in float32 at the feed-forward layer's shape, by the faster of torch's libraries."""
-    states, weight = torch.randn(tokens, width, device=device), torch.randn(4 * width, width, device=device)
-    runs = {"torch": lambda: states @ weight.t()}
-    if device == "cpu" and torch.backends.mkldnn.is_available():
-        runs["oneDNN"] = lambda: onednn_linear(states, weight, None)
-    return 2 * states.numel() * len(weight) / min(medians(take_turns(runs, 20, device)).values())
+    """FLOP/s of the machine in float32 at the feed-forward layer's shape, by the library that the model takes."""
+    layer, states = build_linear(width, 4 * width).to(device), torch.randn(tokens, width, device=device)
+    with torch.no_grad():
+        seconds = medians(take_turns({"layer": lambda: layer(states)}, 20, device))["layer"]
+    return 2 * states.numel() * layer.out_features / seconds
 
 
 def growth_exponent(sizes: list[int], values: list[float]) -> float:

@@ -13,6 +13,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from modeling_lnfree import record_attention_entropy
+from modeling_lnfree.modeling_lnfree import build_linear
 
 from .checkpoints import write_atomically
 
@@ -287,14 +288,15 @@ class SpeedCallback(TrainerCallback):
             control.should_log = should_log
 
 
+@torch.no_grad()
 def _peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second in a large matrix product, the best of five."""
+    """Floating-point operations a second in a large linear layer, the best of five."""
     size = 512 if device.type == "cpu" else 4096
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    matrix, layer = torch.ones(size, size, device=device, dtype=dtype), build_linear(size, size).to(device, dtype)
     best = math.inf
     for _ in range(5):
         began = time.perf_counter()
-        torch.mm(matrix, matrix)
+        layer(matrix)
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         best = min(best, time.perf_counter() - began)
