@@ -81,8 +81,8 @@ ONEDNN_SIZE = 2**21
 
 def define_onednn_linear():
     """
-    `torch.ops.lnfree.linear(states, weight, bias)`: `nn.functional.linear` by oneDNN. The operation that torch has for
-    it has no derivatives, and torch.compile takes it with constant weights only.
+    `torch.ops.lnfree.linear(states, weight, bias)`: `nn.functional.linear` of matrices by oneDNN. The operation that
+    torch has for it has no derivatives, and torch.compile takes it with constant weights only.
     """
 
     @torch.library.custom_op("lnfree::linear", mutates_args=(), device_types="cpu")
@@ -91,20 +91,18 @@ def define_onednn_linear():
 
     @linear.register_fake
     def _(states, weight, bias):
-        return states.new_empty((*states.shape[:-1], weight.shape[0]))
+        return states.new_empty((len(states), len(weight)))
 
     def setup_context(ctx, inputs, output):
         needs_states, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(inputs[0] if needs_weight else None, inputs[1] if needs_states else None)
 
-    def backward(ctx, grad_output):
+    def backward(ctx, grads):  # (N, output features)
         states, weight = ctx.saved_tensors
         grad_states = grad_weight = grad_bias = None
         if weight is not None:
-            grad_states = linear(grad_output, weight.t(), None)
-        grads = grad_output.reshape(-1, grad_output.shape[-1])  # (N, output features)
+            grad_states = linear(grads, weight.t(), None)
         if states is not None:
-            states = states.reshape(-1, states.shape[-1])  # (N, input features)
             # oneDNN copies a first factor that is transposed: the gradients, or the states and then the result
             if grads.numel() < states.numel() + grads.shape[1] * states.shape[1]:
                 grad_weight = linear(grads.t(), states.t(), None)
@@ -148,7 +146,8 @@ def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
             and input.shape[-1] == weight.shape[-1]
             and not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
         ):
-            return torch.ops.lnfree.linear(input, weight, self.bias)
+            output = torch.ops.lnfree.linear(input.reshape(-1, input.shape[-1]), weight, self.bias)
+            return output.view(*input.shape[:-1], -1)
     return nn.functional.linear(input, weight, self.bias)
 
 

@@ -493,7 +493,7 @@ def assert_equals_float64(states, weight, bias, grad):
     torch.testing.assert_close(output.double(), expected, **tolerance)
     needed = [tensor for tensor in given if tensor.requires_grad]
     if needed:
-        assert output.grad_fn.name() == "GeneratedBackwardFor_lnfree_linear_defaultBackward"
+        assert "lnfree.linear" in operations_of(lambda: layer(states))
         expected = torch.autograd.grad(expected, [t for t in in_float64 if t.requires_grad], grad.double())
         for ours, theirs in zip(torch.autograd.grad(output, needed, grad), expected, strict=True):
             assert ours.is_contiguous()
@@ -523,7 +523,7 @@ def test_large_products_by_onednn_equal_float64(onednn, shape, outputs):
 
 def test_operation_is_one_of_torchs(onednn):
     weight, bias = torch.randn(4, 6, requires_grad=True), torch.randn(4, requires_grad=True)
-    for states in (torch.randn(3, 5, 6, requires_grad=True), torch.randn(6)):
+    for states in (torch.randn(3, 6, requires_grad=True), torch.randn(1, 6)):
         for added in (bias, None):
             # schema, autograd, shapes without values, and the same when compiled for sizes that change
             torch.library.opcheck(torch.ops.lnfree.linear.default, (states, weight, added))
@@ -604,7 +604,13 @@ def test_linear_has_the_derivatives_of_torchs_own(onednn):
         both = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0)),)
         return torch.autograd.grad(module(leaf), (leaf, *module.parameters()), both, is_grads_batched=True)
 
+    def changed_in_place(module):
+        output = module(leaf := states.clone().requires_grad_())
+        output[:, 2] = output[:, 1] * 2  # what interventions do in a hook
+        return torch.autograd.grad(output.tanh().sum(), (leaf, *module.parameters()))
+
     ways = {
+        "changed in place": changed_in_place,
         "twice": second,
         "batched": batched,
         "of every example": each,
