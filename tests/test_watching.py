@@ -137,6 +137,12 @@ def test_every_quantity_is_in_the_trainers_log_and_in_its_file(run_dir):
     assert {"attention_entropy/share_of_heads_in_quarter_3", "attention_nan_count/layer_1"} <= logged
 
 
+def test_measuring_the_machine_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    assert callbacks._peak_flops(torch.device("cpu"), torch.float32) > 1e6
+    assert torch.get_rng_state().equal(before)
+
+
 def test_flops_of_a_token_are_those_that_torch_counts(monkeypatch, tmp_path):
     from torch.utils.flop_counter import FlopCounterMode
 

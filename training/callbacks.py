@@ -292,7 +292,9 @@ class SpeedCallback(TrainerCallback):
 def _peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second in a large linear layer, the best of five."""
     size = 512 if device.type == "cpu" else 4096
-    matrix, layer = torch.ones(size, size, device=device, dtype=dtype), build_linear(size, size).to(device, dtype)
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    with torch.random.fork_rng([]):  # training draws as if nothing had been measured
+        layer = build_linear(size, size).to(device, dtype)
     best = math.inf
     for _ in range(5):
         began = time.perf_counter()
