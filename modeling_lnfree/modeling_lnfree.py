@@ -143,6 +143,7 @@ def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
             size > ONEDNN_SIZE
             and is_plain(input)
             and is_plain(weight)
+            and (self.bias is None or is_plain(self.bias))
             and input.shape[-1] == weight.shape[-1]
             and not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
         ):

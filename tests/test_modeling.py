@@ -609,7 +609,14 @@ def test_linear_has_the_derivatives_of_torchs_own(onednn):
         output[:, 2] = output[:, 1] * 2  # what interventions do in a hook
         return torch.autograd.grad(output.tanh().sum(), (leaf, *module.parameters()))
 
+    def forward_of_the_bias(module):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(module.bias.detach(), tangent[0, 0, :4])
+            output = torch.func.functional_call(module, {"bias": dual}, states)
+            return torch.autograd.forward_ad.unpack_dual(output).tangent
+
     ways = {
+        "forward of the bias": forward_of_the_bias,
         "changed in place": changed_in_place,
         "twice": second,
         "batched": batched,
@@ -622,7 +629,7 @@ def test_linear_has_the_derivatives_of_torchs_own(onednn):
     for name, way in ways.items():
         torch.testing.assert_close(way(layer), way(plain), msg=name)
         with torch.no_grad():
-            if name in ("forward", "jvp", "hessian", "vmap"):
+            if name in ("forward", "forward of the bias", "jvp", "hessian", "vmap"):
                 torch.testing.assert_close(way(layer), way(plain), msg=name)
 
 
