@@ -134,13 +134,14 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     """`nn.Linear.forward`, by oneDNN where that takes less time and means the same."""
-    weight = self.weight
+    weight = self.weight  # read once: a parametrization computes it
     # an exported graph is for any machine, and sizes would be fixed in it
     if input.is_cpu and not (torch.jit.is_tracing() or torch.compiler.is_exporting()) and input.numel():
         # reading a weight takes the time of 8 multiplications
         size = max(input.numel(), 8 * self.in_features) * self.out_features
         if (
             size > ONEDNN_SIZE
+            and torch.backends.mkldnn.enabled
             and is_plain(input)
             and is_plain(weight)
             and (self.bias is None or is_plain(self.bias))

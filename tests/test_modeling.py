@@ -633,7 +633,9 @@ def test_linear_has_the_derivatives_of_torchs_own(onednn):
                 torch.testing.assert_close(way(layer), way(plain), msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:Sparse CSR tensor support", "ignore:TF32 acceleration"
+)
 def test_linear_leaves_other_tensors_to_torch(onednn):
     layer, states = build_linear(6, 4, bias=True), torch.randn(3, 6)
     assert operations_of(lambda: layer(states)) == {"lnfree.linear": 2 * 3 * 6 * 4}
@@ -651,10 +653,27 @@ def test_linear_leaves_other_tensors_to_torch(onednn):
     assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert layer(mode.from_tensor(states)).shape == (3, 4)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert operations_of(lambda: layer(states)) == {"aten.addmm": 2 * 3 * 6 * 4}
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         layer(states[:, :5])
     expected, layer.weight = layer(states), torch.nn.Parameter(layer.weight.detach().to_sparse_csr())
     torch.testing.assert_close(layer(states), expected)
+
+
+def test_parametrized_weight_is_computed_once(onednn):
+    layer, states, seen = build_linear(6, 4), torch.randn(3, 6), []
+
+    class Halved(torch.nn.Module):
+        def forward(self, weight):
+            seen.append(weight)
+            return weight / 2
+
+    expected = layer(states) / 2
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+    seen.clear()
+    assert "lnfree.linear" in operations_of(lambda: torch.testing.assert_close(layer(states), expected))
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(
