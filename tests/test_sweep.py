@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +111,14 @@ def test_study_is_the_one_that_it_says():
     assert {recipe.data.train_tokens for recipe in recipes} == {819_200}
     assert len({run.folder for run in runs}) == len(runs)
     main = [recipe for run, recipe in zip(runs, recipes, strict=True) if re.search(r"seed\d+$", run.folder.name)]
-    counts = {}
-    for recipe in main:
-        if recipe.build_config().backbone == "gpt2":
-            counts[recipe.data.variant] = counts.get(recipe.data.variant, 0) + 1
+    counts = Counter((recipe.build_config().backbone, recipe.data.block_size, recipe.data.variant) for recipe in main)
+    of_the_paper, others = (
+        ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R"),
+        ("SM+LR0.01", "SM+LR0.1", "SM+LR-layer", "SM+LR-global"),
+    )
     assert counts == {
-        **dict.fromkeys(("SM+LN+G", "SM+LN+R", "SM+G", "SM+R"), 3),
-        **dict.fromkeys(("SM+LR0.01", "SM+LR0.1", "SM+LR-layer", "SM+LR-global"), 1),
+        **{(*setting, variant): 3 for setting in settings for variant in of_the_paper},
+        **{("gpt2", 128, variant): 1 for variant in others},
     }
 
 

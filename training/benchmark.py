@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -203,9 +203,8 @@ def entropy_of_maps(attentions: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([torch.special.entr(weights).sum(-1).mean((0, 2)) for weights in attentions]).cpu()
 
 
-def benchmark_step(sizes: list[str], rounds: int, device: str, compiled: bool) -> list[dict[str, Any]]:
+def benchmark_step(sizes: list[str], rounds: int, device: str, compiled: bool) -> Iterator[dict[str, Any]]:
     """Training steps of the variants and of the stock model of the same size; 1,024 tokens each, 2,048 for `quick`."""
-    rows = []
     for size in sizes:
         for length, batch in ((128, 16),) if size == "quick" else ((128, 8), (256, 4), (1024, 1)):
             input_ids = torch.randint(SIZES[size]["vocab_size"], (batch, length), device=device)
@@ -230,7 +229,7 @@ def benchmark_step(sizes: list[str], rounds: int, device: str, compiled: bool) -
                 steps = {name: training_step(model, input_ids) for name, model in models.items()}
                 seconds = medians(take_turns(steps, rounds, device))
                 rate = matmul_rate(input_ids.numel(), SIZES[size]["hidden_size"], device)
-                rows += [
+                yield from [
                     {
                         "size": size,
                         "T": length,
@@ -246,7 +245,6 @@ def benchmark_step(sizes: list[str], rounds: int, device: str, compiled: bool) -
                     for name in models
                 ]
                 del models, steps
-    return rows
 
 
 def count_flops(model: nn.Module, input_ids: Tensor) -> int:
@@ -264,13 +262,12 @@ def count_flops(model: nn.Module, input_ids: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------ attention entropy
 
 
-def benchmark_entropy(rounds: int, device: str, lengths: list[int]) -> list[dict[str, Any]]:
+def benchmark_entropy(rounds: int, device: str, lengths: list[int]) -> Iterator[dict[str, Any]]:
     """
     What measuring adds to a forward pass without gradients: `record` to one with sdpa, and the maps that everybody
     else needs (eager attention and `output_attentions=True`, then -sum p log p). Two layers of GPT-2 small without a
     head, batch 1: with more layers the memory of the maps grows, since all are kept.
     """
-    rows = []
     for length in lengths:
         input_ids = torch.randint(1024, (1, length), device=device)
 
@@ -304,24 +301,20 @@ def benchmark_entropy(rounds: int, device: str, lengths: list[int]) -> list[dict
             mode: statistics.median(s - plain for s, plain in zip(seconds[mode], seconds["plain"], strict=True))
             for mode in ("record", "maps")
         }
-        rows.append(
-            {
-                "T": length,
-                "plain ms": 1e3 * statistics.median(seconds["plain"]),
-                "record adds ms": 1e3 * added["record"],
-                "maps add ms": 1e3 * added["maps"],
-                "maps / record": added["maps"] / added["record"],
-                "plain MiB": mib["plain"],
-                "record adds MiB": mib["record"] - mib["plain"],
-                "maps add MiB": mib["maps"] - mib["plain"],
-            }
-        )
-    return rows
+        yield {
+            "T": length,
+            "plain ms": 1e3 * statistics.median(seconds["plain"]),
+            "record adds ms": 1e3 * added["record"],
+            "maps add ms": 1e3 * added["maps"],
+            "maps / record": added["maps"] / added["record"],
+            "plain MiB": mib["plain"],
+            "record adds MiB": mib["record"] - mib["plain"],
+            "maps add MiB": mib["maps"] - mib["plain"],
+        }
 
 
-def benchmark_entropy_in_training(sizes: list[str], rounds: int, device: str) -> list[dict[str, Any]]:
+def benchmark_entropy_in_training(sizes: list[str], rounds: int, device: str) -> Iterator[dict[str, Any]]:
     """SM+R's training step, the same with entropy measured in it, and the published way; 2,048 tokens or more."""
-    rows = []
     for size in sizes:
         for length in (128, 1024) if size == "quick" else (128, 1024, 4096):
             input_ids = torch.randint(SIZES[size]["vocab_size"], (max(1, 2048 // length), length), device=device)
@@ -335,18 +328,15 @@ def benchmark_entropy_in_training(sizes: list[str], rounds: int, device: str) ->
             ways = {"plain": None, "record": "record", "maps": "maps"}
             mib = {name: peak_memory(lambda way=way: prepare(way), device) for name, way in ways.items()}
             seconds = medians(take_turns({name: prepare(way)[1] for name, way in ways.items()}, rounds, device))
-            rows.append(
-                {
-                    "size": size,
-                    "T": length,
-                    "plain ms": 1e3 * seconds["plain"],
-                    "record / plain": seconds["record"] / seconds["plain"],
-                    "record / maps": seconds["record"] / seconds["maps"],
-                    "record adds MiB": mib["record"] - mib["plain"],
-                    "maps add MiB": mib["maps"] - mib["plain"],
-                }
-            )
-    return rows
+            yield {
+                "size": size,
+                "T": length,
+                "plain ms": 1e3 * seconds["plain"],
+                "record / plain": seconds["record"] / seconds["plain"],
+                "record / maps": seconds["record"] / seconds["maps"],
+                "record adds MiB": mib["record"] - mib["plain"],
+                "maps add MiB": mib["maps"] - mib["plain"],
+            }
 
 
 def benchmark_callback(rounds: int, device: str) -> list[dict[str, Any]]:
@@ -377,9 +367,8 @@ def benchmark_callback(rounds: int, device: str) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------ generation
 
 
-def benchmark_generation(sizes: list[str], rounds: int, device: str) -> list[dict[str, Any]]:
+def benchmark_generation(sizes: list[str], rounds: int, device: str) -> Iterator[dict[str, Any]]:
     """128 tokens after a prompt of 16, greedy, by SM+R and by the stock model; weights read over what a sum reads."""
-    rows = []
     read = torch.ones(2**28 // 4, device=device)
     bandwidth = 2**28 / medians(take_turns({"read": read.sum}, 10, device))["read"]
     for size in sizes:
@@ -406,18 +395,15 @@ def benchmark_generation(sizes: list[str], rounds: int, device: str) -> list[dic
                 seconds = medians(take_turns(runs, rounds, device))
                 layers = (layer for layer in models["SM+R"].modules() if isinstance(layer, nn.Linear))
                 weights = sum(layer.weight.nbytes for layer in layers)
-                rows.append(
-                    {
-                        "size": size,
-                        "batch": batch,
-                        "cache": cache,
-                        "SM+R tokens/s": 128 * batch / seconds["SM+R"],
-                        "stock tokens/s": 128 * batch / seconds["stock"],
-                        "speed-up": seconds["stock"] / seconds["SM+R"],
-                        "of bandwidth": 128 * weights / seconds["SM+R"] / bandwidth,
-                    }
-                )
-    return rows
+                yield {
+                    "size": size,
+                    "batch": batch,
+                    "cache": cache,
+                    "SM+R tokens/s": 128 * batch / seconds["SM+R"],
+                    "stock tokens/s": 128 * batch / seconds["stock"],
+                    "speed-up": seconds["stock"] / seconds["SM+R"],
+                    "of bandwidth": 128 * weights / seconds["SM+R"] / bandwidth,
+                }
 
 
 # ------------------------------------------------------------------------------------------------ command and start
@@ -459,7 +445,10 @@ def benchmark_command(rounds: int, steps: int = 60) -> list[dict[str, Any]]:
         "lnfree train": build_lnfree("SM+R", "quick", 128, "cpu"),
         "Trainer, stock": build_stock("quick", 128, "cpu"),
     }
-    bare = medians(take_turns({name: training_step(model, input_ids) for name, model in models.items()}, 10, "cpu"))
+    # one after the other, as in training: by turns, each would find its memory taken by the other
+    steps_of = {name: training_step(model, input_ids) for name, model in models.items()}
+    ten = {name: lambda step=step: [step() for _ in range(10)] for name, step in steps_of.items()}
+    bare = {name: seconds / 10 for name, seconds in medians(take_turns(ten, rounds, "cpu")).items()}
     return [
         {
             "command": name,
@@ -531,11 +520,10 @@ def _first_step(home: str) -> float:
 # ---------------------------------------------------------------------------------------------------------- growth
 
 
-def benchmark_growth(rounds: int, device: str) -> list[dict[str, Any]]:
+def benchmark_growth(rounds: int, device: str) -> Iterator[dict[str, Any]]:
     """Exponents of SM+R's training step from the quick start's size on, over one dimension at a time."""
     base = {"T": 128, "batch": 4, "width": 128, "depth": 6}
     scales = {"T": [256, 512, 1024], "batch": [4, 8, 16], "width": [128, 256, 512], "depth": [4, 8, 16]}
-    rows = []
     for dimension, values in scales.items():
         steps = {}
         for value in values:
@@ -548,15 +536,12 @@ def benchmark_growth(rounds: int, device: str) -> list[dict[str, Any]]:
             model = build_lnfree("SM+R", "quick", at["T"], device, **fields)
             steps[str(value)] = training_step(model, torch.randint(2048, (at["batch"], at["T"]), device=device))
         seconds = medians(take_turns(steps, rounds, device))
-        rows.append(
-            {
-                "over": dimension,
-                "values": ", ".join(steps),
-                "ms": ", ".join(f"{1e3 * value:.0f}" for value in seconds.values()),
-                "exponent": growth_exponent(values, list(seconds.values())),
-            }
-        )
-    return rows
+        yield {
+            "over": dimension,
+            "values": ", ".join(steps),
+            "ms": ", ".join(f"{1e3 * value:.0f}" for value in seconds.values()),
+            "exponent": growth_exponent(values, list(seconds.values())),
+        }
 
 
 # --------------------------------------------------------------------------------------------------------- command
@@ -583,13 +568,14 @@ def benchmark(
     json_path: str | None = None,
 ) -> dict[str, Any]:
     """
-    Runs the sections of `SECTIONS` (all if none is named) at the sizes of `SIZES`; prints a Markdown table for each.
+    Runs the sections of `SECTIONS` (all if none is named) at the sizes of `SIZES`, and prints a Markdown table for
+    each, row by row.
 
     Args:
         rounds: over which the medians are taken.
         lengths: sequence lengths of the section `entropy`.
         compiled: the section `step` also with `torch.compile`.
-        json_path: file of all figures, written anew after each section.
+        json_path: file of all figures, written anew after each row.
 
     Raises:
         RecipeError: for a section or a size that there is not, and for a number below 1.
@@ -622,10 +608,17 @@ def benchmark(
     }
     document["sections"] = {}
     for section in sections:
-        document["sections"][section] = rows = runs[section]()
-        print(f"## {SECTIONS[section]}\n\n{to_markdown(rows)}\n", flush=True)
-        if json_path is not None:
-            write_atomically(Path(json_path), json.dumps(document, indent=1))
+        rows = document["sections"][section] = []
+        print(f"## {SECTIONS[section]}\n")
+        # row by row: at the paper's sizes each takes minutes
+        for row in runs[section]():
+            if not rows:
+                print(f"| {' | '.join(row)} |\n{'|---' * len(row)}|")
+            print(f"| {' | '.join(_format(name, value) for name, value in row.items())} |", flush=True)
+            rows.append(row)
+            if json_path is not None:
+                write_atomically(Path(json_path), json.dumps(document, indent=1))
+        print(flush=True)
     return document
 
 
@@ -635,14 +628,6 @@ def _processor() -> str:
         if match:
             return match[1]
     return platform.processor() or "CPU"
-
-
-def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table whose columns are the keys of the rows."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(_format(name, value) for name, value in row.items()) + " |")
-    return "\n".join(lines)
 
 
 def _format(name: str, value: Any) -> str:
