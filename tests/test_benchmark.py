@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from training import cli
-from training.benchmark import SECTIONS, build_lnfree, count_flops
+from training.benchmark import SECTIONS, build_lnfree, count_flops, peak_memory
 
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +39,20 @@ def test_flops_of_a_step_are_those_of_a_count_by_hand(length):
     # two products, and five for the backward pass, in which the scores are computed again; half of each is seen
     attention = layers * (2 + 5) * 2 * tokens * length * width // 2
     assert count_flops(model, input_ids) == linear + attention
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process's peak memory")
+def test_peak_memory_does_not_depend_on_what_went_before():
+    def prepare():
+        return lambda: None, lambda: [torch.ones(100_000, dtype=torch.uint8) for _ in range(400)]
+
+    peaks = [peak_memory(prepare, "cpu")]
+    # freed, and kept by malloc, since what lies on top of it is not
+    kept = [torch.ones(100_000, dtype=torch.uint8) for _ in range(2000)]
+    del kept[:-1]
+    peaks.append(peak_memory(prepare, "cpu"))
+    # and some code that the run reads for the first time
+    assert peaks == pytest.approx([400 * 100_000 / 2**20] * 2, rel=0.2)
 
 
 @pytest.mark.slow  # trains, generates and starts processes

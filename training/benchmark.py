@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -121,7 +122,9 @@ def peak_memory(build: Callable[[], tuple[Run, Run]], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / MIB
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_peak_rss, args=(build, sender))
+    # a thread has an arena of its own in malloc: what this process has freed would serve its tensors, and hide them
+    thread = threading.Thread(target=_peak_rss, args=(build, sender))
+    child = context.Process(target=lambda: (thread.start(), thread.join()))
     child.start()
     sender.close()
     peak = receiver.recv()
@@ -132,13 +135,10 @@ def peak_memory(build: Callable[[], tuple[Run, Run]], device: str) -> float:
 def _peak_rss(build: Callable[[], tuple[Run, Run]], sender):
     # the threads of the process that forked are not here, and the pool would wait for them
     torch.set_num_threads(1)
-    libc = ctypes.CDLL(None)
     # M_MMAP_THRESHOLD: a tensor gets pages of its own, and kept or torn pages do not blur the mark
-    libc.mallopt(-3, 2**16)
+    ctypes.CDLL(None).mallopt(-3, 2**16)
     warm_up, run = build()
     warm_up()
-    # what the process that forked has freed and kept
-    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _peak_mark()
     run()
