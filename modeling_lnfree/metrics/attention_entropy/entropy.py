@@ -445,8 +445,11 @@ class AttentionEntropyRecord:
         query, key = (states.expand(batch, -1, -1, -1) for states in (query, key))
         key, visibility, bias = _see(implementation, module, query, key, attention_mask, origin, **kwargs)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # one a head, and left out by sdpa; `sinks`, as of Inkling 2, are one a query
-        if s_aux is not None and implementation != "sdpa":
+        if implementation == "sdpa":
+            # it leaves out both, where transformers does not refuse it: before 5.24, Gemma 2's softcap
+            s_aux = softcap = None
+        # one a head; `sinks`, as of Inkling 2, are one a query
+        if s_aux is not None:
             sinks = s_aux.view(1, -1, 1, 1)
         entropy, infinite = _entropy(query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks)
 
