@@ -165,14 +165,10 @@ def main(argv: list[str] | None = None) -> int:
             recipe = load_recipe(arguments.recipe, arguments.overrides)
             print_plan(recipe, 1 if arguments.processes is None else arguments.processes, arguments.flops)
         elif arguments.verb == "train":
-            from accelerate import PartialState
-
             from .recipe import load_recipe
             from .train import train
 
             train(load_recipe(arguments.recipe, arguments.overrides))
-            # torch may abort a process that ends while its group's threads run
-            PartialState().destroy_process_group()
         elif arguments.verb == "sweep":
             import signal
 

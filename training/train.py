@@ -29,6 +29,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import yaml
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
@@ -230,7 +231,8 @@ class LNFreeTrainer(Trainer):
 
 def train(recipe: Recipe) -> Path:
     """
-    Trains what the recipe says, or goes on from the run's last checkpoint; a finished run is left as it is.
+    Trains what the recipe says, or goes on from the run's last checkpoint; a finished run is left as it is. Of several
+    processes, each closes its process group at the end.
 
     Returns:
         The run's folder.
@@ -256,6 +258,7 @@ def train(recipe: Recipe) -> Path:
     if finished:
         if arguments.process_index == 0:
             print(f"{run_dir} is finished: perplexity {read_results(run_dir)['perplexity']:.3f}")
+        PartialState().destroy_process_group()
         return run_dir
 
     with arguments.main_process_first(desc="data preparation"):
@@ -337,6 +340,8 @@ def train(recipe: Recipe) -> Path:
             metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
             metrics["train_tokens"] = trainer.state.global_step * recipe.tokens_per_step
             _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None, origin)
+    # torch may abort a process that ends while its group is open
+    PartialState().destroy_process_group()
     return run_dir
 
 
