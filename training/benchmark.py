@@ -521,27 +521,36 @@ def _first_step(home: str) -> float:
 
 
 def benchmark_growth(rounds: int, device: str) -> Iterator[dict[str, Any]]:
-    """Exponents of SM+R's training step from the quick start's size on, over one dimension at a time."""
+    """
+    Exponents of SM+R from the quick start's size on, over one dimension at a time: of a training step, of one with
+    entropy measured, and of generating 16 tokens after a prompt of T.
+    """
     base = {"T": 128, "batch": 4, "width": 128, "depth": 6}
     scales = {"T": [256, 512, 1024], "batch": [4, 8, 16], "width": [128, 256, 512], "depth": [4, 8, 16]}
-    for dimension, values in scales.items():
-        steps = {}
-        for value in values:
-            at = {**base, dimension: value}
-            fields = {
-                "hidden_size": at["width"],
-                "num_hidden_layers": at["depth"],
-                "num_attention_heads": at["width"] // 32,
-            }
-            model = build_lnfree("SM+R", "quick", at["T"], device, **fields)
-            steps[str(value)] = training_step(model, torch.randint(2048, (at["batch"], at["T"]), device=device))
-        seconds = medians(take_turns(steps, rounds, device))
-        yield {
-            "over": dimension,
-            "values": ", ".join(steps),
-            "ms": ", ".join(f"{1e3 * value:.0f}" for value in seconds.values()),
-            "exponent": growth_exponent(values, list(seconds.values())),
+
+    def prepare(what, at):
+        fields = {
+            "hidden_size": at["width"],
+            "num_hidden_layers": at["depth"],
+            "num_attention_heads": at["width"] // 32,
         }
+        model = build_lnfree("SM+R", "quick", at["T"] + 16, device, **fields)
+        input_ids = torch.randint(2048, (at["batch"], at["T"]), device=device)
+        if what == "generating":
+            return partial(model.eval().generate, input_ids, do_sample=False, min_new_tokens=16, max_new_tokens=16)
+        return training_step(model, input_ids, "record" if what == "the same with entropy" else None)
+
+    for what in ("training step", "the same with entropy", "generating"):
+        for dimension, values in scales.items():
+            runs = {str(value): prepare(what, {**base, dimension: value}) for value in values}
+            seconds = medians(take_turns(runs, rounds, device))
+            yield {
+                "what": what,
+                "over": dimension,
+                "values": ", ".join(runs),
+                "ms": ", ".join(f"{1e3 * value:.0f}" for value in seconds.values()),
+                "exponent": growth_exponent(values, list(seconds.values())),
+            }
 
 
 # --------------------------------------------------------------------------------------------------------- command
@@ -555,7 +564,7 @@ SECTIONS = {
     "generation": "Generating 128 tokens",
     "command": "The training command",
     "start": "Starting",
-    "growth": "Growth of a training step",
+    "growth": "Growth of training and generating",
 }
 
 
