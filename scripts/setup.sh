@@ -25,10 +25,9 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     fi
 fi
 
-# what an editable install has copied or written down
-sources=(pyproject.toml setup.py lnfree_autoregister.pth lnfree_autoregister.py)
+# what an editable install has written down
 installed=.venv/lnfree-installed
-if ! cat "${sources[@]}" | cmp -s - "$installed"; then
+if ! cmp -s pyproject.toml "$installed"; then
     "${PIP[@]}" install --editable '.[test]'
-    cat "${sources[@]}" > "$installed"
+    cp pyproject.toml "$installed"
 fi

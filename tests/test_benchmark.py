@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from training import cli
-from training.benchmark import SECTIONS, build_lnfree, count_flops, peak_memory
+from training.benchmark.benchmark import SECTIONS, build_lnfree, count_flops, peak_memory
 
 
 ROOT = Path(__file__).parents[1]

@@ -357,7 +357,7 @@ ATTRIBUTED = {
 
 
 def imported(stock, folder):
-    from training.convert import convert
+    from training.convert.convert import convert
 
     remove_layernorm_by_scaling(stock).save_pretrained(folder / "stock")
     return LNFreeForCausalLM.from_pretrained(convert(folder / "stock", folder / "ours")).eval()

@@ -20,8 +20,8 @@ from transformers import (
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from training.cli import main
-from training.convert import convert
-from training.recipe import RecipeError
+from training.convert.convert import convert
+from training.errors import UserError
 
 from .conftest import random_ids, tiny_model
 
@@ -204,7 +204,7 @@ def test_final_norm_that_cannot_be_folded_is_a_clear_error(tmp_path):
     theirs = remove_layernorm_by_scaling(tiny_gpt2())
     theirs.transformer.ln_f.weight.data[3] = 0
     theirs.save_pretrained(tmp_path / "stock")
-    with pytest.raises(RecipeError, match="final LayerNorm has a bias where its weight is 0"):
+    with pytest.raises(UserError, match="final LayerNorm has a bias where its weight is 0"):
         convert(tmp_path / "stock", tmp_path / "ours")
 
 

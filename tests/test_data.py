@@ -16,7 +16,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer
 
 from training import data
-from training.recipe import DataArguments, RecipeError, build_recipe
+from training.errors import UserError
+from training.recipe import DataArguments, build_recipe
 
 from .conftest import random_ids, tiny_model
 
@@ -173,7 +174,7 @@ def test_data_that_cannot_be_had(jsonl, arguments, message, monkeypatch):
     monkeypatch.chdir(jsonl.parent)
     Path("empty.jsonl").touch()
     jsonl.write_text(json.dumps({"content": "a text", "number": 1}) + "\n")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         data.load_documents(DataArguments(**{"dataset": str(jsonl), **arguments}), seed=0)
 
 
@@ -187,7 +188,7 @@ def test_rows_without_a_text_are_left_out(jsonl, capsys):
 
 def test_tokenizer_that_cannot_be_had(jsonl, tmp_path):
     arguments = DataArguments(dataset=str(jsonl), tokenizer=str(tmp_path / "nothing"))
-    with pytest.raises(RecipeError, match="tokenizer .*nothing.* cannot be loaded"):
+    with pytest.raises(UserError, match="tokenizer .*nothing.* cannot be loaded"):
         data.load_tokenizer(arguments, None, None)
 
 
@@ -195,7 +196,7 @@ def test_part_smaller_than_a_block(jsonl):
     arguments = DataArguments(dataset=str(jsonl), block_size=100_000)
     documents = data.load_documents(arguments, seed=0)
     tokenizer = data.load_tokenizer(arguments, documents["train"], 400)
-    with pytest.raises(RecipeError, match="fewer than block_size=100000 tokens"):
+    with pytest.raises(UserError, match="fewer than block_size=100000 tokens"):
         data.tokenize_blocks(documents, tokenizer, arguments)
 
 
@@ -305,11 +306,11 @@ def test_documents_trained_on_are_left_out_of_the_evaluation(streamed, capsys):
 
 def test_stream_needs_what_it_cannot_find_out(streamed, jsonl):
     folder = streamed(1)
-    with pytest.raises(RecipeError, match="streaming=True needs evaluation data of its own"):
+    with pytest.raises(UserError, match="streaming=True needs evaluation data of its own"):
         data.load_documents(DataArguments(dataset=str(jsonl), streaming=True), seed=0)
-    with pytest.raises(RecipeError, match="text_column='text' is not a column.*content"):
+    with pytest.raises(UserError, match="text_column='text' is not a column.*content"):
         data.load_documents(DataArguments(dataset=str(folder), streaming=True, text_column="text"), seed=0)
-    with pytest.raises(RecipeError, match="streaming=True needs a tokenizer and max_steps"):
+    with pytest.raises(UserError, match="streaming=True needs a tokenizer and max_steps"):
         build_recipe({"dataset": str(folder), "streaming": True, "tokenizer": "x"})
 
 

@@ -13,8 +13,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from training import callbacks, cli, data, plan, train
-from training.recipe import DataArguments, RecipeError, build_recipe
+from training import cli, data, files, runs
+from training.errors import UserError
+from training.recipe import DataArguments, build_recipe
+from training.train import loop, plan
 
 from .hub_server import TOKEN, HubServer
 
@@ -67,10 +69,10 @@ WATCH = """
 import os, signal, sys, torch
 from pathlib import Path
 from torch.distributed.tensor import DTensor
-from training import train
+from training.train import loop
 from training.recipe import load_recipe
 
-class Watched(train.LNFreeTrainer):
+class Watched(loop.LNFreeTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         # those that are updated: a pass without gradients, as measuring is, leaves the outermost ones gathered
         updated = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -82,8 +84,8 @@ class Watched(train.LNFreeTrainer):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(model, inputs, *args, **kwargs)
 
-train.LNFreeTrainer = Watched
-train.train(load_recipe(sys.argv[2]))
+loop.LNFreeTrainer = Watched
+loop.train(load_recipe(sys.argv[2]))
 """
 
 
@@ -127,16 +129,16 @@ def test_equal_global_batches_give_equal_runs(values, tmp_path, variant):
         finish(launch(tmp_path, run, processes, sharded=name == "fsdp"))
         # there were as many processes as there should be
         assert len(list((tmp_path / name).glob("seen-20-*.pt"))) == processes
-    expected, log = train.read_results(tmp_path / "one"), losses(tmp_path / "one")
+    expected, log = runs.read_results(tmp_path / "one"), losses(tmp_path / "one")
     assert len(log) == 20 and log[-1] < log[0] - 0.5
     weights = load_file(tmp_path / "one" / "model" / "model.safetensors")
     for name in ("accumulated", "ddp", "fsdp"):
         assert losses(tmp_path / name) == pytest.approx(log, abs=1e-5)
-        results = train.read_results(tmp_path / name)
+        results = runs.read_results(tmp_path / name)
         assert results["train_tokens"] == expected["train_tokens"] == 20 * 8 * 15
         assert results["parameters"] == expected["parameters"]
         assert results["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
-        entropy = [callbacks.read_records(tmp_path / run / "attention_entropy.jsonl") for run in ("one", name)]
+        entropy = [files.read_records(tmp_path / run / "attention_entropy.jsonl") for run in ("one", name)]
         for ours, theirs in zip(*entropy, strict=True):
             torch.testing.assert_close(
                 torch.tensor(ours["entropy"]), torch.tensor(theirs["entropy"]), atol=1e-4, rtol=0
@@ -176,7 +178,7 @@ def test_killed_run_of_two_processes_resumes_bitwise(values, tmp_path, more):
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "whole"))
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
-    results = [train.read_results(tmp_path / name) for name in ("killed", "whole")]
+    results = [runs.read_results(tmp_path / name) for name in ("killed", "whole")]
     assert results[0]["eval_loss"] == results[1]["eval_loss"]
 
 
@@ -218,12 +220,12 @@ def test_two_nodes_equal_one_and_go_on_from_a_whole_checkpoint(values, tmp_path,
 def test_run_that_keeps_weights_alone_or_cannot_be_sharded_says_so(values, tmp_path):
     run = {**values, "output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_only_model": True}
     run |= {"save_steps": 2, "max_steps": 2}
-    train.train(build_recipe(run))
+    loop.train(build_recipe(run))
     (tmp_path / "run" / "results.json").unlink()
-    with pytest.raises(RecipeError, match="checkpoint-2 holds the weights alone"):
-        train.train(build_recipe(run))
-    with pytest.raises(RecipeError, match="fsdp_size=2 must divide the number of processes, 1"):
-        train.train(build_recipe({**values, "fsdp_size": 2, "output_dir": str(tmp_path / "other")}))
+    with pytest.raises(UserError, match="checkpoint-2 holds the weights alone"):
+        loop.train(build_recipe(run))
+    with pytest.raises(UserError, match="fsdp_size=2 must divide the number of processes, 1"):
+        loop.train(build_recipe({**values, "fsdp_size": 2, "output_dir": str(tmp_path / "other")}))
 
 
 PUSH = """
@@ -266,12 +268,12 @@ def test_stream_from_the_hub_is_read_once_by_two_processes_also_across_a_kill(fo
     assert seen["whole"].equal(seen["killed"])
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "whole"))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
-    results = [train.read_results(tmp_path / name) for name in ("killed", "whole")]
+    results = [runs.read_results(tmp_path / name) for name in ("killed", "whole")]
     assert results[0]["eval_loss"] == results[1]["eval_loss"]
 
 
 def trained(values, tmp_path, name, **more):
-    train.train(build_recipe({**values, "output_dir": str(tmp_path / name), **more}))
+    loop.train(build_recipe({**values, "output_dir": str(tmp_path / name), **more}))
     return load_file(tmp_path / name / "model" / "model.safetensors"), losses(tmp_path / name)
 
 
@@ -280,8 +282,8 @@ def test_activation_checkpointing_changes_no_weight_and_bfloat16_little(values, 
     checkpointed, _ = trained(values, tmp_path, "checkpointed", activation_checkpointing=True)
     torch.testing.assert_close(checkpointed, weights, atol=1e-6, rtol=0)
     half, half_log = trained(values, tmp_path, "half", bf16=True)
-    with pytest.raises(RecipeError, match="fp16=True needs an accelerator"):
-        train.build_arguments(build_recipe({**values, "fp16": True}))
+    with pytest.raises(UserError, match="fp16=True needs an accelerator"):
+        loop.build_arguments(build_recipe({**values, "fp16": True}))
     assert half_log == pytest.approx(log, rel=0.02) and half_log != log
     assert all(tensor.dtype == torch.float32 for tensor in half.values())
 
@@ -302,7 +304,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from modeling_lnfree import modeling_lnfree
-from training import train
+from training.train import loop
 from training.recipe import load_recipe
 
 modeling_lnfree.USE_ONEDNN = False  # on AMD's processors, whose copies no plan knows either
@@ -311,13 +313,13 @@ def resident(mark):
     return 1024 * int(re.search(mark + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 
 before = []
-def set_seed(seed, real=train.set_seed):
+def set_seed(seed, real=loop.set_seed):
     real(seed)
     Path("/proc/self/clear_refs").write_text("5")
     before.append(resident("VmRSS"))
 
-train.set_seed = set_seed
-train.train(load_recipe(sys.argv[1]))
+loop.set_seed = set_seed
+loop.train(load_recipe(sys.argv[1]))
 print(resident("VmHWM") - before[0])
 """
 
@@ -380,7 +382,7 @@ def test_plan_counts_by_hand(values, capsys, tmp_path):
     # a budget in tokens is one for all numbers of processes
     budget = build_recipe({**values, "train_tokens": 1000})
     assert plan.plan(budget, processes=3)["steps"] == 6
-    with pytest.raises(RecipeError, match="a plan knows the memory of optim=adamw_torch, .* got 'adamw_torch_8bit'"):
+    with pytest.raises(UserError, match="a plan knows the memory of optim=adamw_torch, .* got 'adamw_torch_8bit'"):
         plan.plan(build_recipe({**values, "optim": "adamw_torch_8bit"}))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "run")}))

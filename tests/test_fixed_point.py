@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from training.fixed_point import MOST_BITS, TOLERANCE, _fixed_point, _RangeRecorder, _smallest, measure_fixed_point
+from training.encryption.fixed_point import (
+    MOST_BITS,
+    TOLERANCE,
+    _fixed_point,
+    _RangeRecorder,
+    _smallest,
+    measure_fixed_point,
+)
 
 from .conftest import every_backbone, every_variant, random_ids, tiny_model
 

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
 from training import cli
+from training.errors import UserError
 from training.measure import measure
-from training.recipe import RecipeError
 
 from .conftest import tiny_model
 
@@ -482,9 +482,9 @@ def test_measure_of_some_rows_of_a_split(model, folder, tokenizer, corpus):
 
 def test_measure_of_the_embedded_corpus(folder, monkeypatch):
     parts = {"train": Dataset.from_dict({"content": ["no"]}), "eval": Dataset.from_dict({"content": TEXTS})}
-    monkeypatch.setattr("training.measure.load_documents", lambda arguments, seed: parts)
+    monkeypatch.setattr("training.texts.load_documents", lambda arguments, seed: parts)
     assert measure(folder, dataset="stdlib")["num_texts"] == len(TEXTS)
-    with pytest.raises(RecipeError, match="one of train, eval, got 'test'"):
+    with pytest.raises(UserError, match="one of train, eval, got 'test'"):
         measure(folder, dataset="stdlib", split="test")
 
 
@@ -531,7 +531,7 @@ def test_measure_errors_are_one_line(folder, corpus, monkeypatch, changes, messa
     Path("broken.jsonl").write_text('{"content": "abc"}\n{"content": \n')
     Path("empty.jsonl").write_text('{"content": "a"}\n')
     Path("nothing.jsonl").touch()
-    with pytest.raises(RecipeError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         measure(**{"model_id": folder, "dataset": corpus, **changes})
     assert "\n" not in str(error.value)
 
@@ -540,6 +540,6 @@ def test_measure_of_a_model_beside_the_interface_is_refused(tmp_path, tokenizer,
     config = AutoConfig.for_model("bloom", vocab_size=256, hidden_size=32, n_layer=1, n_head=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
     tokenizer.save_pretrained(tmp_path / "bloom")
-    with pytest.raises(RecipeError, match="BloomModel computes its attention itself"):
+    with pytest.raises(UserError, match="BloomModel computes its attention itself"):
         measure(str(tmp_path / "bloom"), dataset=corpus, parquet_path=tmp_path / "figures.parquet")
     assert not list(tmp_path.glob("figures*"))

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from modeling_lnfree import LNFreeForCausalLM
-from training.private_cost import comparison, count_operations, difference, table
+from training.encryption.counting import comparison, count_operations, difference, table
 
 from .conftest import every_backbone, every_variant, tiny_config
 

@@ -20,8 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from model_cards.card import build_card, model_name
 from modeling_lnfree import LNFreeConfig
-from training import cli, data, export, publish, stability, train
-from training.recipe import DataArguments, RecipeError, build_recipe
+from training import cli, data, runs
+from training.errors import UserError
+from training.hub import export, publish
+from training.recipe import DataArguments, build_recipe
+from training.train import loop, stability
 
 from .hub_server import OTHER_TOKEN, TOKEN, HubServer
 
@@ -47,7 +50,7 @@ def runs_dir(tmp_path_factory):
         patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
         for variant, seed in (("SM+LN+G", 5), ("SM+R", 7), ("SM+R", 5)):
             run_dir = folder / f"{variant}-{seed}"
-            train.train(build_recipe({**values, "variant": variant, "seed": seed, "output_dir": str(run_dir)}))
+            loop.train(build_recipe({**values, "variant": variant, "seed": seed, "output_dir": str(run_dir)}))
             shutil.rmtree(run_dir / "checkpoint-8")
             if (variant, seed) != ("SM+R", 5):
                 shutil.rmtree(run_dir / "checkpoint-4")
@@ -56,7 +59,7 @@ def runs_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(runs_dir, tmp_path_factory):
-    return publish.build(publish.find_runs(runs_dir), "me", tmp_path_factory.mktemp("built"), checkpoints=True)
+    return publish.build(runs.find_runs(runs_dir), "me", tmp_path_factory.mktemp("built"), checkpoints=True)
 
 
 @pytest.fixture
@@ -206,7 +209,7 @@ def test_private_repositories_are_private(server, small):
 
 def test_public_repository_is_not_taken_for_a_private_one(server, small):
     release(small)
-    with pytest.raises(RecipeError, match="is public; make it private on the Hub, or publish without --private"):
+    with pytest.raises(UserError, match="is public; make it private on the Hub, or publish without --private"):
         release(small, private=True)
 
 
@@ -259,7 +262,7 @@ def test_rate_limit_is_waited_for_as_long_as_the_server_asks(server, small, caps
 def test_interrupted_release_goes_on_where_it_stopped(server, family, monkeypatch):
     monkeypatch.setattr(publish, "WAITS", (0.05,))
     server.fail("POST", f"{MODELS[1]}/commit/", times=99, status=503)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         release(family)
     assert str(caught.value) == (
         f"the Hub answered 503 to POST /api/models/me/{MODELS[1]}/commit/main a fault on request; 1 of 5 are "
@@ -287,7 +290,7 @@ def test_second_writer_is_noticed_and_not_overwritten(server, small, monkeypatch
     # at the very moment of the commit, and between the comparison and the commit
     for moment in ("/commit/main", "/preupload/main"):
         server.fail("POST", f"lnfree-results{moment}", before=write)
-        with pytest.raises(RecipeError, match="someone else has changed me/lnfree-results .dataset. since"):
+        with pytest.raises(UserError, match="someone else has changed me/lnfree-results .dataset. since"):
             release(small)
         assert repository.files["README.md"] == b"theirs\n" and repository.commits[-1].title == "theirs"
     release(small)
@@ -306,7 +309,7 @@ def test_clean_process_that_fails_says_why_without_the_token(server, small):
     published = release(small[:1])
     said = {"X-Error-Message": f"{TOKEN} may not read this"}
     server.fail("GET", "^/api/datasets/", times=99, status=403, headers=said)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         publish.verify(HfApi(), published)
     assert str(caught.value).startswith("published, but not as it should be: me/lnfree-results at ")
     assert "*** may not read this" in str(caught.value) and TOKEN not in str(caught.value)
@@ -441,9 +444,9 @@ def test_run_that_is_not_finished_is_told_and_left_out(runs_dir, tmp_path, capsy
     values = yaml.safe_load((runs_dir / "SM+R-5" / "recipe.yaml").read_text())
     values |= {"output_dir": str(tmp_path / "diverged"), "learning_rate": 1e30}
     with pytest.raises(stability.UnstableRunError):
-        train.train(build_recipe(values))
+        loop.train(build_recipe(values))
     capsys.readouterr()
-    assert [run["folder"].name for run in publish.find_runs(tmp_path)] == ["SM+R-5"]
+    assert [run["folder"].name for run in runs.find_runs(tmp_path)] == ["SM+R-5"]
     unstable, unfinished = capsys.readouterr().out.splitlines()
     assert unstable.startswith("left out: diverged is unstable at step 2, layer 0: the gradient norm is nan; ")
     assert unfinished == "left out: interrupted is not finished"
@@ -475,13 +478,13 @@ def test_damaged_file_of_a_run_is_one_line_that_names_it(server, runs_dir, tmp_p
 
 
 def test_one_seed_of_a_variant_is_published_and_all_are_in_the_results(runs_dir, built, capsys):
-    runs = publish.find_runs(runs_dir)
-    assert [run["folder"].name for run in publish._choose(runs, None)] == ["SM+LN+G-5", "SM+R-5"]
+    found = runs.find_runs(runs_dir)
+    assert [run["folder"].name for run in publish._choose(found, None)] == ["SM+LN+G-5", "SM+R-5"]
     assert f"{MODELS[1]}: the run of seed 5 is published; also in the results: 7" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="seed=7 is not among the finished runs of lnfree-gpt2-sm-ln-g-t16 .seed 5"):
-        publish._choose(runs, 7)
+    with pytest.raises(UserError, match="seed=7 is not among the finished runs of lnfree-gpt2-sm-ln-g-t16 .seed 5"):
+        publish._choose(found, 7)
     rows = load_dataset("parquet", data_files=str(built[3].folder / "data" / "*.parquet"), split="train").to_pandas()
-    for run in runs:
+    for run in found:
         mine = rows[(rows.variant == run["variant"]) & (rows.seed == run["seed"])].sort_values(["layer", "head"])
         assert mine.entropy.to_numpy().reshape(2, 2).tolist() == run["attention_entropy"]["entropy"]
         assert set(mine.model) == {model_name(run)} and set(mine.perplexity) == {run["perplexity"]}
@@ -505,8 +508,8 @@ def test_runs_of_two_settings_do_not_share_a_name(runs_dir, tmp_path):
     shutil.copytree(runs_dir, tmp_path / "runs")
     path = tmp_path / "runs" / "SM+R-7" / "results.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "train_tokens": 1}))
-    with pytest.raises(RecipeError, match="SM.R-. and SM.R-. would both be lnfree-gpt2-sm-r-t16; publish runs of one"):
-        publish._choose(publish.find_runs(tmp_path / "runs"), None)
+    with pytest.raises(UserError, match="SM.R-. and SM.R-. would both be lnfree-gpt2-sm-r-t16; publish runs of one"):
+        publish._choose(runs.find_runs(tmp_path / "runs"), None)
 
 
 # ------------------------------------------------------------------------------------------ the card
@@ -514,7 +517,7 @@ def test_runs_of_two_settings_do_not_share_a_name(runs_dir, tmp_path):
 
 def test_card_tells_what_was_measured(built, runs_dir):
     card = ModelCard.load(built[1].folder / "README.md")
-    results = {name: train.read_results(runs_dir / name) for name in ("SM+LN+G-5", "SM+R-5")}
+    results = {name: runs.read_results(runs_dir / name) for name in ("SM+LN+G-5", "SM+R-5")}
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured["perplexity"] == results["SM+R-5"]["perplexity"]
     entropy = torch.tensor(results["SM+R-5"]["attention_entropy"]["entropy"], dtype=torch.float64).mean().item()
@@ -540,7 +543,7 @@ def test_card_tells_what_was_measured(built, runs_dir):
 
 
 def test_same_run_is_the_same_bytes_again(built, runs_dir, tmp_path):
-    siblings = publish._choose(publish.find_runs(runs_dir), None)
+    siblings = publish._choose(runs.find_runs(runs_dir), None)
     again = export.export(runs_dir / "SM+R-5", tmp_path / MODELS[1], namespace="me", siblings=siblings)
     files = publish._files(again)
     assert files.keys() == publish._files(built[1].folder).keys()

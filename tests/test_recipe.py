@@ -6,7 +6,8 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from training.recipe import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIELDS, RecipeError, build_recipe, load_recipe
+from training.errors import UserError
+from training.recipe import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIELDS, build_recipe, load_recipe
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
@@ -115,7 +116,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("values", "message"), WRONG, ids=lambda v: "-".join(v) if isinstance(v, dict) else "")
 def test_wrong_recipe_is_one_clear_line(values, message):
-    with pytest.raises(RecipeError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         build_recipe({**SMALLEST, **values})
     assert "\n" not in str(caught.value)
 
@@ -133,10 +134,10 @@ def test_file_that_is_no_recipe(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         load_recipe(path)
 
 
 def test_override_without_a_value():
-    with pytest.raises(RecipeError, match="key=value, got 'variant'"):
+    with pytest.raises(UserError, match="key=value, got 'variant'"):
         load_recipe(RECIPES[0], ["variant"])

@@ -22,10 +22,14 @@ import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from training import checkpoints, cli, compare, seeds, sweep, train
-from training.compare import _summary_row, setting_of
+from training import cli, runs, sweep
+from training.compare import comparison, seeds
+from training.compare.comparison import _summary_row
+from training.errors import UserError
 from training.plots import plot_gradient_norms, plot_heat_maps
-from training.recipe import RecipeError, build_recipe, load_recipe
+from training.recipe import build_recipe, load_recipe
+from training.runs import setting_of
+from training.train import checkpoints, loop, trainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +150,7 @@ def test_wrong_sweep_is_one_line_before_any_run_starts(write_sweep, tmp_path, co
     path = write_sweep(**content)
     values = yaml.safe_load((tmp_path / "base.yaml").read_text())
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({**values, "learning_rate": 1.0}))
-    with pytest.raises(RecipeError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         sweep.sweep(path)
     assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
 
@@ -157,9 +161,9 @@ def test_changed_recipe_of_a_run_that_is_there_is_an_error(write_sweep):
     run.folder.mkdir(parents=True)
     (run.folder / "recipe.yaml").write_text(yaml.safe_dump(load_recipe(run.command[3], run.command[4:]).to_dict()))
     assert len(sweep.load_sweep(path)[1]) == 1
-    with pytest.raises(RecipeError, match="holds a run with max_steps=8, this recipe has 9"):
+    with pytest.raises(UserError, match="holds a run with max_steps=8, this recipe has 9"):
         sweep.load_sweep(write_sweep([{"variant": "SM+R"}], max_steps=9))
-    with pytest.raises(RecipeError, match="--jobs must be at least 1, got 0"):
+    with pytest.raises(UserError, match="--jobs must be at least 1, got 0"):
         sweep.sweep(path, jobs=0)
 
 
@@ -191,7 +195,7 @@ def test_runs_in_turn_and_together_and_a_failure_stops_no_other(write_sweep, tmp
     finished = table(tmp_path / "runs")
     assert list(finished) == ["gpt2-sm-ln-g-t16-seed1337", "gpt2-sm-r-t16-seed1337"]
     recipe = load_recipe(tmp_path / "base.yaml", ["variant=SM+R", f"output_dir={tmp_path / 'here' / 'run'}"])
-    train.train(recipe)
+    loop.train(recipe)
     assert table(tmp_path / "here")["run"] == finished["gpt2-sm-r-t16-seed1337"]
 
     # a finished run is never run again, one that another process holds is left to it
@@ -264,17 +268,17 @@ def test_progress_tells_the_time_left(write_sweep, monkeypatch, capsys):
 
 def test_variants_of_one_seed_see_the_same_batches(recipe_values, tmp_path, monkeypatch):
     batches: list[list] = []
-    step = train.LNFreeTrainer.training_step
+    step = trainer.LNFreeTrainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
         batches[-1].append(inputs["input_ids"].tolist())
         return step(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(train.LNFreeTrainer, "training_step", training_step)
+    monkeypatch.setattr(trainer.LNFreeTrainer, "training_step", training_step)
     for index, (variant, seed) in enumerate([("SM+LN+G", 1), ("SM+LR-layer", 1), ("SM+LN+G", 2)]):
         batches.append([])
         values = {**recipe_values, "variant": variant, "seed": seed, "output_dir": str(tmp_path / str(index))}
-        train.train(build_recipe(values))
+        loop.train(build_recipe(values))
     assert len(batches[0]) == 8 and batches[0] == batches[1] != batches[2]
 
 
@@ -409,9 +413,9 @@ def test_full_disk_is_one_line_and_keeps_the_last_whole_checkpoint(write_sweep, 
     path = write_sweep([{"variant": ["SM+R"]}], **sizes, output_dir=str(small_disk))
     assert cli.main(["sweep", str(path)]) == 1
     [run_dir] = small_disk.iterdir()
-    written = checkpoints.list_checkpoints(run_dir)
+    written = runs.list_checkpoints(run_dir)
     assert 1 <= len(written) < 20 and checkpoints.find_damage(written[-1]) is None
-    last = (run_dir / "train.log").read_text().splitlines()[-1]
+    last = (run_dir / "loop.log").read_text().splitlines()[-1]
     out = capsys.readouterr().out
     assert f"the last whole checkpoint is {written[-1].name}" in last and "cannot be written" in last, last
     assert f"the last whole checkpoint is {written[-1].name}" in out
@@ -429,8 +433,8 @@ def test_read_only_folder_is_one_line(write_sweep, small_disk, capsys):
     assert cli.main(["sweep", str(path)]) == 1
     assert "cannot be written: Read-only file system" in capsys.readouterr().out
     recipe = load_recipe(path.with_name("base.yaml"), [f"output_dir={small_disk / 'run'}"])
-    with pytest.raises(RecipeError, match="output_dir=.* cannot be written: Read-only file system"):
-        train.train(recipe)
+    with pytest.raises(UserError, match="output_dir=.* cannot be written: Read-only file system"):
+        loop.train(recipe)
 
 
 # ------------------------------------------------------------------------------------------ several seeds
@@ -497,7 +501,7 @@ def test_logarithmic_axes_have_plain_numbers(tmp_path):
 
 def test_the_same_run_twice_is_an_error(tmp_path):
     run = fake_run(tmp_path, "SM+R", 1, 10.0)
-    with pytest.raises(RecipeError, match="SM\\+R-1 and .*copy are the same run, SM\\+R with seed 1"):
+    with pytest.raises(UserError, match="SM\\+R-1 and .*copy are the same run, SM\\+R with seed 1"):
         seeds.summarise([run, {**run, "folder": tmp_path / "copy"}])
 
 
@@ -541,21 +545,21 @@ def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path
             "save_strategy": "no",
             **setting,
         }
-        train.train(build_recipe({**values, "output_dir": str(tmp_path / str(index))}))
+        loop.train(build_recipe({**values, "output_dir": str(tmp_path / str(index))}))
     drawn = []
-    monkeypatch.setattr(compare, "plot_heat_maps", lambda *args: drawn.append(args[1]) or plot_heat_maps(*args))
+    monkeypatch.setattr(comparison, "plot_heat_maps", lambda *args: drawn.append(args[1]) or plot_heat_maps(*args))
     assert cli.main(["compare", str(tmp_path)]) == 0
     # no two panels of the one picture look the same
     assert len(drawn[0]) == len(set(drawn[0])) == 9 and drawn[0][-1].endswith("seed 1337\ninitializer_range=0.2")
     assert str(tmp_path / "report" / "report.html") in capsys.readouterr().out
-    comparison = json.loads((tmp_path / "report" / "comparison.json").read_text())
-    titles = [group["title"].split("tokens, ")[1] for group in comparison["groups"]]
+    written = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    titles = [group["title"].split("tokens, ")[1] for group in written["groups"]]
     assert titles == ["initializer_range=0.1", "initializer_range=0.2"]
-    rows = {row["configuration"]: row for row in comparison["groups"][0]["summary"]["configurations"]}
+    rows = {row["configuration"]: row for row in written["groups"][0]["summary"]["configurations"]}
     assert list(rows) == [*variants, "SM+LR-layer", "SM+LR-layer, slopes decayed"]
     for variant in variants:
         measured = [
-            train.read_results(tmp_path / str(i))["perplexity"] for i in range(6) if i % 2 == variants.index(variant)
+            runs.read_results(tmp_path / str(i))["perplexity"] for i in range(6) if i % 2 == variants.index(variant)
         ]
         assert rows[variant]["perplexity"] == pytest.approx(statistics.geometric_mean(measured))
         assert rows[variant]["seeds"] == [1, 2, 3]

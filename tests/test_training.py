@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM
-from training import callbacks, cli, data, stability, train
-from training.recipe import RecipeError, build_recipe
+from training import cli, data, files, quantities, runs, texts
+from training.errors import UserError
+from training.recipe import build_recipe
+from training.train import callbacks, loop, stability, trainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def runs_dir(tmp_path_factory, own_cache, recipe_values):
     folder = tmp_path_factory.mktemp("runs")
     for variant in [*VARIANTS, "SM+LR-layer"]:
-        train.train(build_recipe({**recipe_values, "variant": variant, "output_dir": str(folder / variant)}))
+        loop.train(build_recipe({**recipe_values, "variant": variant, "output_dir": str(folder / variant)}))
     return folder
 
 
@@ -52,7 +54,7 @@ def test_perplexity_is_exp_of_summed_nll_over_all_tokens(runs_dir, recipe_values
     with torch.no_grad():
         log_probs = model(blocks).logits.log_softmax(-1)[:, :-1]
     nll = -log_probs.gather(-1, blocks[:, 1:, None]).sum().item()
-    results = train.read_results(runs_dir / "SM+R")
+    results = runs.read_results(runs_dir / "SM+R")
     assert results["eval_tokens"] == blocks[:, 1:].numel()
     assert results["perplexity"] == pytest.approx(math.exp(nll / blocks[:, 1:].numel()), rel=1e-5)
 
@@ -65,7 +67,7 @@ def naive_entropy(model_dir, blocks):
 
 
 def test_entropy_of_the_evaluation_part_matches_float64_maps(runs_dir, recipe_values):
-    measured = train.read_results(runs_dir / "SM+R")["attention_entropy"]
+    measured = runs.read_results(runs_dir / "SM+R")["attention_entropy"]
     expected = naive_entropy(runs_dir / "SM+R" / "model", eval_blocks(recipe_values))
     torch.testing.assert_close(torch.tensor(measured["entropy"]).double(), expected, atol=2e-5, rtol=0)
     largest = sum(math.log(i + 1) for i in range(16)) / 16
@@ -76,7 +78,7 @@ def test_entropy_of_the_evaluation_part_matches_float64_maps(runs_dir, recipe_va
 
 
 def test_probe_is_measured_at_the_start_every_n_steps_and_at_the_end(runs_dir, recipe_values):
-    records = callbacks.read_records(runs_dir / "SM+R" / "attention_entropy.jsonl")
+    records = files.read_records(runs_dir / "SM+R" / "attention_entropy.jsonl")
     assert [record["step"] for record in records] == [0, 3, 6, 8]
     expected = naive_entropy(runs_dir / "SM+R" / "model", eval_blocks(recipe_values)[:5])
     torch.testing.assert_close(torch.tensor(records[-1]["entropy"]).double(), expected, atol=2e-5, rtol=0)
@@ -87,11 +89,11 @@ def test_measurements_go_through_the_trainers_log(runs_dir):
     entropies = {entry["step"]: entry for entry in log if "attention_entropy/mean" in entry}
     slopes = {entry["step"]: entry for entry in log if "negative_slope/1" in entry}
     assert sorted(entropies) == sorted(slopes) == [0, 3, 6, 8]
-    records = callbacks.read_records(runs_dir / "SM+LR-layer" / "attention_entropy.jsonl")
+    records = files.read_records(runs_dir / "SM+LR-layer" / "attention_entropy.jsonl")
     for record in records:
         assert entropies[record["step"]]["attention_entropy/layer_1/head_0"] == record["entropy"][1][0]
         assert entropies[record["step"]]["attention_nan_count/layer_1"] == 0
-    slope_records = callbacks.read_records(runs_dir / "SM+LR-layer" / "negative_slope.jsonl")
+    slope_records = files.read_records(runs_dir / "SM+LR-layer" / "negative_slope.jsonl")
     assert slope_records[0]["slopes"] == pytest.approx([0.01, 0.01])
     assert slope_records[-1]["slopes"][0] != slope_records[0]["slopes"][0]
     # measuring takes no step's loss out of the log
@@ -100,7 +102,7 @@ def test_measurements_go_through_the_trainers_log(runs_dir):
 
 def test_measuring_changes_nothing(runs_dir, recipe_values, tmp_path):
     values = {**recipe_values, "variant": "SM+R", "entropy_steps": 1, "output_dir": str(tmp_path)}
-    train.train(build_recipe(values))
+    loop.train(build_recipe(values))
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, runs_dir / "SM+R"))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
@@ -110,7 +112,7 @@ def test_nan_in_the_attention_is_counted_and_never_a_number(runs_dir):
     model.model.layers[1].self_attn.q_proj.weight.data[:8] = math.nan  # the first of two heads
     probe = torch.randint(300, (3, 16))
     callback = callbacks.MeasurementCallback(
-        [callbacks.AttentionEntropy()], {"input_ids": probe}, 1, Path("unused"), print
+        [quantities.AttentionEntropy()], {"input_ids": probe}, 1, Path("unused"), print
     )
     [(record, scalars)] = callback.measure(model)
     assert math.isnan(record["entropy"][1][0]) and record["nan_count"][1] > 0 == record["nan_count"][0]
@@ -127,9 +129,9 @@ def test_weight_decay_reaches_learned_slopes_only_when_asked(recipe_values, deca
 
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "BriefPrinterCallback", Groups)
+        patch.setattr(loop, "BriefPrinterCallback", Groups)
         values = {**recipe_values, "variant": "SM+LN+LR-global", "decay_slopes": decay, "max_steps": 1}
-        train.train(build_recipe({**values, "output_dir": str(tmp_path)}))
+        loop.train(build_recipe({**values, "output_dir": str(tmp_path)}))
     assert found["model.learned_slope.negative_slope"] == (0.1 if decay else 0.0)
     for name, value in found.items():
         if name != "model.learned_slope.negative_slope":
@@ -142,11 +144,11 @@ def test_weight_decay_reaches_learned_slopes_only_when_asked(recipe_values, deca
 def test_finished_run_is_left_as_it_is_and_another_recipe_is_refused(runs_dir, recipe_values, capsys):
     values = {**recipe_values, "variant": "SM+R", "output_dir": str(runs_dir / "SM+R")}
     before = (runs_dir / "SM+R" / "results.json").stat().st_mtime_ns
-    train.train(build_recipe(values))
+    loop.train(build_recipe(values))
     assert "is finished: perplexity" in capsys.readouterr().out
     assert (runs_dir / "SM+R" / "results.json").stat().st_mtime_ns == before
-    with pytest.raises(RecipeError, match="holds a run with learning_rate=0.01, this recipe has 0.02"):
-        train.train(build_recipe({**values, "learning_rate": 0.02}))
+    with pytest.raises(UserError, match="holds a run with learning_rate=0.01, this recipe has 0.02"):
+        loop.train(build_recipe({**values, "learning_rate": 0.02}))
 
 
 def test_run_does_not_replace_what_is_no_run(recipe_values, tmp_path):
@@ -154,8 +156,8 @@ def test_run_does_not_replace_what_is_no_run(recipe_values, tmp_path):
         thesis = tmp_path / name / name / "thesis.tex"
         thesis.parent.mkdir(parents=True)
         thesis.touch()
-        with pytest.raises(RecipeError, match=f"{name} is not a run's folder: it holds a model or checkpoints"):
-            train.train(build_recipe({**recipe_values, "output_dir": str(tmp_path / name)}))
+        with pytest.raises(UserError, match=f"{name} is not a run's folder: it holds a model or checkpoints"):
+            loop.train(build_recipe({**recipe_values, "output_dir": str(tmp_path / name)}))
         assert thesis.exists()
 
 
@@ -168,13 +170,13 @@ def test_data_that_changed_since_the_checkpoint_is_an_error(recipe_values, corpu
     (tmp_path / "documents.jsonl").write_text(corpus.read_text())
     values = {**recipe_values, "dataset": str(tmp_path / "documents.jsonl"), "output_dir": str(tmp_path / "run")}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "BriefPrinterCallback", Interrupt)
-        train.train(build_recipe(values))
+        patch.setattr(loop, "BriefPrinterCallback", Interrupt)
+        loop.train(build_recipe(values))
     (tmp_path / "documents.jsonl").write_text("".join(corpus.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(RecipeError, match="checkpoint-4 was trained on other data"):
-        train.train(build_recipe(values))
+    with pytest.raises(UserError, match="checkpoint-4 was trained on other data"):
+        loop.train(build_recipe(values))
     (tmp_path / "documents.jsonl").write_text(corpus.read_text())
-    train.train(build_recipe(values))
+    loop.train(build_recipe(values))
 
 
 @pytest.mark.parametrize(
@@ -192,8 +194,8 @@ def test_stream_that_ends_or_breaks_is_no_finished_run(recipe_values, corpus, tm
     for name, part in {"train-0": lines[rows], "train-1": [*lines[rows], more], "validation": lines[80:]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     values = {**recipe_values, "dataset": str(tmp_path), "tokenizer": str(tmp_path / "bpe"), "streaming": True}
-    with pytest.raises(RecipeError, match=message):
-        train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
+    with pytest.raises(UserError, match=message):
+        loop.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
     assert not (tmp_path / "run" / "results.json").exists()
 
 
@@ -213,8 +215,8 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(recipe_values, tmp_pa
 
     named: list[str] = []
     monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(train.os, "replace", check)
-    run_dir = train.train(build_recipe({**recipe_values, "output_dir": str(tmp_path / "run")}))
+    monkeypatch.setattr(loop.os, "replace", check)
+    run_dir = loop.train(build_recipe({**recipe_values, "output_dir": str(tmp_path / "run")}))
     assert {"recipe.yaml", "checkpoint-4", "checkpoint-8", "model", "results.json"} <= set(named)
     assert not [path for path in left_out if run_dir in path.parents]
 
@@ -222,26 +224,26 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(recipe_values, tmp_pa
 def test_failure_in_a_checkpoint_is_of_the_disk_only_if_torch_could_not_write(recipe_values, tmp_path, monkeypatch):
     values = {**recipe_values, "output_dir": str(tmp_path)}
     full = "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"
-    for message, error in (("CUDA error: out of memory", RuntimeError), (full, RecipeError)):
+    for message, error in (("CUDA error: out of memory", RuntimeError), (full, UserError)):
 
         def fail(*args, message=message, **kwargs):
             raise RuntimeError(message)
 
         with monkeypatch.context() as patch, pytest.raises(error, match=re.escape(message)) as caught:
-            patch.setattr(train.Trainer, "_save_optimizer_and_scheduler", fail)
-            train.train(build_recipe(values))
-        assert ("cannot be written" in str(caught.value)) == (error is RecipeError)
+            patch.setattr(trainer.Trainer, "_save_optimizer_and_scheduler", fail)
+            loop.train(build_recipe(values))
+        assert ("cannot be written" in str(caught.value)) == (error is UserError)
 
 
 def test_one_process_trains_on_one_gpu(recipe_values, monkeypatch):
-    finish = train.TrainingArguments.__post_init__
+    finish = loop.TrainingArguments.__post_init__
 
     def see_four(self):
         finish(self)
         self._n_gpu = 4
 
-    monkeypatch.setattr(train.TrainingArguments, "__post_init__", see_four)
-    arguments = train.build_arguments(build_recipe(recipe_values))
+    monkeypatch.setattr(loop.TrainingArguments, "__post_init__", see_four)
+    arguments = loop.build_arguments(build_recipe(recipe_values))
     assert arguments.n_gpu == 1 and arguments.train_batch_size == recipe_values["per_device_train_batch_size"]
 
 
@@ -251,8 +253,8 @@ def test_one_process_trains_on_one_gpu(recipe_values, monkeypatch):
 )
 def test_reporting_that_cannot_be_done_is_told_before_the_data(recipe_values, report_to, message, monkeypatch):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
-    with pytest.raises(RecipeError, match=message):
-        train.build_arguments(build_recipe({**recipe_values, "report_to": report_to}))
+    with pytest.raises(UserError, match=message):
+        loop.build_arguments(build_recipe({**recipe_values, "report_to": report_to}))
 
 
 @pytest.mark.parametrize("moment", ["after a checkpoint", "in the middle of a checkpoint"])
@@ -264,7 +266,9 @@ def test_run_killed_resumes_bitwise(runs_dir, recipe_values, tmp_path, moment):
     script = f"""
 import os, signal, sys
 from transformers import Trainer
-from training import callbacks, train
+from training import files
+from training.train import callbacks
+from training.train import loop
 from training.recipe import load_recipe
 
 def kill(*args, **kwargs):
@@ -282,7 +286,7 @@ else:
     def save_or_die(self, folder):
         kill() if "checkpoint-8" in folder else save(self, folder)
     Trainer._save_optimizer_and_scheduler = save_or_die
-train.train(load_recipe({str(path)!r}))
+loop.train(load_recipe({str(path)!r}))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -294,21 +298,21 @@ train.train(load_recipe({str(path)!r}))
     assert resumed.returncode == 0, resumed.stderr
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run_dir, runs_dir / "SM+R"))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
-    results = [train.read_results(folder) for folder in (run_dir, runs_dir / "SM+R")]
+    results = [runs.read_results(folder) for folder in (run_dir, runs_dir / "SM+R")]
     for key in ("eval_loss", "perplexity", "attention_entropy", "train_tokens"):
         assert results[0][key] == results[1][key], key
-    records = [callbacks.read_records(folder / "attention_entropy.jsonl") for folder in (run_dir, runs_dir / "SM+R")]
+    records = [files.read_records(folder / "attention_entropy.jsonl") for folder in (run_dir, runs_dir / "SM+R")]
     assert records[0] == records[1]
 
 
 def test_diverged_run_ends_with_a_report_and_is_told_by_compare(runs_dir, recipe_values, tmp_path):
     values = {**recipe_values, "variant": "SM+G-noLNf", "learning_rate": 1e30, "max_grad_norm": 0.0}
     with pytest.raises(stability.UnstableRunError, match="is unstable at step 3, layer 0: the gradient"):
-        train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
+        loop.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
     (tmp_path / "SM+R").symlink_to(runs_dir / "SM+R")
     assert cli.main(["compare", str(tmp_path)]) == 0
     assert "is unstable at step 3, layer 0" in (tmp_path / "report" / "report.md").read_text()
-    assert train.perplexity(1e4) == math.inf
+    assert texts.perplexity(1e4) == math.inf
 
 
 def test_damaged_files_of_a_run_are_told(runs_dir, recipe_values, tmp_path):
@@ -316,28 +320,28 @@ def test_damaged_files_of_a_run_are_told(runs_dir, recipe_values, tmp_path):
     shutil.copytree(runs_dir / "SM+R", tmp_path / "SM+R")
     # as after a power cut
     (tmp_path / "SM+R" / "results.json").write_text("")
-    with pytest.raises(RecipeError, match="results.json cannot be read: .*; remove it, and the run ends again"):
-        train.train(build_recipe(values))
+    with pytest.raises(UserError, match="results.json cannot be read: .*; remove it, and the run ends again"):
+        loop.train(build_recipe(values))
     (tmp_path / "SM+R" / "recipe.yaml").write_text("")
-    with pytest.raises(RecipeError, match="recipe.yaml must be lines of 'key: value', got NoneType"):
-        train.train(build_recipe(values))
+    with pytest.raises(UserError, match="recipe.yaml must be lines of 'key: value', got NoneType"):
+        loop.train(build_recipe(values))
 
 
 def test_wrong_training_argument_claims_no_folder(recipe_values, tmp_path):
-    with pytest.raises(RecipeError, match="foo"):
-        train.train(build_recipe({**recipe_values, "optim": "foo", "output_dir": str(tmp_path / "run")}))
+    with pytest.raises(UserError, match="foo"):
+        loop.train(build_recipe({**recipe_values, "optim": "foo", "output_dir": str(tmp_path / "run")}))
     assert not (tmp_path / "run").exists()
 
 
 def test_folder_in_use_and_folder_that_cannot_be_written(recipe_values, tmp_path):
     values = {**recipe_values, "output_dir": str(tmp_path / "run")}
-    lock = train._claim(tmp_path / "run", build_recipe(values))
-    with pytest.raises(RecipeError, match="another process is training in"):
-        train.train(build_recipe(values))
+    lock = loop._claim(tmp_path / "run", build_recipe(values))
+    with pytest.raises(UserError, match="another process is training in"):
+        loop.train(build_recipe(values))
     lock.release()
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="output_dir=.* cannot be written"):
-        train.train(build_recipe({**values, "output_dir": str(tmp_path / "file" / "run")}))
+    with pytest.raises(UserError, match="output_dir=.* cannot be written"):
+        loop.train(build_recipe({**values, "output_dir": str(tmp_path / "file" / "run")}))
 
 
 @pytest.mark.slow
@@ -359,7 +363,7 @@ def test_two_processes_by_torchrun_measure_the_same_entropy(recipe_values, tmp_p
         ]
         run = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        outputs.append((train.read_results(run_dir), callbacks.read_records(run_dir / "attention_entropy.jsonl")))
+        outputs.append((runs.read_results(run_dir), files.read_records(run_dir / "attention_entropy.jsonl")))
     (one, one_records), (two, two_records) = outputs
     assert one["train_tokens"] == two["train_tokens"] == 8 * 4 * 16
     # of which the last batches do not fill both processes
@@ -375,7 +379,7 @@ def test_report_has_the_papers_table(runs_dir, capsys):
     assert cli.main(["compare", str(runs_dir)]) == 0
     report = (runs_dir / "report" / "report.md").read_text()
     assert f"report: {runs_dir / 'report' / 'report.md'}" in capsys.readouterr().out
-    results = {variant: train.read_results(runs_dir / variant) for variant in VARIANTS}
+    results = {variant: runs.read_results(runs_dir / variant) for variant in VARIANTS}
     rows = [line for line in report.splitlines() if line.startswith("| SM+")]
     assert [row.split(" | ")[0][2:] for row in rows[:5]] == [*VARIANTS, "SM+LR-layer"]
     for variant, row in zip(VARIANTS, rows, strict=False):
@@ -387,7 +391,7 @@ def test_report_has_the_papers_table(runs_dir, capsys):
     assert comparison["groups"][0]["summary"]["pairs"][0]["change"]["by_seed"] == {"1337": pytest.approx(headline)}
     for row in comparison["groups"][0]["rows"]:
         assert sum(row["head_distribution"]) == pytest.approx(1)
-        entropy = results.get(row["variant"], train.read_results(runs_dir / row["variant"]))["attention_entropy"]
+        entropy = results.get(row["variant"], runs.read_results(runs_dir / row["variant"]))["attention_entropy"]
         cost = row["private_cost"]["forward"]["total"]
         assert sum(cost["layer_norm"]["rows"].values()) == 16 * (5 if "LN" in row["variant"] else 1)
         assert row["private_cost"]["baseline"]["total"]["gelu"]["elements"] == 2 * 16 * 64
@@ -484,32 +488,32 @@ save_file({"logits": again(inputs[:, :16]).logits.detach()}, sys.argv[3])
     torch.testing.assert_close(trained(probe["input_ids"]).logits.detach(), probe["logits"], atol=1e-6, rtol=1e-5)
     card = (out_dir / "README.md").read_text()
     assert "## Under encryption" in card and f"| {variant} |" in card
-    assert f"**{train.read_results(runs_dir / variant)['perplexity']:.3f}**" in card
+    assert f"**{runs.read_results(runs_dir / variant)['perplexity']:.3f}**" in card
     for path in out_dir.iterdir():
         if path.suffix in (".json", ".md", ".yaml", ".py") and path.name != "tokenizer.json":
             assert str(runs_dir) not in path.read_text() and str(corpus.parent) not in path.read_text(), path
 
 
 def test_export_is_repeated_over_itself_but_over_nothing_else(runs_dir, tmp_path):
-    from training.export import export
+    from training.hub.export import export
 
     out_dir = export(runs_dir / "SM+G", tmp_path / "out")
     assert export(runs_dir / "SM+G", out_dir) == out_dir
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(RecipeError, match="mine exists and is not an export"):
+    with pytest.raises(UserError, match="mine exists and is not an export"):
         export(runs_dir / "SM+G", tmp_path / "mine")
     for run in ("SM+G", "SM+R"):
-        with pytest.raises(RecipeError, match="exists and is not an export"):
+        with pytest.raises(UserError, match="exists and is not an export"):
             export(runs_dir / "SM+G", runs_dir / run)
         assert (runs_dir / run / "model").is_dir()
-    with pytest.raises(RecipeError, match="is not a finished run"):
+    with pytest.raises(UserError, match="is not a finished run"):
         export(tmp_path, tmp_path / "out2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
 def test_export_whose_logits_differ_gets_no_name(runs_dir, tmp_path, monkeypatch):
-    from training import export
+    from training.hub import export
 
     # a save that loses a weight, as a model with a wrong key would
     save = LNFreeForCausalLM.save_pretrained
@@ -522,7 +526,7 @@ def test_export_whose_logits_differ_gets_no_name(runs_dir, tmp_path, monkeypatch
         save_file(state, path, metadata={"format": "pt"})
 
     monkeypatch.setattr(LNFreeForCausalLM, "save_pretrained", lossy)
-    with pytest.raises(RecipeError, match="logits differ from the trained model's by up to"):
+    with pytest.raises(UserError, match="logits differ from the trained model's by up to"):
         export.export(runs_dir / "SM+R", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

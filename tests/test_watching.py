@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from modeling_lnfree import LNFreeForCausalLM
-from training import callbacks, checkpoints, stability, train
-from training.recipe import RecipeError, build_recipe
+from training import files, quantities, runs
+from training.errors import UserError
+from training.recipe import build_recipe
+from training.train import callbacks, checkpoints, loop, stability
 
 from .conftest import random_ids, tiny_model
 
@@ -30,24 +32,24 @@ def values(recipe_values):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory, own_cache, values):
     """A finished run that was never interrupted."""
-    return train.train(build_recipe({**values, "output_dir": str(tmp_path_factory.mktemp("runs") / "unbroken")}))
+    return loop.train(build_recipe({**values, "output_dir": str(tmp_path_factory.mktemp("runs") / "unbroken")}))
 
 
 def train_with(monkeypatch, values, callback: type[TrainerCallback]) -> Path:
     """Trains with one more callback, in the place of the one that prints."""
     with monkeypatch.context() as patch:
-        patch.setattr(train, "BriefPrinterCallback", callback)
-        return train.train(build_recipe(values))
+        patch.setattr(loop, "BriefPrinterCallback", callback)
+        return loop.train(build_recipe(values))
 
 
 def assert_same_result(ours: Path, theirs: Path):
     weights, expected = (load_file(folder / "model" / "model.safetensors") for folder in (ours, theirs))
     assert weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in expected)
-    results = [train.read_results(folder) for folder in (ours, theirs)]
+    results = [runs.read_results(folder) for folder in (ours, theirs)]
     assert results[0]["eval_loss"] == results[1]["eval_loss"]
     assert results[0]["attention_entropy"] == results[1]["attention_entropy"]
     for name in ("attention_entropy", "residual_stream", "zero_activations", "gradient_norm"):
-        records = [callbacks.read_records(folder / f"{name}.jsonl") for folder in (ours, theirs)]
+        records = [files.read_records(folder / f"{name}.jsonl") for folder in (ours, theirs)]
         assert records[0] == records[1], name
     logs = [json.loads((folder / "log_history.json").read_text()) for folder in (ours, theirs)]
     losses = [[(entry["step"], entry["loss"]) for entry in log if "loss" in entry] for log in logs]
@@ -67,7 +69,7 @@ def measure(quantity, model, probe):
 @pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
 def test_residual_stream_matches_float64_hidden_states(backbone):
     model, probe = tiny_model("SM+R", backbone), random_ids(3, 17)
-    record, scalars = measure(callbacks.ResidualStream(), model, probe)
+    record, scalars = measure(quantities.ResidualStream(), model, probe)
     states: list[torch.Tensor] = []
     layers = model.double().model.layers
     hooks = [
@@ -91,13 +93,13 @@ def test_kurtosis_of_one_outlier_feature_is_the_hidden_size():
         for parameter in model.parameters():
             parameter.zero_()
         model.model.embed_tokens.weight[:, 5] = 3.0
-    record, _ = measure(callbacks.ResidualStream(), model, random_ids(2, 9))
+    record, _ = measure(quantities.ResidualStream(), model, random_ids(2, 9))
     assert record == {"norm": [3.0], "kurtosis": [32.0]}
 
 
 def test_zero_activations_match_the_pre_activations_below_zero():
     model, probe = tiny_model("SM+LN+R"), random_ids(2, 11)
-    record, _ = measure(callbacks.ZeroActivations(), model, probe)
+    record, _ = measure(quantities.ZeroActivations(), model, probe)
     projected: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.up_proj.register_forward_hook(lambda module, args, output: projected.append(output))
@@ -109,8 +111,8 @@ def test_one_forward_pass_serves_all_quantities():
     model = tiny_model("SM+LR-layer").train()
     passes = []
     model.register_forward_pre_hook(lambda module, args: passes.append(module.training))
-    quantities = [callbacks.AttentionEntropy(), callbacks.ResidualStream(), callbacks.NegativeSlope()]
-    callback = callbacks.MeasurementCallback(quantities, {"input_ids": random_ids(2, 8)}, 1, Path("unused"), print)
+    watched = [quantities.AttentionEntropy(), quantities.ResidualStream(), quantities.NegativeSlope()]
+    callback = callbacks.MeasurementCallback(watched, {"input_ids": random_ids(2, 8)}, 1, Path("unused"), print)
     measured = callback.measure(model)
     assert passes == [False] and model.training and not model.model.layers[0]._forward_hooks
     assert [set(record) for record, _ in measured] == [
@@ -127,9 +129,9 @@ def test_every_quantity_is_in_the_trainers_log_and_in_its_file(run_dir):
     for entry in trained:
         assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
         assert entry["grad_norm"] > 0 and entry["learning_rate"] >= 0
-    norms = [norm for record in callbacks.read_records(run_dir / "gradient_norm.jsonl") for norm in record["norms"]]
+    norms = [norm for record in files.read_records(run_dir / "gradient_norm.jsonl") for norm in record["norms"]]
     assert len(norms) == 8 and norms[1::2] == [entry["grad_norm"] for entry in trained]
-    speeds = callbacks.read_records(run_dir / "speed.jsonl")
+    speeds = files.read_records(run_dir / "speed.jsonl")
     assert [record["step"] for record in speeds] == [2, 4, 6, 8]
     assert all(record["tokens_per_second"] > 0 and 0 < record["mfu"] < 1 for record in speeds)
     logged = {key for entry in log for key in entry}
@@ -171,18 +173,18 @@ def test_tokens_per_second_count_the_wait_for_data(monkeypatch, tmp_path):
         callback.on_step_begin(args, state, control)
         state.global_step += 1
         callback.on_step_end(args, state, control)
-    speeds = [record["tokens_per_second"] for record in callbacks.read_records(tmp_path / "speed.jsonl")]
+    speeds = [record["tokens_per_second"] for record in files.read_records(tmp_path / "speed.jsonl")]
     assert speeds == [64 / 4, 64 / 2]
 
 
 def test_evaluations_on_the_way_take_blocks_spread_over_the_evaluation_part(values, tmp_path):
-    blocks = train._spread(list_dataset(range(10)), 4)
+    blocks = loop._spread(list_dataset(range(10)), 4)
     assert blocks["number"] == [0, 2, 5, 7]
-    assert train._spread(list_dataset(range(3)), 4)["number"] == [0, 1, 2]
-    run = train.train(build_recipe({**values, "eval_sequences": 3, "output_dir": str(tmp_path)}))
+    assert loop._spread(list_dataset(range(3)), 4)["number"] == [0, 1, 2]
+    run = loop.train(build_recipe({**values, "eval_sequences": 3, "output_dir": str(tmp_path)}))
     log = [entry for entry in json.loads((run / "log_history.json").read_text()) if "eval_loss" in entry]
     assert [entry["step"] for entry in log] == [4, 8, 8]
-    results = train.read_results(run)
+    results = runs.read_results(run)
     assert log[-1]["eval_loss"] == results["eval_loss"] != log[-2]["eval_loss"]
     assert results["eval_tokens"] > 3 * 15
 
@@ -224,7 +226,7 @@ def test_nan_planted_in_a_weight_ends_the_run_with_layer_and_step(values, monkey
     assert f"1 of the 1,024 entries of {name} are not finite" in str(caught.value)
     report = json.loads((tmp_path / "instability.json").read_text())
     assert (report["step"], report["layer"], report["last_checkpoint"]) == (seen_at, 1, kept)
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ([kept] if kept else [])
+    assert [path.name for path in runs.list_checkpoints(tmp_path)] == ([kept] if kept else [])
     assert not (tmp_path / "results.json").exists()
 
 
@@ -232,7 +234,7 @@ def test_run_goes_on_from_its_last_sound_checkpoint(values, monkeypatch, run_dir
     values = {**values, "output_dir": str(tmp_path)}
     with pytest.raises(stability.UnstableRunError):
         train_with(monkeypatch, values, planting(5, "model.layers.0.self_attn.q_proj.weight"))
-    assert_same_result(train.train(build_recipe(values)), run_dir)
+    assert_same_result(loop.train(build_recipe(values)), run_dir)
     assert not (tmp_path / "instability.json").exists()
 
 
@@ -299,8 +301,8 @@ def test_rule_for_gradient_norms_far_outside_their_history(tmp_path):
 
 def test_history_of_gradient_norms_outlives_a_resumption(tmp_path):
     norms = [float(step) for step in range(1, 131)]
-    callbacks.append_record(tmp_path / "gradient_norm.jsonl", {"step": 100, "norms": norms[:100]})
-    callbacks.append_record(tmp_path / "gradient_norm.jsonl", {"step": 130, "norms": norms[100:]})
+    files.append_record(tmp_path / "gradient_norm.jsonl", {"step": 100, "norms": norms[:100]})
+    files.append_record(tmp_path / "gradient_norm.jsonl", {"step": 130, "norms": norms[100:]})
     callback = stability.StabilityCallback(tmp_path, tiny_model())
     state = type("State", (), {"is_world_process_zero": True, "global_step": 100, "max_steps": 200})
     callback.on_train_begin(TrainingArguments(str(tmp_path), warmup_steps=10), state, None)
@@ -326,8 +328,8 @@ def test_run_resumed_twice_equals_an_unbroken_one_bitwise(values, monkeypatch, r
             train_with(monkeypatch, values, interrupting(step))
         if step == 7:
             # so that the second resumption starts before the first one's checkpoint
-            assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-4"]
-    assert_same_result(train.train(build_recipe(values)), run_dir)
+            assert [path.name for path in runs.list_checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert_same_result(loop.train(build_recipe(values)), run_dir)
 
 
 def flip_a_bit(path: Path):
@@ -351,7 +353,7 @@ DAMAGE = {
 def test_run_killed_after_its_last_checkpoint_only_evaluates_again(values, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
+    loop.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
     assert_same_result(tmp_path / "run", run_dir)
 
 
@@ -361,7 +363,7 @@ def test_damaged_checkpoint_is_told_and_the_one_before_taken(values, run_dir, tm
     (tmp_path / "run" / "results.json").unlink()
     damage(tmp_path / "run" / "checkpoint-8")
     assert checkpoints.find_damage(tmp_path / "run" / "checkpoint-4") is None
-    train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
+    loop.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
     assert "checkpoint-8 is damaged and removed: " in capsys.readouterr().out
     assert_same_result(tmp_path / "run", run_dir)
 
@@ -383,17 +385,17 @@ def test_every_bit_of_a_checkpoint_is_seen(run_dir, tmp_path):
 def test_without_a_whole_checkpoint_the_run_starts_again(values, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    for folder in checkpoints.list_checkpoints(tmp_path / "run"):
+    for folder in runs.list_checkpoints(tmp_path / "run"):
         flip_a_bit(folder / "model.safetensors")
     assert checkpoints.last_whole_checkpoint(tmp_path / "run") is None
-    assert_same_result(train.train(build_recipe({**values, "output_dir": str(tmp_path / "run")})), run_dir)
+    assert_same_result(loop.train(build_recipe({**values, "output_dir": str(tmp_path / "run")})), run_dir)
 
 
 def test_milestones_are_kept_beside_the_newest(values, tmp_path):
     values = {**values, "save_steps": 2, "save_total_limit": 1, "milestones": [2, 6]}
-    run = train.train(build_recipe({**values, "output_dir": str(tmp_path)}))
-    assert [path.name for path in checkpoints.list_checkpoints(run)] == [f"checkpoint-{step}" for step in (2, 6, 8)]
-    with pytest.raises(RecipeError, match="milestones must be multiples of save_steps=2, got 3"):
+    run = loop.train(build_recipe({**values, "output_dir": str(tmp_path)}))
+    assert [path.name for path in runs.list_checkpoints(run)] == [f"checkpoint-{step}" for step in (2, 6, 8)]
+    with pytest.raises(UserError, match="milestones must be multiples of save_steps=2, got 3"):
         build_recipe({**values, "milestones": [3]})
 
 
@@ -402,7 +404,7 @@ def test_only_a_limit_above_0_removes_checkpoints(tmp_path, kept, left):
     for step in (2, 4, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     checkpoints.remove_old_checkpoints(tmp_path, kept, ())
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [
+    assert [path.name for path in runs.list_checkpoints(tmp_path)] == [
         f"checkpoint-{step}" for step in (2, 4, 10)[3 - left :]
     ]
 

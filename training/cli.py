@@ -155,18 +155,18 @@ def main(argv: list[str] | None = None) -> int:
         arguments.overrides += rest
     if arguments.verb == "train" and not arguments.plan and (arguments.processes, arguments.flops) != (None, None):
         train.error("--processes and --flops are of --plan; torchrun starts processes: see the README")
-    from .recipe import RecipeError
+    from .errors import UserError
 
     try:
         if arguments.verb == "train" and arguments.plan:
-            from .plan import print_plan
             from .recipe import load_recipe
+            from .train.plan import print_plan
 
             recipe = load_recipe(arguments.recipe, arguments.overrides)
             print_plan(recipe, 1 if arguments.processes is None else arguments.processes, arguments.flops)
         elif arguments.verb == "train":
             from .recipe import load_recipe
-            from .train import train
+            from .train.loop import train
 
             train(load_recipe(arguments.recipe, arguments.overrides))
         elif arguments.verb == "sweep":
@@ -178,11 +178,11 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             run_sweep(arguments.sweep, arguments.jobs)
         elif arguments.verb == "compare":
-            from .compare import compare
+            from .compare.comparison import compare
 
             compare(arguments.runs_dir, arguments.output)
         elif arguments.verb == "export":
-            from .export import export
+            from .hub.export import export
 
             export(arguments.run_dir, arguments.out_dir)
         elif arguments.verb == "measure":
@@ -191,20 +191,20 @@ def main(argv: list[str] | None = None) -> int:
             options = {name: value for name, value in vars(arguments).items() if name not in ("verb", "model_id")}
             run_measure(arguments.model_id, **options)
         elif arguments.verb == "import":
-            from .convert import convert as run_convert
+            from .convert.convert import convert as run_convert
 
             run_convert(
                 arguments.model_id, arguments.out_dir, to_stock=arguments.to_stock, revision=arguments.revision
             )
         elif arguments.verb == "publish":
-            from .publish import publish as run_publish
+            from .hub.publish import publish as run_publish
 
             run_publish(**{name: value for name, value in vars(arguments).items() if name != "verb"})
         elif arguments.verb == "benchmark":
-            from .benchmark import benchmark as run_benchmark
+            from .benchmark.benchmark import benchmark as run_benchmark
 
             run_benchmark(**{name: value for name, value in vars(arguments).items() if name != "verb"})
-    except RecipeError as error:
+    except UserError as error:
         print(f"lnfree {arguments.verb}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -24,7 +24,8 @@ from huggingface_hub.constants import HF_HOME
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .recipe import DataArguments, RecipeError, one_line
+from .errors import UserError, one_line
+from .recipe import DataArguments
 
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -44,7 +45,7 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
         one part only as well: left out of the evaluation, or out of a stream, which is not known beforehand.
 
     Raises:
-        RecipeError: for a dataset that cannot be loaded, or that has no such column of texts; for a stream without
+        UserError: for a dataset that cannot be loaded, or that has no such column of texts; for a stream without
             evaluation data of its own.
     """
     loaded = _load(arguments.dataset, arguments, arguments.dataset_config, arguments.streaming)
@@ -56,13 +57,13 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
         held_out = loaded.get("validation", loaded.get("test"))
     for split in (train, held_out):
         if split is not None and arguments.text_column not in (names := _column_names(split)):
-            raise RecipeError(
+            raise UserError(
                 f"text_column={arguments.text_column!r} is not a column of the dataset, which has {', '.join(names)}"
             )
     train, held_out = (_texts_only(split, arguments.text_column) for split in (train, held_out))
     if arguments.streaming:
         if held_out is None:
-            raise RecipeError(
+            raise UserError(
                 "streaming=True needs evaluation data of its own, as holding some out would read the whole stream: "
                 "name an eval_dataset, or a dataset with a validation or test split"
             )
@@ -101,22 +102,22 @@ def load_splits(
     The splits of a dataset of the Hub, a folder or a file by their names; only that one where `split` names it.
 
     Raises:
-        RecipeError: if it cannot be loaded.
+        UserError: if it cannot be loaded.
     """
     try:
         if Path(name).is_file():
             builder = BUILDERS.get(Path(name).suffix)
             if builder is None:
-                raise RecipeError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
+                raise UserError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
             return datasets.load_dataset(builder, data_files=name, split=split, streaming=streaming)
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, RecipeError):
+        if isinstance(error, UserError):
             raise
-        raise RecipeError(f"dataset {name!r} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"dataset {name!r} cannot be loaded: {one_line(error)}") from error
     # how datasets says that JSON files are empty
     except StopIteration:
-        raise RecipeError(f"dataset {name!r} cannot be loaded: it is empty") from None
+        raise UserError(f"dataset {name!r} cannot be loaded: it is empty") from None
 
 
 def evaluation_split(splits: dict[str, Dataset | IterableDataset]) -> Dataset | IterableDataset:
@@ -130,12 +131,12 @@ def _column_names(split: Dataset | IterableDataset) -> list[str]:
 
 
 def _texts_only(split: Dataset | IterableDataset | None, text_column: str) -> Dataset | IterableDataset | None:
-    """Without rows that have no text; raises RecipeError for a column of another type. A stream's are not known."""
+    """Without rows that have no text; raises UserError for a column of another type. A stream's are not known."""
     if not isinstance(split, Dataset):
         return split
     column = split.data.column(text_column)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise RecipeError(f"text_column={text_column!r} must hold texts, got {column.type}")
+        raise UserError(f"text_column={text_column!r} must hold texts, got {column.type}")
     if column.null_count == 0:
         return split
     _report(f"{column.null_count} of {len(split)} documents have no text: left out")
@@ -209,15 +210,15 @@ def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: 
     `vocab_size` trained once on `train` and then cached.
 
     Raises:
-        RecipeError: for a tokenizer that cannot be loaded, or that has no end-of-text token to separate documents by.
+        UserError: for a tokenizer that cannot be loaded, or that has no end-of-text token to separate documents by.
     """
     if arguments.tokenizer is not None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         except (OSError, ValueError) as error:
-            raise RecipeError(f"tokenizer {arguments.tokenizer!r} cannot be loaded: {one_line(error)}") from error
+            raise UserError(f"tokenizer {arguments.tokenizer!r} cannot be loaded: {one_line(error)}") from error
         if tokenizer.eos_token_id is None:
-            raise RecipeError(f"tokenizer {arguments.tokenizer!r} has no eos_token to separate documents by")
+            raise UserError(f"tokenizer {arguments.tokenizer!r} has no eos_token to separate documents by")
         return tokenizer
     key = hashlib.sha256(f"{train._fingerprint} {arguments.text_column}".encode()).hexdigest()[:16]
     folder = Path(HF_HOME) / "lnfree" / f"bpe-{vocab_size}-{key}"
@@ -262,7 +263,7 @@ def tokenize_blocks(
         `"train"` and `"eval"` with one column `input_ids`, cached by `datasets` where they are no stream.
 
     Raises:
-        RecipeError: if a part is too small for one block.
+        UserError: if a part is too small for one block.
     """
     backend = tokenizer.backend_tokenizer
     tokenize = {
@@ -288,9 +289,7 @@ def tokenize_blocks(
             _tokenize, batched=True, remove_columns=part.column_names, fn_kwargs=tokenize, desc="tokenising"
         )
         if len(blocks[name]) == 0:
-            raise RecipeError(
-                f"the {name} part of the dataset has fewer than block_size={arguments.block_size} tokens"
-            )
+            raise UserError(f"the {name} part of the dataset has fewer than block_size={arguments.block_size} tokens")
     return {name: part.with_format("torch") for name, part in blocks.items()}
 
 

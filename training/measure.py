@@ -3,36 +3,29 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from modeling_lnfree import record_attention_entropy
-from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
-    check_max_length,
-    encode,
-    load_model,
-    pad,
-    summarize,
-)
+from modeling_lnfree.metrics.attention_entropy.attention_entropy import check_max_length, encode, load_model, summarize
 
-from .checkpoints import write_atomically
-from .data import evaluation_split, load_documents, load_splits
-from .fixed_point import check_model, measure_fixed_point
+from .encryption.counting import comparison, count_operations, table
+from .encryption.fixed_point import check_model, measure_fixed_point
+from .errors import UserError, one_line
+from .files import write_atomically
 from .plots import plot_heat_maps
-from .private_cost import comparison, count_operations, table
-from .recipe import DataArguments, RecipeError, check_model_id, one_line
-from .train import library_versions, perplexity
+from .recipe import check_model_id
+from .runs import library_versions
+from .texts import _batches, _check_device, _negative_log_likelihoods, _open, _read, _text, perplexity
 
 
 # a row a text; entropies in nats
@@ -104,16 +97,16 @@ def measure(
         metric of this name returns it, and all that they depend on.
 
     Raises:
-        RecipeError: for a model or dataset that cannot be loaded or measured, and for files that cannot be written.
+        UserError: for a model or dataset that cannot be loaded or measured, and for files that cannot be written.
     """
     for name, number in (("batch_size", batch_size), ("max_samples", max_samples), ("max_length", max_length)):
         if number is not None and number < 1:
-            raise RecipeError(f"{name} must be at least 1, got {number}")
+            raise UserError(f"{name} must be at least 1, got {number}")
     if private_cost is not None and private_cost < 0:
-        raise RecipeError(f"private_cost must be at least 0 new tokens, got {private_cost}")
+        raise UserError(f"private_cost must be at least 0 new tokens, got {private_cost}")
     json_path, heat_map_path, parquet_path = map(_check_output, (json_path, heat_map_path, parquet_path))
     if heat_map_path is not None and heat_map_path.suffix not in (".png", ".pdf", ".svg"):
-        raise RecipeError(f"{heat_map_path} must end in .png, .pdf or .svg")
+        raise UserError(f"{heat_map_path} must end in .png, .pdf or .svg")
     check_model_id(model_id)
     rows = _open(dataset, config, split, streaming)
     if max_samples is not None:
@@ -134,7 +127,7 @@ def measure(
             sizes = {"length": max_length, "batch_size": batch_size, "new_tokens": private_cost}
             operations = count_operations(type(model), model.config, **sizes)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model {model_id!r} cannot be measured: {one_line(error)}") from error
+        raise UserError(f"model {model_id!r} cannot be measured: {one_line(error)}") from error
 
     started = time.perf_counter()
     counts = dict.fromkeys(("num_texts", "skipped_texts", "truncated_texts", "num_tokens", "predicted_tokens"), 0)
@@ -149,7 +142,7 @@ def measure(
         try:
             record = stack.enter_context(record_attention_entropy(decoder, reduce=False, on_layer=on_layer))
         except ValueError as error:
-            raise RecipeError(f"model {model_id!r} cannot be measured: {error}") from None
+            raise UserError(f"model {model_id!r} cannot be measured: {error}") from None
         total = max_samples if streaming else len(rows)
         progress = stack.enter_context(tqdm(total=total, desc="measuring", unit="text"))
         for batch in _batches(_read(rows, dataset), batch_size):
@@ -168,7 +161,7 @@ def measure(
                     writer.write(_figures(index, nll, entropies))
             progress.update(len(batch))
         if counts["predicted_tokens"] == 0:
-            raise RecipeError(f"dataset {dataset!r} has no text of two tokens in the column {text_column!r}")
+            raise UserError(f"dataset {dataset!r} has no text of two tokens in the column {text_column!r}")
 
     if fixed_point:
 
@@ -183,9 +176,9 @@ def measure(
         try:
             bits = measure_fixed_point(model, evaluate)
         except ValueError as error:
-            if isinstance(error, RecipeError):
+            if isinstance(error, UserError):
                 raise
-            raise RecipeError(f"model {model_id!r} cannot be measured: {error}; leave out --fixed-point") from None
+            raise UserError(f"model {model_id!r} cannot be measured: {error}; leave out --fixed-point") from None
 
     nll = total_nll / counts["predicted_tokens"]
     results = {
@@ -228,71 +221,10 @@ def _check_output(path: str | Path | None) -> Path | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RecipeError(f"{path} cannot be written: it is a folder, or its folder is read-only")
+        raise UserError(f"{path} cannot be written: it is a folder, or its folder is read-only")
     return path
-
-
-def _check_device(device: str | None):
-    try:
-        torch.empty(0, device=device)
-    # torch without CUDA answers with an AssertionError
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def _open(name: str, config: str | None, split: str | None, streaming: bool):
-    """The rows of one split, a `Dataset` or an `IterableDataset`."""
-    if name == "stdlib":
-        parts = load_documents(DataArguments(), seed=0)
-        if split not in (None, *parts):
-            raise RecipeError(f"split of 'stdlib' must be one of {', '.join(parts)}, got {split!r}")
-        rows = parts[split or "eval"]
-        return rows.to_iterable_dataset() if streaming else rows
-    loaded = load_splits(name, config, split, streaming)
-    return evaluation_split(loaded) if split is None else loaded
-
-
-def _read(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows; what goes wrong in reading a stream is an error of the dataset."""
-    try:
-        yield from enumerate(rows)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise RecipeError(f"dataset {name!r} cannot be read: {one_line(error)}") from error
-
-
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _text(row: dict[str, Any], column: str) -> str:
-    if column not in row:
-        raise RecipeError(f"text_column={column!r} is not a column of the dataset, which has {', '.join(row)}")
-    text = row[column]
-    if text is not None and not isinstance(text, str):
-        raise RecipeError(f"text_column={column!r} must hold texts, got {type(text).__name__}")
-    return text or ""
-
-
-def _negative_log_likelihoods(model: PreTrainedModel, sequences: list[list[int]]) -> list[Tensor]:
-    """Of every token but the first of each sequence, in nats."""
-    if not sequences:
-        return []
-    inputs = pad(sequences, model.device)
-    logits = model(**inputs, use_cache=False).logits  # (batch, T, vocab)
-    ends = map(len, sequences)
-    return [
-        F.cross_entropy(row[: end - 1].float(), token_ids[1:end], reduction="none")
-        for row, token_ids, end in zip(logits, inputs["input_ids"], ends, strict=True)
-    ]
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from .callbacks import read_records
-from .recipe import RecipeError
-from .seeds import configuration, evaluations, read_json
+from .errors import UserError
+from .files import read_json, read_records
+from .runs import configuration, evaluations
 
 
 class _PlainLogFormatter(LogFormatter):
@@ -64,7 +64,7 @@ def plot_curves(runs: list[dict[str, Any]]) -> Figure:
     Training loss of all runs in one panel, then the mean entropy of each layer over the steps, a panel a run.
 
     Raises:
-        RecipeError: if a run's log or its record of the entropy cannot be read.
+        UserError: if a run's log or its record of the entropy cannot be read.
     """
     columns = min(len(runs), 4)
     rows = -(-len(runs) // columns)
@@ -92,7 +92,7 @@ def plot_curves(runs: list[dict[str, Any]]) -> Figure:
         axis = figure.add_subplot(grid[1 + index // columns, index % columns])
         path = run["folder"] / "attention_entropy.jsonl"
         if not (records := read_records(path)):
-            raise RecipeError(f"{path} cannot be read: it has no record")
+            raise UserError(f"{path} cannot be read: it has no record")
         by_layer = np.array([np.mean(record["entropy"], axis=1) for record in records])  # (records, layers)
         shades = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, by_layer.shape[1]))
         for layer, colour in enumerate(shades):

@@ -21,26 +21,19 @@ from transformers import TrainingArguments
 
 from modeling_lnfree import LNFreeConfig
 
+from .errors import UserError, one_line
+
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-class RecipeError(ValueError):
-    """A recipe that a person has to mend; its message is one line for them."""
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error without its line breaks, for a `RecipeError`."""
-    return " ".join(str(error).split())
-
-
 def check_model_id(model_id: str | Path):
-    """Raises RecipeError for what is neither a folder nor can be the id of a model on the Hub."""
+    """Raises UserError for what is neither a folder nor can be the id of a model on the Hub."""
     try:
         if not Path(model_id).is_dir():
             validate_repo_id(str(model_id))
     except HFValidationError:
-        raise RecipeError(f"model {str(model_id)!r} is neither a folder nor an id of the Hub") from None
+        raise UserError(f"model {str(model_id)!r} is neither a folder nor an id of the Hub") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -178,29 +171,29 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         overrides: `key=value` strings that replace its values; the value is read as YAML.
 
     Raises:
-        RecipeError: for an unknown key (it names the nearest known one), a value of the wrong type, a model that the
+        UserError: for an unknown key (it names the nearest known one), a value of the wrong type, a model that the
             configuration refuses, and checkpoints that could not be resumed exactly.
     """
     values = read_values(path, "recipe")
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator:
-            raise RecipeError(f"an override must be key=value, got {override!r}")
+            raise UserError(f"an override must be key=value, got {override!r}")
         try:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise RecipeError(f"the value of {override!r} is not YAML") from None
+            raise UserError(f"the value of {override!r} is not YAML") from None
     return build_recipe(values)
 
 
 def read_values(path: str | Path, kind: str) -> dict[str, Any]:
-    """The `key: value` lines of a YAML file; raises RecipeError, which calls it a `kind`, for any other file."""
+    """The `key: value` lines of a YAML file; raises UserError, which calls it a `kind`, for any other file."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"the {kind} {path} cannot be read: {one_line(error)}") from None
+        raise UserError(f"the {kind} {path} cannot be read: {one_line(error)}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"the {kind} {path} must be lines of 'key: value', got {type(values).__name__}")
+        raise UserError(f"the {kind} {path} must be lines of 'key: value', got {type(values).__name__}")
     return values
 
 
@@ -219,7 +212,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             nearest = difflib.get_close_matches(
                 str(key), DATA_FIELDS | MODEL_FIELDS | TRAINING_FIELDS, n=1, cutoff=0.0
             )
-            raise RecipeError(f"unknown key {key!r} in the recipe; the nearest known one is {nearest[0]!r}")
+            raise UserError(f"unknown key {key!r} in the recipe; the nearest known one is {nearest[0]!r}")
     for part, hints in (
         *(("data", get_type_hints(DataArguments)), ("training", get_type_hints(TrainingArguments))),
         ("model", LNFreeConfig.__annotations__),
@@ -234,12 +227,12 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             try:
                 type_validator(key, checked, hints[key])
             except TypeError as error:
-                raise RecipeError(f"recipe: {error}") from None
+                raise UserError(f"recipe: {error}") from None
     recipe = Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
     data, training = recipe.data, recipe.training
     for name, reason in REFUSED.items():
         if training.get(name):
-            raise RecipeError(f"{name} is not supported in a recipe: {reason}")
+            raise UserError(f"{name} is not supported in a recipe: {reason}")
     given = recipe.to_dict()
     # a block of one token predicts nothing
     for name, least in (
@@ -251,46 +244,46 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         *(("dataloader_num_workers", 0), ("seed", 0)),
     ):
         if given.get(name) is not None and not given[name] >= least:
-            raise RecipeError(f"{name} must be at least {least}, got {given[name]}")
+            raise UserError(f"{name} must be at least {least}, got {given[name]}")
     for name in ("learning_rate", "num_train_epochs"):
         if not 0 < training.get(name, 1) < math.inf:
-            raise RecipeError(f"{name} must be finite and more than 0, got {training[name]}")
+            raise UserError(f"{name} must be finite and more than 0, got {training[name]}")
     if training["seed"] >= 2**32:
-        raise RecipeError(f"seed must be less than 2**32, got {training['seed']}")
+        raise UserError(f"seed must be less than 2**32, got {training['seed']}")
     if data.train_tokens is not None:
         training["max_steps"] = -(-data.train_tokens // recipe.tokens_per_step)
     if training.get("max_steps", -1) == 0 or training.get("max_steps", -1) < -1:
-        raise RecipeError(
+        raise UserError(
             f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {training['max_steps']}"
         )
     if not training.get("output_dir", "runs"):
-        raise RecipeError(f"output_dir must be a folder, got {training['output_dir']!r}")
+        raise UserError(f"output_dir must be a folder, got {training['output_dir']!r}")
     try:
         config = recipe.build_config()
     except (ValueError, StrictDataclassError) as error:
-        raise RecipeError(one_line(error)) from None
+        raise UserError(one_line(error)) from None
     if not 0 < data.eval_fraction < 1:
-        raise RecipeError(f"eval_fraction must be in (0, 1), got {data.eval_fraction}")
+        raise UserError(f"eval_fraction must be in (0, 1), got {data.eval_fraction}")
     if data.tokenizer is None and recipe.model.get("vocab_size", 0) < 258:
-        raise RecipeError(
+        raise UserError(
             "a recipe without a tokenizer trains one, and needs a vocab_size of at least 258 (256 bytes and 2 special "
             f"tokens), got {recipe.model.get('vocab_size')}"
         )
     if data.streaming and (data.tokenizer is None or training.get("max_steps", -1) < 0):
-        raise RecipeError("streaming=True needs a tokenizer and max_steps: a stream's end is not known beforehand")
+        raise UserError("streaming=True needs a tokenizer and max_steps: a stream's end is not known beforehand")
     if data.block_size > config.max_position_embeddings:
-        raise RecipeError(
+        raise UserError(
             f"block_size={data.block_size} is longer than max_position_embeddings={config.max_position_embeddings}"
         )
     save_steps, logging_steps = training.get("save_steps", 500), training.get("logging_steps", 500)
     if training.get("save_strategy", "steps") == "steps" and save_steps % logging_steps:
         # the loss summed since the last log is not part of a checkpoint
-        raise RecipeError(
+        raise UserError(
             f"save_steps must be a multiple of logging_steps, got save_steps={save_steps} and "
             f"logging_steps={logging_steps}"
         )
     for step in data.milestones or []:
         if step < 1 or step % save_steps:
-            raise RecipeError(f"milestones must be multiples of save_steps={save_steps}, got {step}")
+            raise UserError(f"milestones must be multiples of save_steps={save_steps}, got {step}")
     training.setdefault("output_dir", f"runs/{recipe.name}")
     return recipe

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .callbacks import read_records
-from .recipe import Recipe, RecipeError, load_recipe, read_values
-from .train import LOCK, RESULTS, build_arguments, check_same_recipe, read_results
+from .errors import UserError
+from .files import read_records
+from .recipe import Recipe, load_recipe, read_values
+from .runs import LOCK, RESULTS, check_same_recipe, read_results
+from .train.loop import build_arguments
 
 
 LOG = "train.log"
@@ -66,11 +68,11 @@ def sweep(path: str | Path, jobs: int = 1) -> Path:
         The folder of the runs.
 
     Raises:
-        RecipeError: before any run is started, for a sweep or a recipe in it that a person has to mend; afterwards, if
+        UserError: before any run is started, for a sweep or a recipe in it that a person has to mend; afterwards, if
             a run failed.
     """
     if jobs < 1:
-        raise RecipeError(f"--jobs must be at least 1, got {jobs}")
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
     runs_dir, runs = load_sweep(path)
     print(f"{len(runs)} runs in {runs_dir}, {jobs} at a time", flush=True)
     progress = _Progress(runs)
@@ -83,7 +85,7 @@ def sweep(path: str | Path, jobs: int = 1) -> Path:
     progress.show_results()
     failed = [run for run in runs if run.state == "failed"]
     if failed:
-        raise RecipeError(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
     print(f"all runs are finished; lnfree compare {runs_dir}")
     return runs_dir
 
@@ -93,42 +95,42 @@ def load_sweep(path: str | Path) -> tuple[Path, list[Run]]:
     The folder of a sweep and its runs, all checked.
 
     Raises:
-        RecipeError: for a file that is no sweep, a recipe that is wrong (it names the run), two runs that would share
+        UserError: for a file that is no sweep, a recipe that is wrong (it names the run), two runs that would share
             a folder, and a folder that holds a run of another recipe.
     """
     path = Path(path)
     values = read_values(path, "sweep")
     if not isinstance(values.get("grids"), list):
-        raise RecipeError(f"the sweep {path} must have a list 'grids', got {values.get('grids')!r}")
+        raise UserError(f"the sweep {path} must have a list 'grids', got {values.get('grids')!r}")
     runs_dir = Path(values.pop("output_dir", None) or f"runs/{path.stem}")
     grids = values.pop("grids")
     recipes: dict[Path, Recipe] = {}
     runs = []
     for number, grid in enumerate(grids):
         if not isinstance(grid, dict):
-            raise RecipeError(f"grids[{number}] of {path} must be lines of 'key: value', got {grid!r}")
+            raise UserError(f"grids[{number}] of {path} must be lines of 'key: value', got {grid!r}")
         axes = [[(key, value) for value in (axis if isinstance(axis, list) else [axis])] for key, axis in grid.items()]
         for point in product(*axes):
             try:
                 run, recipe = _load_run(path.parent, runs_dir, {**values, **dict(point)}, set(grid) - NAMED_KEYS)
-            except RecipeError as error:
+            except UserError as error:
                 named = ", ".join(f"{key}={value}" for key, value in point)
-                raise RecipeError(f"grids[{number}] of {path}, {named}: {error}") from None
+                raise UserError(f"grids[{number}] of {path}, {named}: {error}") from None
             if run.folder not in recipes:
                 recipes[run.folder] = recipe
                 runs.append(run)
             elif recipes[run.folder].to_dict() != recipe.to_dict():
-                raise RecipeError(f"grids[{number}] of {path}: another recipe has the folder {run.folder} too")
+                raise UserError(f"grids[{number}] of {path}: another recipe has the folder {run.folder} too")
     if not runs:
-        raise RecipeError(f"the sweep {path} has no runs: its grids are empty")
+        raise UserError(f"the sweep {path} has no runs: its grids are empty")
     return runs_dir, runs
 
 
 def _load_run(base: Path, runs_dir: Path, values: dict[str, Any], told: set[str]) -> tuple[Run, Recipe]:
     if "output_dir" in values:
-        raise RecipeError("output_dir is of the whole sweep; a run's folder is named from its configuration")
+        raise UserError("output_dir is of the whole sweep; a run's folder is named from its configuration")
     if not isinstance(values.get("recipe"), str):
-        raise RecipeError(f"recipe must be a path from the sweep's folder, got {values.get('recipe')!r}")
+        raise UserError(f"recipe must be a path from the sweep's folder, got {values.get('recipe')!r}")
     recipe_path = base / values["recipe"]
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "recipe"]
     recipe = load_recipe(recipe_path, overrides)
@@ -138,7 +140,7 @@ def _load_run(base: Path, runs_dir: Path, values: dict[str, Any], told: set[str]
     recipe.training["output_dir"] = str(folder)
     max_steps = build_arguments(recipe).max_steps
     if max_steps < 1:
-        raise RecipeError("a sweep needs a budget: max_steps or train_tokens")
+        raise UserError("a sweep needs a budget: max_steps or train_tokens")
     check_same_recipe(folder, recipe)
     return Run(folder, [sys.executable, "-m", "training.train", str(recipe_path), *overrides], max_steps), recipe
 

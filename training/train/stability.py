@@ -4,21 +4,19 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from .callbacks import append_record, drop_records_after, read_records
-from .checkpoints import list_checkpoints, write_atomically
-from .recipe import RecipeError
+from ..errors import UserError
+from ..files import append_record, drop_records_after, read_records, write_atomically
+from ..runs import REPORT, describe, list_checkpoints
 
 
-REPORT = "instability.json"
 RECENT, BEFORE, FACTOR = 10, 100, 20
 
 
-class UnstableRunError(RecipeError):
+class UnstableRunError(UserError):
     """A run that ended because it is unstable; its message names the step, what was seen, and where."""
 
 
@@ -114,14 +112,6 @@ class StabilityCallback(TrainerCallback):
         if self.writes:
             write_atomically(self.run_dir / REPORT, json.dumps(report, indent=1))
         raise UnstableRunError(f"{self.run_dir} {describe(report)}")
-
-
-def describe(report: dict[str, Any]) -> str:
-    """A report in one line."""
-    layer = "" if report["layer"] is None else f", layer {report['layer']}"
-    last = report["last_checkpoint"]
-    kept = "there is no checkpoint before it" if last is None else f"the last sound checkpoint is {last}"
-    return f"is unstable at step {report['step']}{layer}: {report['seen']}; {report['found']}; {kept}"
 
 
 def locate(model: torch.nn.Module, batch: dict[str, torch.Tensor] | None = None) -> tuple[int | None, str]:

@@ -22,7 +22,8 @@ from transformers.utils.hub import has_file
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
-from .recipe import RecipeError, check_model_id, one_line
+from ..errors import UserError, one_line
+from ..recipe import check_model_id
 
 
 # our modules by their stock names; a block's query, key and value projections are one module there
@@ -95,16 +96,16 @@ def convert(
         `out_dir`.
 
     Raises:
-        RecipeError: for a model that cannot be loaded, one that the other class cannot express, an `out_dir` that is
+        UserError: for a model that cannot be loaded, one that the other class cannot express, an `out_dir` that is
             not empty, and logits that differ.
     """
     model_id, out_dir = str(model_id), Path(out_dir)
     if out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir()):
-        raise RecipeError(f"{out_dir} exists and is not empty; name a new folder")
+        raise UserError(f"{out_dir} exists and is not empty; name a new folder")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"{out_dir} cannot be written: {error.strerror}") from None
+        raise UserError(f"{out_dir} cannot be written: {error.strerror}") from None
     source = _load(model_id, ("lnfree",) if to_stock else tuple(_NAMES), revision)
     probe = _probe(source.config)
     with torch.no_grad():
@@ -135,19 +136,17 @@ def _load(model_id: str | Path, model_types: tuple[str, ...], revision: str | No
     try:
         config = AutoConfig.from_pretrained(model_id, revision=revision)
         if config.model_type not in model_types:
-            raise RecipeError(
-                f"model {model_id!r} must be of type {' or '.join(model_types)}, got {config.model_type}"
-            )
+            raise UserError(f"model {model_id!r} must be of type {' or '.join(model_types)}, got {config.model_type}")
         model_class = {"gpt2": GPT2LMHeadModel, "gpt_neox": GPTNeoXForCausalLM, "lnfree": LNFreeForCausalLM}
         model, report = model_class[config.model_type].from_pretrained(
             model_id, revision=revision, dtype="auto", output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        if isinstance(error, RecipeError):
+        if isinstance(error, UserError):
             raise
-        raise RecipeError(f"model {model_id!r} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"model {model_id!r} cannot be loaded: {one_line(error)}") from error
     if report["missing_keys"]:
-        raise RecipeError(f"model {model_id!r} lacks weights: {', '.join(sorted(report['missing_keys']))}")
+        raise UserError(f"model {model_id!r} lacks weights: {', '.join(sorted(report['missing_keys']))}")
     return model.eval()
 
 
@@ -163,7 +162,7 @@ def _compare(model: PreTrainedModel, probe: Tensor, expected: Tensor) -> float:
     allowed = _TOLERANCE.get(model.dtype, 1e-4) * expected.abs().max().item()
     # also where the original's logits are NaN
     if not difference <= allowed:
-        raise RecipeError(f"the converted model's logits differ by up to {difference:.3g}, more than {allowed:.3g}")
+        raise UserError(f"the converted model's logits differ by up to {difference:.3g}, more than {allowed:.3g}")
     return difference
 
 
@@ -296,7 +295,7 @@ def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
         and the output projection is a matrix of its own, unlike the embedding it may have been tied to.
 
     Raises:
-        RecipeError: if the final norm has a bias where its weight is 0.
+        UserError: if the final norm has a bias where its weight is 0.
     """
     shrink = config.layer_norm_eps**-0.5
 
@@ -330,7 +329,7 @@ def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
     weight *= shrink
     shift = torch.where(bias == 0, 0, bias / weight)
     if not shift.isfinite().all():
-        raise RecipeError("the final LayerNorm has a bias where its weight is 0, and cannot be folded away")
+        raise UserError("the final LayerNorm has a bias where its weight is 0, and cannot be folded away")
     matrix, last = state["lm_head.weight"], f"model.layers.{config.num_hidden_layers - 1}.mlp.down_proj.bias"
     state["lm_head.weight"] = (matrix.double() * weight).to(matrix.dtype)
     state[last] = (state[last].double() + shift).to(matrix.dtype)
@@ -341,7 +340,7 @@ def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
 
 def _config_from_gpt2(config: GPT2Config) -> LNFreeConfig:
     if config.add_cross_attention:
-        raise RecipeError("add_cross_attention must be False, got True: this family has decoders only")
+        raise UserError("add_cross_attention must be False, got True: this family has decoders only")
     return LNFreeConfig(
         **_common_fields(config, config.activation_function, "activation_function"),
         intermediate_size=config.n_inner,
@@ -357,7 +356,7 @@ def _config_from_gpt2(config: GPT2Config) -> LNFreeConfig:
 def _config_from_neox(config: GPTNeoXConfig) -> LNFreeConfig:
     rope = config.rope_parameters
     if rope["rope_type"] != "default":
-        raise RecipeError(f"rope_type must be 'default', got {rope['rope_type']!r}")
+        raise UserError(f"rope_type must be 'default', got {rope['rope_type']!r}")
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if config.attention_bias else []
     return LNFreeConfig(
         **_common_fields(config, config.hidden_act, "hidden_act"),
@@ -377,7 +376,7 @@ def _config_from_neox(config: GPTNeoXConfig) -> LNFreeConfig:
 
 def _common_fields(config, activation: str, field: str) -> dict:
     if activation not in _ACTIVATIONS:
-        raise RecipeError(f"{field} must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        raise UserError(f"{field} must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
     same = {name: getattr(config, name) for name in (*_SAME_FIELDS, "dtype")}
     return {**same, "hidden_act": _ACTIVATIONS[activation], "norm_type": "layernorm"}
 
@@ -396,7 +395,7 @@ def _stock_config(config: LNFreeConfig) -> GPT2Config | GPTNeoXConfig:
     elif config.parallel_residual and not rotary:
         reason = "has no parallel residual"
     if reason is not None:
-        raise RecipeError(f"{config.variant} has no stock form: {stock_class} {reason}")
+        raise UserError(f"{config.variant} has no stock form: {stock_class} {reason}")
     same = {name: getattr(config, name) for name in (*_SAME_FIELDS, "tie_word_embeddings")}
     if rotary:
         rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.partial_rotary_factor}

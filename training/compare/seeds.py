@@ -1,25 +1,19 @@
 """What several seeds show: means, intervals, paired differences, and from how many tokens on one variant is ahead."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.stats
 
-from .private_cost import BASELINE
-from .recipe import RecipeError, one_line
+from ..encryption.counting import BASELINE
+from ..errors import UserError
+from ..runs import configuration, evaluations
 
 
 LEAST_SEEDS = 3
 # first is compared with second: without LayerNorm, with it
 PAIRS = [("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G")]
-
-
-def configuration(run: dict[str, Any]) -> str:
-    """The variant, and what else sets runs of one setting apart."""
-    return run["variant"] + (", slopes decayed" if run["recipe"].get("decay_slopes") else "")
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -33,13 +27,13 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         interval is None with fewer than 3 seeds.
 
     Raises:
-        RecipeError: for two runs of one configuration and seed, of which one would hide the other.
+        UserError: for two runs of one configuration and seed, of which one would hide the other.
     """
     by_configuration: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
         earlier = by_configuration.setdefault(configuration(run), {}).setdefault(run["seed"], run)
         if earlier is not run:
-            raise RecipeError(
+            raise UserError(
                 f"{earlier['folder']} and {run['folder']} are the same run, {configuration(run)} with seed "
                 f"{run['seed']}: move one of them away"
             )
@@ -130,22 +124,3 @@ def ahead(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, Any]:
         changed = [index for index in range(1, len(leads)) if leads[index] != leads[index - 1]]
         found[str(seed)] = {"first_leads": leads[-1], "from_tokens": tokens[changed[-1] if changed else 0]}
     return found
-
-
-def read_json(path: Path) -> Any:
-    """What a file of a run holds. Raises RecipeError if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read: {one_line(error)}") from error
-
-
-def evaluations(run: dict[str, Any]) -> list[tuple[int, float]]:
-    """Training tokens and perplexity of a run's evaluations on the way."""
-    log = read_json(run["folder"] / "log_history.json")
-    tokens_per_step = run["train_tokens"] // run["train_steps"]
-    evaluated = [
-        (entry["step"] * tokens_per_step, entry["eval_perplexity"]) for entry in log if "eval_perplexity" in entry
-    ]
-    # the last one, over the whole evaluation part, is the result itself
-    return evaluated[:-1]

@@ -54,26 +54,22 @@ import modeling_lnfree
 from model_cards import card
 from model_cards.card import RESULTS_TEMPLATE, TEMPLATE, model_name
 
-from . import private_cost
-from .checkpoints import list_checkpoints
-from .compare import papers_order, setting_of, why_unstable
+from ..encryption import counting
+from ..errors import UserError
+from ..runs import find_runs, list_checkpoints, setting_of
 from .export import PROBE, export, last_words
-from .recipe import RecipeError
-from .train import RESULTS, read_results
 
 
 HUB_CHECK = Path(__file__).with_name("hub_check.py")
 METRIC = Path(modeling_lnfree.__file__).parent / "metrics" / "attention_entropy"
 COLLECTION = "LNFree: GPT models without LayerNorm"
 PAPER = "2410.09637"
-
 # https://huggingface.co/docs/hub/storage-limits
 MAX_FILE_SIZE, MAX_FOLDER_ENTRIES = 50 * 10**9, 10_000
 # seconds before a request is tried again that the client itself does not repeat; what a server asks for goes first
 WAITS, LONGEST_WAIT = (1, 2, 4, 8, 16), 600
 # of these, what a release does not have would be loaded beside what it has; results of other runs stay
 STALE = (".py", ".safetensors")
-
 _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 _TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml")
 # a vocabulary holds whatever its corpus held
@@ -83,7 +79,6 @@ _LOCAL_PATH = re.compile(
     r"|[A-Za-z]:\\\\?[\w.-]+)"
 )
 _MARKS = {"new": "+", "changed": "~", "removed": "-", "same": "="}
-
 # a row a head; entropies in nats
 _RESULTS_SCHEMA = pa.schema(
     {
@@ -98,7 +93,6 @@ _RESULTS_SCHEMA = pa.schema(
         "layer_nan_count": pa.int64(),  # attention weights of the layer that are NaN
     }
 )
-
 _Result = TypeVar("_Result")
 
 
@@ -161,13 +155,13 @@ def publish(
         What was published, models first, in the paper's order.
 
     Raises:
-        RecipeError: for runs that cannot be published, before anything is; and when the Hub refuses or cannot be
+        UserError: for runs that cannot be published, before anything is; and when the Hub refuses or cannot be
             reached, with what is done and what is left.
     """
     try:
         validate_repo_id(f"{namespace}/{METRIC.name}")
     except HFValidationError:
-        raise RecipeError(
+        raise UserError(
             f"namespace must be the name of a user or organisation of the Hub, got {namespace!r}"
         ) from None
     runs, api = find_runs(Path(runs_dir)), HfApi()
@@ -180,32 +174,8 @@ def publish(
             if not dry_run:
                 verify(api, publications)
     except (OSError, httpx2.TransportError) as error:
-        raise RecipeError(_message(error)) from error
+        raise UserError(_message(error)) from error
     return publications
-
-
-# ------------------------------------------------------------------------------------------ what is published
-
-
-def find_runs(runs_dir: Path) -> list[dict[str, Any]]:
-    """
-    Results of all finished runs, in the paper's order, with their folders; tells which runs are left out.
-
-    Raises:
-        RecipeError: if there is none.
-    """
-    if not runs_dir.is_dir():
-        raise RecipeError(f"{runs_dir} is not a folder")
-    runs = []
-    for folder in sorted(path.parent for path in runs_dir.glob("*/recipe.yaml")):
-        if not (folder / RESULTS).is_file():
-            print(f"left out: {folder.name} {why_unstable(folder) or 'is not finished'}")
-        # an export has results too, but its weights beside them
-        elif (folder / "model").is_dir():
-            runs.append({"folder": folder, **read_results(folder)})
-    if not runs:
-        raise RecipeError(f"no finished run in {runs_dir}: none of its subfolders has a model and a {RESULTS}")
-    return sorted(runs, key=lambda run: (setting_of(run), papers_order(run["variant"]), run["seed"]))
 
 
 def _choose(runs: list[dict[str, Any]], seed: int | None) -> list[dict[str, Any]]:
@@ -217,14 +187,14 @@ def _choose(runs: list[dict[str, Any]], seed: int | None) -> list[dict[str, Any]
             continue
         first = chosen.setdefault(name, run)
         if first is not run and (setting_of(first) != setting_of(run) or first["seed"] == run["seed"]):
-            raise RecipeError(
+            raise UserError(
                 f"{first['folder'].name} and {run['folder'].name} would both be {name}; publish runs of one setting "
                 "from a folder of their own"
             )
     missing = [run for run in runs if model_name(run) not in chosen]
     if missing:
         found = sorted({f"{model_name(run)} (seed {run['seed']})" for run in missing})
-        raise RecipeError(f"seed={seed} is not among the finished runs of {', '.join(found)}")
+        raise UserError(f"seed={seed} is not among the finished runs of {', '.join(found)}")
     for name, run in chosen.items():
         others = [str(other["seed"]) for other in runs if model_name(other) == name and other is not run]
         if others:
@@ -239,7 +209,7 @@ def build(
     Makes the folders of all repositories below `aside`, and checks them; see `find_runs` and `publish`.
 
     Raises:
-        RecipeError: with all that forbids to publish them.
+        UserError: with all that forbids to publish them.
     """
     chosen = _choose(runs, seed)
     models, problems = [], []
@@ -254,7 +224,7 @@ def build(
             try:
                 export(run["folder"], folder, namespace=namespace, siblings=siblings, checkpoint=checkpoint)
                 models.append(Publication(f"{namespace}/{name}", "model", folder, branch))
-            except RecipeError as error:
+            except UserError as error:
                 problems.append(str(error))
     results = Publication(f"{namespace}/lnfree-results", "dataset", aside / "results")
     _write_results(runs, namespace, results.folder)
@@ -265,7 +235,7 @@ def build(
     for publication in publications:
         problems += find_problems(publication, private_strings)
     if problems:
-        raise RecipeError(f"nothing was published: {'; '.join(problems)}")
+        raise UserError(f"nothing was published: {'; '.join(problems)}")
     return publications
 
 
@@ -294,9 +264,6 @@ def _write_results(runs: list[dict[str, Any]], namespace: str, folder: Path):
     card.save(folder / "README.md")
 
 
-# ------------------------------------------------------------------------------------------ what is refused
-
-
 def _private_strings(runs_dir: Path, namespace: str, aside: Path) -> list[str]:
     """What says where, and by whom, a file was made."""
     folders = [Path.home(), Path.cwd(), runs_dir, runs_dir.resolve(), aside, Path(tempfile.gettempdir())]
@@ -306,7 +273,7 @@ def _private_strings(runs_dir: Path, namespace: str, aside: Path) -> list[str]:
     except (KeyError, OSError):  # nobody, as in some containers
         user = ""
     # a name that is a word of the cards cannot be told from it
-    sources = (TEMPLATE, Path(card.__file__), Path(private_cost.__file__))
+    sources = (TEMPLATE, Path(card.__file__), Path(counting.__file__))
     spoken = set(re.findall(r"\w+", "".join(source.read_text(encoding="utf-8") for source in sources)))
     return sorted(paths) + ([user] if user not in spoken | {namespace, ""} else [])
 
@@ -394,14 +361,11 @@ def _find_card_problems(folder: Path) -> list[str]:
 
 def _check_account(api: HfApi, namespace: str):
     if not (get_token() or "").isascii():
-        raise RecipeError("the token of the Hub has characters that no token has")
+        raise UserError("the token of the Hub has characters that no token has")
     account = _patiently(api.whoami)
     owned = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
     if namespace not in owned:
-        raise RecipeError(f"namespace={namespace} is not yours; the token's are {', '.join(owned)}")
-
-
-# ------------------------------------------------------------------------------------------ what would change
+        raise UserError(f"namespace={namespace} is not yours; the token's are {', '.join(owned)}")
 
 
 def _compare(api: HfApi, publication: Publication, private: bool):
@@ -413,7 +377,7 @@ def _compare(api: HfApi, publication: Publication, private: bool):
         publication.seen, publication.changes = None, dict.fromkeys(_files(publication.folder), "new")
         return
     if private and not info.private:
-        raise RecipeError(f"{publication} is public; make it private on the Hub, or publish without --private")
+        raise UserError(f"{publication} is public; make it private on the Hub, or publish without --private")
     refs = api.list_repo_refs(**repo)
     publication.seen = {branch.name: branch.target_commit for branch in refs.branches}.get(publication.branch)
     revision = publication.seen or info.sha  # a new branch starts from main
@@ -475,15 +439,12 @@ def _size(number: float) -> str:
     return f"{number:.3g} GB"
 
 
-# ------------------------------------------------------------------------------------------ pushing
-
-
 def release(api: HfApi, publications: list[Publication], *, private: bool = False, dry_run: bool = False):
     """
     Compares what was built with what stands on the Hub, prints the difference, and, unless it is a dry run, pushes it.
 
     Raises:
-        RecipeError: if a repository is public that should be private, before anything is pushed; if someone else
+        UserError: if a repository is public that should be private, before anything is pushed; if someone else
             changes a repository meanwhile; and if the Hub does not take it, with what is done and what is left.
     """
     for publication in publications:
@@ -498,7 +459,7 @@ def release(api: HfApi, publications: list[Publication], *, private: bool = Fals
             _push(api, publication, private, tag)
         except (OSError, httpx2.TransportError, RuntimeError, ValueError) as error:
             left = ", ".join(map(str, publications[index:]))
-            raise RecipeError(
+            raise UserError(
                 f"{_message(error)}; {index} of {len(publications)} are published, not yet {left}; "
                 "the same command goes on"
             ) from error
@@ -549,8 +510,8 @@ def _push(api: HfApi, publication: Publication, private: bool, tag: str):
     print(f"{publication}: {state}, {publication.commit[:12]}")
 
 
-def _second_writer(publication: Publication, seen: str) -> RecipeError:
-    return RecipeError(f"someone else has changed {publication} since {seen[:12]}, and nothing of it was overwritten")
+def _second_writer(publication: Publication, seen: str) -> UserError:
+    return UserError(f"someone else has changed {publication} since {seen[:12]}, and nothing of it was overwritten")
 
 
 def _collect(api: HfApi, publications: list[Publication], private: bool) -> str:
@@ -575,15 +536,12 @@ def _collect(api: HfApi, publications: list[Publication], private: bool) -> str:
     return collection.url
 
 
-# ------------------------------------------------------------------------------------------ from the other side
-
-
 def verify(api: HfApi, publications: list[Publication]):
     """
     Loads everything by id and commit in a clean process with an empty cache, and prints what was found.
 
     Raises:
-        RecipeError: if something does not load, or a model's logits are not those of the trained one.
+        UserError: if something does not load, or a model's logits are not those of the trained one.
     """
     asked = [
         {"repo_id": item.repo_id, "revision": item.commit, "kind": item.kind, "probe": PROBE.as_posix()}
@@ -604,14 +562,14 @@ def verify(api: HfApi, publications: list[Publication]):
             text=True,
         )
         if run.returncode:
-            raise RecipeError(f"published, but not as it should be: {_without_token(last_words(run))}")
+            raise UserError(f"published, but not as it should be: {_without_token(last_words(run))}")
         found = json.loads(answers.read_text(encoding="utf-8"))
     rows = []
     for publication, result in zip(publications, found, strict=True):
         if publication.kind == "model":
             # another processor sums in another order
             if not result["difference"] <= 1e-5 * result["scale"]:
-                raise RecipeError(f"published, but {publication} has logits that differ by {result['difference']:.3g}")
+                raise UserError(f"published, but {publication} has logits that differ by {result['difference']:.3g}")
             checked = f"logits differ by {result['difference']:.1g}; every Auto class; generates"
         elif publication.kind == "space":
             checked = f"evaluate.load; {result['mean_entropy']:.3f} nats on a text"
@@ -622,9 +580,6 @@ def verify(api: HfApi, publications: list[Publication]):
     print("loaded back by id in a clean process with an empty cache:")
     for name, commit, checked in rows:
         print(f"  {name:{widths[0]}}  {commit:{widths[1]}}  {checked}")
-
-
-# ------------------------------------------------------------------------------------------ a Hub that is busy
 
 
 def _patiently(request: Callable[[], _Result]) -> _Result:

@@ -81,7 +81,6 @@ UNPRICED = {
     "layer_norm": "all of it: squares, inverse root, products",
     "rms_norm": "all of it: squares, inverse root, products",
 }
-
 # modules that may compute by several operations of torch what counts as one here
 _MODULES = {"GELU": "gelu", "RMSNorm": "rms_norm"}
 # by a constant or by a private tensor
@@ -347,9 +346,6 @@ def estimate(total: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _totals(phase: dict[str, Any]) -> dict[str, Any]:
     return {name: phase[name] for name in ("total", "estimate")}
-
-
-# ---- as Markdown
 
 
 _ROWS = ("softmax", "layer_norm", "rms_norm")

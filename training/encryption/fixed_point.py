@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from .private_cost import PrivateDispatchMode, find_blocks
-from .train import perplexity
+from ..texts import perplexity
+from .counting import PrivateDispatchMode, find_blocks
 
 
 TOLERANCE = 0.01

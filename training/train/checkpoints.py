@@ -5,37 +5,15 @@ each by a manifest of its files' sizes and hashes.
 
 import hashlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import flush
+from ..runs import _step, list_checkpoints
+
 
 MANIFEST = "manifest.json"
-
-
-def write_atomically(path: Path, text: str):
-    """Writes a text file that is whole or not there."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            # a power cut may keep the new name and lose what was not on the disk yet
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def flush(folder: Path):
-    """Waits until a folder's files are on the disk: a power cut may keep a name and lose what was not there yet."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
 
 
 def write_manifest(checkpoint: Path):
@@ -91,16 +69,6 @@ def remove_old_checkpoints(run_dir: Path, kept: int | None, milestones: Sequence
     checkpoints = [path for path in list_checkpoints(run_dir) if _step(path) not in milestones]
     for checkpoint in checkpoints[:-kept]:
         shutil.rmtree(checkpoint)
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _digest(path: Path) -> str:

@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 
-from .data import load_tokenizer
-from .recipe import Recipe, RecipeError
+from ..data import load_tokenizer
+from ..errors import UserError
+from ..recipe import Recipe
 
 
 GIB = 2**30
@@ -47,15 +48,15 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         `weights`, `gradients`, `optimizer`, `activations`, `communication`, and their sum `memory`.
 
     Raises:
-        RecipeError: for a number of processes that the recipe cannot use, and for an optimiser other than AdamW.
+        UserError: for a number of processes that the recipe cannot use, and for an optimiser other than AdamW.
     """
     training, block_size, fsdp_size = recipe.training, recipe.data.block_size, recipe.data.fsdp_size
     if processes < 1 or processes % fsdp_size:
-        raise RecipeError(f"processes must be a multiple of fsdp_size={fsdp_size}, got {processes}")
+        raise UserError(f"processes must be a multiple of fsdp_size={fsdp_size}, got {processes}")
     if flops is not None and not flops > 0:
-        raise RecipeError(f"flops must be more than 0, got {flops}")
+        raise UserError(f"flops must be more than 0, got {flops}")
     if training.get("optim", "adamw_torch") not in ADAMW:
-        raise RecipeError(f"a plan knows the memory of optim={', '.join(ADAMW)} only, got {training['optim']!r}")
+        raise UserError(f"a plan knows the memory of optim={', '.join(ADAMW)} only, got {training['optim']!r}")
     sequences = training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
     accumulation = training.get("gradient_accumulation_steps", 1)
 

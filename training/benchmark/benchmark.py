@@ -43,14 +43,16 @@ from transformers import (
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, record_attention_entropy
 from modeling_lnfree.modeling_lnfree import build_linear
 
-from .callbacks import AttentionEntropy, MeasurementCallback, ResidualStream, ZeroActivations
-from .plan import ATTENTION_FLOPS
-from .recipe import RecipeError, load_recipe
-from .train import write_atomically
+from ..errors import UserError
+from ..files import write_atomically
+from ..quantities import AttentionEntropy, ResidualStream, ZeroActivations
+from ..recipe import load_recipe
+from ..train.callbacks import MeasurementCallback
+from ..train.plan import ATTENTION_FLOPS
 
 
 MIB = 2**20
-QUICK = Path(__file__).parent / "recipes" / "quick.yaml"
+QUICK = Path(__file__).parents[1] / "recipes" / "quick.yaml"
 # the quick start's model, and the paper's (arXiv 2410.09637)
 SIZES = {
     "quick": {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 2048},
@@ -88,9 +90,6 @@ def build_stock(size: str, length: int, device: str, relu: bool = False, **kwarg
         n_positions=length, **{names.get(name, name): value for name, value in fields.items()}, **act, **others
     )
     return GPT2LMHeadModel._from_config(config, **kwargs).to(device)
-
-
-# ------------------------------------------------------------------------------------------------------- measuring
 
 
 def take_turns(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
@@ -168,9 +167,6 @@ def growth_exponent(sizes: list[int], values: list[float]) -> float:
     if len(sizes) < 2 or min(values) <= 0:
         return math.nan
     return statistics.linear_regression([math.log(s) for s in sizes], [math.log(v) for v in values]).slope
-
-
-# ------------------------------------------------------------------------------------------------- a training step
 
 
 def training_step(model: nn.Module, input_ids: Tensor, measure: str | None = None) -> Run:
@@ -257,9 +253,6 @@ def count_flops(model: nn.Module, input_ids: Tensor) -> int:
         model(input_ids, labels=input_ids, use_cache=False).loss.backward()
     model.zero_grad()
     return counter.get_total_flops()
-
-
-# ------------------------------------------------------------------------------------------------ attention entropy
 
 
 def benchmark_entropy(rounds: int, device: str, lengths: list[int]) -> Iterator[dict[str, Any]]:
@@ -364,9 +357,6 @@ def benchmark_callback(rounds: int, device: str) -> list[dict[str, Any]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ generation
-
-
 def benchmark_generation(sizes: list[str], rounds: int, device: str) -> Iterator[dict[str, Any]]:
     """128 tokens after a prompt of 16, greedy, by SM+R and by the stock model; weights read over what a sum reads."""
     read = torch.ones(2**28 // 4, device=device)
@@ -406,9 +396,6 @@ def benchmark_generation(sizes: list[str], rounds: int, device: str) -> Iterator
                 }
 
 
-# ------------------------------------------------------------------------------------------------ command and start
-
-
 def benchmark_command(rounds: int, steps: int = 60) -> list[dict[str, Any]]:
     """
     Tokens per second of `lnfree train` by the recipe `quick`, with all that it measures and writes, and of a plain
@@ -417,8 +404,8 @@ def benchmark_command(rounds: int, steps: int = 60) -> list[dict[str, Any]]:
     """
     from datasets import Dataset
 
-    from .data import load_documents, load_tokenizer, tokenize_blocks
-    from .train import train
+    from ..data import load_documents, load_tokenizer, tokenize_blocks
+    from ..train.loop import train
 
     rows: dict[str, list[float]] = {"lnfree train": [], "Trainer, stock": []}
     waiting = []
@@ -513,11 +500,8 @@ def _first_step(home: str) -> float:
             seconds = time.perf_counter() - start
             process.kill()
         if not first.is_file():
-            raise RecipeError("the training command ended before its first step")
+            raise UserError("the training command ended before its first step")
     return seconds
-
-
-# ---------------------------------------------------------------------------------------------------------- growth
 
 
 def benchmark_growth(rounds: int, device: str) -> Iterator[dict[str, Any]]:
@@ -553,9 +537,6 @@ def benchmark_growth(rounds: int, device: str) -> Iterator[dict[str, Any]]:
             }
 
 
-# --------------------------------------------------------------------------------------------------------- command
-
-
 SECTIONS = {
     "step": "A training step",
     "entropy": "What measuring attention entropy adds to a forward pass",
@@ -587,16 +568,16 @@ def benchmark(
         json_path: file of all figures, written anew after each row.
 
     Raises:
-        RecipeError: for a section or a size that there is not, and for a number below 1.
+        UserError: for a section or a size that there is not, and for a number below 1.
     """
     sections = sections or list(SECTIONS)
     for value in (rounds, *lengths):
         if value < 1:
-            raise RecipeError(f"rounds and lengths must be at least 1, got {value}")
+            raise UserError(f"rounds and lengths must be at least 1, got {value}")
     for name, given, known in (("section", sections, SECTIONS), ("size", sizes, SIZES)):
         for value in given:
             if value not in known:
-                raise RecipeError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,13 @@ import numpy as np
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 
-from .callbacks import read_records
-from .checkpoints import write_atomically
-from .plots import plot_curves, plot_heat_maps, run_title
-from .private_cost import BASELINE, count_operations
-from .recipe import MODEL_FIELDS, DataArguments, RecipeError
-from .report import RANGES, build_html, cost_lines
-from .seeds import LEAST_SEEDS, configuration, read_json, summarise
-from .stability import REPORT, describe
-from .train import RESULTS, read_results
-
-
-PAPERS_ORDER = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
-# fields of a recipe that decide a run's result, but for variant and seed
-DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "norm_type", "final_norm_type"} | {
-    *("dataset_config", "eval_dataset", "eval_fraction", "text_column", "tokenizer"),
-    *("streaming", "separate_documents"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
-    *("lr_scheduler_type", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "bf16"),
-}
+from ..encryption.counting import BASELINE, count_operations
+from ..errors import UserError
+from ..files import read_json, read_records, write_atomically
+from ..plots import plot_curves, plot_heat_maps, run_title
+from ..runs import RESULTS, configuration, papers_order, read_results, setting_of, why_unstable
+from .page import RANGES, build_html, cost_lines
+from .seeds import LEAST_SEEDS, summarise
 
 
 def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -45,16 +32,16 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
         The path of `report.md`.
 
     Raises:
-        RecipeError: if there is no such folder or no finished run, or a file of one cannot be read.
+        UserError: if there is no such folder or no finished run, or a file of one cannot be read.
     """
     runs_dir = Path(runs_dir)
     if not runs_dir.is_dir():
-        raise RecipeError(f"{runs_dir} is not a folder")
+        raise UserError(f"{runs_dir} is not a folder")
     folders = sorted(path.parent for path in runs_dir.glob("*/recipe.yaml"))
     runs = [{"folder": folder, **read_results(folder)} for folder in folders if (folder / RESULTS).is_file()]
     unfinished = {folder.name: why_unstable(folder) for folder in folders if not (folder / RESULTS).is_file()}
     if not runs:
-        raise RecipeError(f"no finished run in {runs_dir}: none of its subfolders has a {RESULTS}")
+        raise UserError(f"no finished run in {runs_dir}: none of its subfolders has a {RESULTS}")
     runs.sort(key=lambda run: (setting_of(run), papers_order(run["variant"]), configuration(run), run["seed"]))
     runs_of_groups = [list(group) for _, group in groupby(runs, key=setting_of)]
     groups = [_compare_group(group) for group in runs_of_groups]
@@ -69,7 +56,7 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"output={output} cannot be written: {error.strerror}") from None
+        raise UserError(f"output={output} cannot be written: {error.strerror}") from None
     measurements, titles = [run["attention_entropy"] for run in runs], [run_title(run) for run in runs]
     plot_heat_maps(measurements, titles).savefig(output / "heat_maps.png")
     plot_curves(runs).savefig(output / "curves.png")
@@ -83,14 +70,6 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     return output / "report.md"
 
 
-def setting_of(run: dict[str, Any]) -> tuple:
-    """Runs are compared with each other within one setting: all that decides the result but variant and seed."""
-    # a field that the run did not know yet had its default's effect
-    recipe = {**asdict(DataArguments()), **run["recipe"]}
-    decisive = {key: recipe[key] for key in sorted(recipe.keys() & DECISIVE) if recipe[key] is not None}
-    return run["backbone"], run["block_size"], run["dataset"], run["train_tokens"], json.dumps(decisive)
-
-
 def _differing(runs_of_groups: list[list[dict[str, Any]]]) -> list[list[str]]:
     """Of each setting the fields, as `key=value`, in which settings of the same backbone, T and tokens differ."""
     settings = [setting_of(runs[0]) for runs in runs_of_groups]
@@ -101,16 +80,6 @@ def _differing(runs_of_groups: list[list[dict[str, Any]]]) -> list[list[str]]:
         differing = [key for key in ours if any(other.get(key) != ours[key] for other in alike)]
         found.append([f"{key}={ours[key]}" for key in differing])
     return found
-
-
-def why_unstable(folder: Path) -> str:
-    """What a run that is unstable says of it, in one line; nothing for any other."""
-    path = folder / REPORT
-    return describe(read_json(path)) if path.is_file() else ""
-
-
-def papers_order(variant: str) -> tuple:
-    return (PAPERS_ORDER.index(variant) if variant in PAPERS_ORDER else len(PAPERS_ORDER), variant)
 
 
 def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:

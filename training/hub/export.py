@@ -19,10 +19,10 @@ from model_cards.card import build_card
 from model_cards.diagram import draw_block
 from modeling_lnfree import LNFreeForCausalLM
 
-from .plots import plot_curves, plot_heat_maps, run_title
-from .private_cost import describe_forward
-from .recipe import RecipeError
-from .train import read_results
+from ..encryption.counting import describe_forward
+from ..errors import UserError
+from ..plots import plot_curves, plot_heat_maps, run_title
+from ..runs import read_results
 
 
 LOAD_CHECK = Path(__file__).with_name("load_check.py")
@@ -56,15 +56,15 @@ def export(
         `out_dir`.
 
     Raises:
-        RecipeError: if the run is not finished or a file of it cannot be read, if a weight is NaN or infinite, if
+        UserError: if the run is not finished or a file of it cannot be read, if a weight is NaN or infinite, if
             `out_dir` holds anything else, or if the check fails.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     results = read_results(run_dir)
     if out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "heat_map.png").is_file():
-        raise RecipeError(f"{out_dir} exists and is not an export; name a new folder")
+        raise UserError(f"{out_dir} exists and is not an export; name a new folder")
     if out_dir.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
-        raise RecipeError(f"{out_dir} holds the run itself; name a new folder")
+        raise UserError(f"{out_dir} holds the run itself; name a new folder")
     # a local path is nobody else's business
     del results["recipe"]["output_dir"]
     for recipe in (results, results["recipe"]):
@@ -77,14 +77,14 @@ def export(
     model.config.use_cache = True  # the Trainer switches it off for training
     for parameter_name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise RecipeError(f"{run_dir} is not exported: its weight {parameter_name} has NaN or infinite entries")
+            raise UserError(f"{run_dir} is not exported: its weight {parameter_name} has NaN or infinite entries")
     with _reading(run_dir / "model", "tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     name = out_dir.resolve().name
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"{out_dir} cannot be written: {error.strerror}") from None
+        raise UserError(f"{out_dir} cannot be written: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{name}.") as aside:
         folder = Path(aside) / name
         model.save_pretrained(folder)
@@ -122,7 +122,7 @@ def _reading(folder: Path, files: str) -> Iterator[None]:
     # tokenizers raises no narrower class
     except Exception as error:
         said = " ".join(str(error).split())
-        raise RecipeError(f"{folder}: its {files} cannot be read ({type(error).__name__}: {said})") from error
+        raise UserError(f"{folder}: its {files} cannot be read ({type(error).__name__}: {said})") from error
 
 
 def _write_probe(path: Path, model: LNFreeForCausalLM):
@@ -153,11 +153,11 @@ def _check(folder: Path, prompt: torch.Tensor) -> torch.Tensor:
         command = [sys.executable, "-I", LOAD_CHECK, folder.resolve(), inputs, outputs]
         run = subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True)
         if run.returncode:
-            raise RecipeError(f"the export does not load in a clean process: {last_words(run)}")
+            raise UserError(f"the export does not load in a clean process: {last_words(run)}")
         found = load_file(outputs)
     if not found["logits"].equal(probe["logits"]):
         difference = (found["logits"] - probe["logits"]).abs().max().item()
-        raise RecipeError(f"the exported model's logits differ from the trained model's by up to {difference:.3g}")
+        raise UserError(f"the exported model's logits differ from the trained model's by up to {difference:.3g}")
     return found["generated"]
 
 

@@ -9,9 +9,9 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from .plots import plot_evaluations, plot_gradient_norms, plot_heat_maps, plot_layers
-from .private_cost import comparison
-from .seeds import configuration
+from ..encryption.counting import comparison
+from ..plots import plot_evaluations, plot_gradient_norms, plot_heat_maps, plot_layers
+from ..runs import configuration
 
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"

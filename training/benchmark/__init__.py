@@ -1,0 +1,1 @@
+"""What training, measuring, generating and starting cost beside stock models."""

@@ -1,0 +1,1 @@
+"""Finished runs -> tables, statistics over seeds, and a page."""

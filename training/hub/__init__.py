@@ -1,0 +1,1 @@
+"""Finished runs -> folders for the Hub, checked, published and loaded back."""

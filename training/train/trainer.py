@@ -1,0 +1,191 @@
+"""The Trainer of this project: checkpoints that are whole or not there, streams, sharded models."""
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+
+from modeling_lnfree import LNFreeForCausalLM
+
+from ..errors import UserError, one_line
+from ..runs import ASIDE
+from ..texts import perplexity
+from .checkpoints import remove_old_checkpoints, write_manifest
+from .stability import StabilityCallback
+
+
+SHARDED_OPTIMIZER, DATA_DIGEST = "optimizer_shards", "data.sha256"
+
+
+class LNFreeTrainer(Trainer):
+    """
+    The Trainer, with checkpoints that are whole or not there, perplexity beside the losses, an end to runs that are
+    unstable, and no weight decay on learned negative slopes unless `decay_slopes` asks for it.
+
+    A stream is split by process. Checkpoints hold its place in every process, `stream_RANK.pt`; training goes on from
+    those in `stream_states`, a folder. Of a sharded model, every process writes and reads its part of the optimiser;
+    the weights are one ordinary file here too.
+
+    Args:
+        decay_slopes: weight decay on learned negative slopes too.
+        milestones: steps whose checkpoints are kept beside the newest `save_total_limit`.
+        data_digest: of the blocks that are trained and evaluated on; a part of every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: LNFreeForCausalLM,
+        args: TrainingArguments,
+        *,
+        decay_slopes: bool = False,
+        milestones: Sequence[int] = (),
+        data_digest: str = "",
+        **kwargs,
+    ):
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        # the Trainer takes a sharded model only without its optimiser, which is saved and loaded below
+        only_model, args.save_only_model = args.save_only_model, args.save_only_model or self.sharded
+        super().__init__(model, args, **kwargs)
+        args.save_only_model = only_model
+        self.decay_slopes, self.milestones, self.data_digest = decay_slopes, milestones, data_digest
+        self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
+        self.add_callback(self.stability)
+        self.stream, self.stream_states = None, None
+        self.data_seconds = 0.0
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        # not prepared by Accelerate, which would fetch ahead of what is trained on, and split the rows a second time
+        self.stream = StatefulDataLoader(
+            split_dataset_by_node(self.train_dataset, self.args.process_index, self.args.world_size),
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            # its own, so that entering the stream again takes nothing from the generator of dropout
+            generator=torch.Generator(),
+        )
+        if self.stream_states is not None:
+            self.stream.load_state_dict(torch.load(Path(self.stream_states) / self._stream_name, weights_only=True))
+        return self.stream
+
+    @property
+    def _stream_name(self) -> str:
+        return f"stream_{self.args.process_index}.pt"
+
+    def get_batch_samples(self, *args, **kwargs):
+        began = time.perf_counter()
+        try:
+            samples = super().get_batch_samples(*args, **kwargs)
+        except (OSError, ValueError, DatasetsError) as error:
+            step = self.state.global_step + 1
+            raise UserError(f"the data of step {step} cannot be read: {one_line(error)}") from error
+        self.data_seconds += time.perf_counter() - began
+        return samples
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if self.decay_slopes or not name.endswith("negative_slope")]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # A loss for every sequence: the Trainer's own, of a batch, also counts the sequences that fill up the last
+        # batches of several processes. As predictions they are gathered without those.
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits[:, :-1].float()  # (B, T - 1, V)
+            nll = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none").mean(1)  # (B,)
+        return nll.mean(), nll, labels
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics["eval_loss"] = output.metrics.pop("eval_nll")
+        return output
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        for prefix in ("", "eval_"):
+            if f"{prefix}loss" in logs:
+                logs[f"{prefix}perplexity"] = perplexity(logs[f"{prefix}loss"])
+        super().log(logs, *args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.last_batch = inputs
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None
+        self.stability.see_gradient(self.state.global_step + 1, float(norm), self.last_batch, scaled)
+        return norm
+
+    def _get_output_dir(self, trial):
+        return os.path.join(super()._get_output_dir(trial), ASIDE)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer)
+        dcp.save(state, checkpoint_id=os.path.join(output_dir, SHARDED_OPTIMIZER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not self.sharded:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer)
+        dcp.load(state, checkpoint_id=os.path.join(checkpoint, SHARDED_OPTIMIZER))
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self.sharded:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        weights = get_model_state_dict(self.model)
+        dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(resume_from_checkpoint))
+        set_model_state_dict(self.model, weights)
+
+    def _save_checkpoint(self, model, trial):
+        # Written aside, then renamed: a run killed in the middle finds only whole checkpoints.
+        self.stability.check_weights(self.state.global_step)
+        aside = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.stream is not None:
+                torch.save(self.stream.state_dict(), aside / self._stream_name)
+        except (RuntimeError, dcp.CheckpointException) as error:
+            cause = _disk_error(error)
+            if cause is None:
+                raise
+            raise OSError(errno.EIO, one_line(cause)) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (aside / DATA_DIGEST).write_text(self.data_digest, encoding="utf-8")
+            write_manifest(aside)
+            os.replace(aside, Path(self.args.output_dir) / aside.name)
+            remove_old_checkpoints(Path(self.args.output_dir), self.args.save_total_limit, self.milestones)
+        self.accelerator.wait_for_everyone()
+
+
+def _disk_error(error: RuntimeError | dcp.CheckpointException) -> BaseException | None:
+    """What torch says in its own words of a file that could not be written, as on a full disk; None for the rest."""
+    failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else [(error, None)]
+    return next((e for e, _ in failures if isinstance(e, OSError) or "inline_container" in str(e)), None)
