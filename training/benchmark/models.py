@@ -1,0 +1,103 @@
+"""What is timed: the variants and the stock models at the same sizes, and their training steps."""
+
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, record_attention_entropy
+from modeling_lnfree.modeling_lnfree import build_linear
+
+from ..train.plan import ATTENTION_FLOPS
+from .timing import Action, medians, take_turns
+
+
+# the quick start's model, and the paper's (arXiv 2410.09637)
+SIZES = {
+    "quick": {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 2048},
+    "gpt2": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 50257},
+    "pythia70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 50304},
+}
+
+
+PYTHIA = {"position_embedding_type": "rotary", "parallel_residual": True, "tie_word_embeddings": False}
+
+
+def build_lnfree(variant: str, size: str, length: int, device: str, **kwargs) -> LNFreeForCausalLM:
+    """The variant at one of `SIZES`, with the paper's biases and random weights."""
+    fields = {**SIZES[size], **(PYTHIA if size == "pythia70m" else {})}
+    config = LNFreeConfig.from_variant(variant, max_position_embeddings=length, **{**fields, **kwargs})
+    return LNFreeForCausalLM(config).to(device)
+
+
+def build_stock(size: str, length: int, device: str, relu: bool = False, **kwargs) -> nn.Module:
+    """
+    transformers' own model of the same size; with ReLU in place of GELU on request. The dropout is the paper's, on the
+    embeddings alone: GPT-2's own, on attention and residuals too, would cost it time that has to do with neither norm
+    nor activation.
+    """
+    fields = SIZES[size]
+    if size == "pythia70m":
+        act = {"hidden_act": "relu"} if relu else {}
+        config = GPTNeoXConfig(
+            max_position_embeddings=length, intermediate_size=4 * fields["hidden_size"], **fields, **act
+        )
+        return GPTNeoXForCausalLM._from_config(config, **kwargs).to(device)
+    names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+    act = {"activation_function": "relu"} if relu else {}
+    others = {"bos_token_id": None, "eos_token_id": None, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = GPT2Config(
+        n_positions=length, **{names.get(name, name): value for name, value in fields.items()}, **act, **others
+    )
+    return GPT2LMHeadModel._from_config(config, **kwargs).to(device)
+
+
+def training_step(model: nn.Module, input_ids: Tensor, measure: str | None = None) -> Action:
+    """Forward, backward, clip, AdamW; with `measure`, also the entropy of every head by `record` or by `maps`."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        if measure == "record":
+            with record_attention_entropy(model) as record:
+                loss = model(input_ids, labels=input_ids, use_cache=False).loss
+            record.entropy.mean()
+        elif measure == "maps":
+            output = model(input_ids, labels=input_ids, use_cache=False, output_attentions=True)
+            loss = output.loss
+            entropy_of_maps(output.attentions)
+        else:
+            loss = model(input_ids, labels=input_ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@torch.no_grad()
+def entropy_of_maps(attentions: tuple[Tensor, ...]) -> Tensor:
+    """Mean entropy `(layers, heads)` of the attention maps; entr is -p log p, in one pass over a map."""
+    return torch.stack([torch.special.entr(weights).sum(-1).mean((0, 2)) for weights in attentions]).cpu()
+
+
+def count_flops(model: nn.Module, input_ids: Tensor) -> int:
+    """FLOP of the products of a training step, forward and backward; on the CPU the causal half of attention's."""
+    causal = {
+        kernel: lambda *args, count=count, **kwargs: count(*args, **kwargs) // 2
+        for kernel, count in ATTENTION_FLOPS.items()
+    }
+    with FlopCounterMode(display=False, custom_mapping=causal) as counter:
+        model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def matmul_rate(tokens: int, width: int, device: str) -> float:
+    """FLOP/s of the machine in float32 at the feed-forward layer's shape, by the library that the model takes."""
+    layer, states = build_linear(width, 4 * width).to(device), torch.randn(tokens, width, device=device)
+    with torch.no_grad():
+        seconds = medians(take_turns({"layer": lambda: layer(states)}, 20, device))["layer"]
+    return 2 * states.numel() * layer.out_features / seconds
