@@ -17,6 +17,7 @@ from .modeling_lnfree import (
     LNFreeModel,
     LNFreePreTrainedModel,
 )
+from .optimization import build_optimizer
 
 
 # The Auto classes know the model type and no remote code is needed; an installed lnfree_autoregister.py imports this
@@ -41,6 +42,7 @@ __all__ = [
     "LNFreeForTokenClassification",
     "LNFreeModel",
     "LNFreePreTrainedModel",
+    "build_optimizer",
     "compute_attention_entropy",
     "record_attention_entropy",
 ]

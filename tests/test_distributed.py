@@ -162,17 +162,32 @@ def test_equal_global_batches_give_equal_runs(values, tmp_path, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"fsdp_size": 2}], ids=["ddp", "fsdp"])
+def test_muon_in_two_processes_is_that_of_one(values, tmp_path):
+    values = {**values, "layer_optimizer": "muon", "max_steps": 8}
+    for name, processes, sequences in (("one", 1, 8), ("ddp", 2, 4)):
+        run = {**values, "per_device_train_batch_size": sequences, "output_dir": str(tmp_path / name)}
+        finish(launch(tmp_path, run, processes))
+    assert len(list((tmp_path / "ddp").glob("seen-8-*.pt"))) == 2
+    # its iterations are in bfloat16
+    assert losses(tmp_path / "ddp") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    with pytest.raises(UserError, match="needs whole matrices, and fsdp_size=2 shards them"):
+        build_recipe({**values, "fsdp_size": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [{}, {"layer_optimizer": "muon"}, {"fsdp_size": 2}], ids=["ddp", "ddp with muon", "fsdp"]
+)
 def test_killed_run_of_two_processes_resumes_bitwise(values, tmp_path, more):
     # dropout, so that the states of the random numbers count as well
     values = {**values, "embedding_dropout": 0.1, "max_steps": 10, "save_strategy": "steps", "save_steps": 2, **more}
     whole, killed = ({**values, "output_dir": str(tmp_path / name)} for name in ("whole", "killed"))
-    finish(launch(tmp_path, whole, 2, sharded=bool(more)))
-    output, _ = launch(tmp_path, killed, 2, sharded=bool(more), killed_in_step=6).communicate(timeout=300)
+    finish(launch(tmp_path, whole, 2, sharded="fsdp_size" in more))
+    output, _ = launch(tmp_path, killed, 2, sharded="fsdp_size" in more, killed_in_step=6).communicate(timeout=300)
     assert "SIGKILL" in output and (tmp_path / "killed" / "checkpoint-4").is_dir()
     assert not (tmp_path / "killed" / "results.json").is_file()
     begun = (tmp_path / "killed" / "seen-1-1.pt").stat().st_mtime_ns
-    finish(launch(tmp_path, killed, 2, sharded=bool(more)))
+    finish(launch(tmp_path, killed, 2, sharded="fsdp_size" in more))
     # it went on, and did not begin again
     assert (tmp_path / "killed" / "seen-1-1.pt").stat().st_mtime_ns == begun
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")

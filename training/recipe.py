@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
 import yaml
 from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
@@ -20,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from modeling_lnfree import LNFreeConfig
+from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
 
 from .errors import UserError, one_line
 
@@ -102,6 +104,28 @@ class DataArguments:
         default=False,
         metadata={"help": "weight decay on learned negative slopes too, as in the paper's published code"},
     )
+    layer_optimizer: LayerOptimizer = field(
+        default="adamw",
+        metadata={"help": "of the matrices of the layers, all else being AdamW's: adamw, or muon (torch's own)"},
+    )
+    layer_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the matrices of the layers; None: learning_rate"}
+    )
+    layer_base_width: int | None = field(
+        default=None,
+        metadata={
+            "help": "hidden size at which the rate of the layers' matrices holds; at another it is times "
+            "layer_base_width / hidden_size; None: the same at all"
+        },
+    )
+    muon_momentum: float | None = field(default=None, metadata={"help": "Muon's momentum; None: 0.95"})
+    muon_adjustment: MuonAdjustment | None = field(
+        default=None,
+        metadata={
+            "help": "Muon's rate by a matrix's sizes: match_rms_adamw (entries move as AdamW's do) or original; None: "
+            "match_rms_adamw"
+        },
+    )
     fsdp_size: int = field(
         default=1,
         metadata={
@@ -111,6 +135,8 @@ class DataArguments:
     )
 
 
+# of `DataArguments`: how the matrices of the layers are trained
+LAYER_FIELDS = ("layer_optimizer", "layer_learning_rate", "layer_base_width", "muon_momentum", "muon_adjustment")
 DATA_FIELDS = {f.name for f in fields(DataArguments)}
 TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
 MODEL_FIELDS = set(LNFreeConfig.__annotations__) - TRAINING_FIELDS
@@ -156,6 +182,12 @@ class Recipe:
         sequences = self.training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
         accumulated = self.training.get("gradient_accumulation_steps", 1)
         return sequences * accumulated * self.data.block_size * int(os.environ.get("WORLD_SIZE", 1))
+
+    @property
+    def layer_options(self) -> dict[str, Any]:
+        """Arguments of `build_optimizer`; none where the matrices of the layers are trained as all else."""
+        given = {name: value for name in LAYER_FIELDS if (value := getattr(self.data, name)) is not None}
+        return {} if given == {"layer_optimizer": "adamw"} else given
 
     def to_dict(self) -> dict[str, Any]:
         """The flat recipe, with every default of `DataArguments` written out."""
@@ -238,16 +270,17 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     for name, least in (
         *(("block_size", 2), ("train_tokens", 1), ("eval_sequences", 1)),
         *(("entropy_steps", 1), ("entropy_sequences", 1)),
-        *(("shuffle_buffer", 1), ("fsdp_size", 1)),
+        *(("shuffle_buffer", 1), ("fsdp_size", 1), ("layer_base_width", 1)),
         *(("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1)),
         *(("logging_steps", 1), ("save_steps", 1), ("eval_steps", 1), ("eval_accumulation_steps", 1)),
         *(("dataloader_num_workers", 0), ("seed", 0)),
     ):
         if given.get(name) is not None and not given[name] >= least:
             raise UserError(f"{name} must be at least {least}, got {given[name]}")
-    for name in ("learning_rate", "num_train_epochs"):
-        if not 0 < training.get(name, 1) < math.inf:
-            raise UserError(f"{name} must be finite and more than 0, got {training[name]}")
+    for name in ("learning_rate", "layer_learning_rate", "num_train_epochs"):
+        if given.get(name) is not None and not 0 < given[name] < math.inf:
+            raise UserError(f"{name} must be finite and more than 0, got {given[name]}")
+    _check_layer_optimizer(recipe)
     if training["seed"] >= 2**32:
         raise UserError(f"seed must be less than 2**32, got {training['seed']}")
     if data.train_tokens is not None:
@@ -287,3 +320,27 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             raise UserError(f"milestones must be multiples of save_steps={save_steps}, got {step}")
     training.setdefault("output_dir", f"runs/{recipe.name}")
     return recipe
+
+
+def _check_layer_optimizer(recipe: Recipe):
+    """Refuses what would have no effect or cannot be had, and writes out Muon's defaults."""
+    data, optim = recipe.data, recipe.training.get("optim", "adamw_torch")
+    if recipe.layer_options and optim not in ("adamw_torch", "adamw_torch_fused"):
+        name, value = list(recipe.layer_options.items())[-1]
+        raise UserError(f"{name}={value} needs AdamW for what is no matrix of a layer, got optim={optim!r}")
+    if data.layer_optimizer == "adamw":
+        for name in ("muon_momentum", "muon_adjustment"):
+            if getattr(data, name) is not None:
+                raise UserError(f"{name}={getattr(data, name)} has no effect with layer_optimizer='adamw'")
+        return
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"layer_optimizer='muon' needs torch 2.9 or newer, found {torch.__version__}")
+    if data.fsdp_size > 1:
+        raise UserError(
+            f"layer_optimizer='muon' needs whole matrices, and fsdp_size={data.fsdp_size} shards them: train with "
+            "fsdp_size=1 (DDP)"
+        )
+    data.muon_momentum = 0.95 if data.muon_momentum is None else data.muon_momentum
+    data.muon_adjustment = data.muon_adjustment or "match_rms_adamw"
+    if not 0 <= data.muon_momentum < 1:
+        raise UserError(f"muon_momentum must be in [0, 1), got {data.muon_momentum}")

@@ -13,7 +13,7 @@ import torch
 
 from .errors import UserError, one_line
 from .files import read_json
-from .recipe import MODEL_FIELDS, DataArguments, Recipe, read_values
+from .recipe import LAYER_FIELDS, MODEL_FIELDS, DataArguments, Recipe, read_values
 
 
 RESULTS, LOCK, ASIDE = "results.json", ".lock", ".incomplete"
@@ -89,7 +89,14 @@ def describe(report: dict[str, Any]) -> str:
     layer = "" if report["layer"] is None else f", layer {report['layer']}"
     last = report["last_checkpoint"]
     kept = "there is no checkpoint before it" if last is None else f"the last sound checkpoint is {last}"
-    return f"is unstable at step {report['step']}{layer}: {report['seen']}; {report['found']}; {kept}"
+    parts = [f"is unstable at step {report['step']}{layer}: {report['seen']}", report["found"], kept]
+    # reports of earlier versions have neither of these
+    for record in report.get("stream", []):
+        norms = " ".join(f"{norm:.3g}" for norm in record["norm"])
+        parts.append(f"norm of the stream behind each layer at step {record['step']}: {norms}")
+    if "advice" in report:
+        parts.append(report["advice"])
+    return "; ".join(parts)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -108,6 +115,7 @@ DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "nor
     *("dataset_config", "eval_dataset", "eval_fraction", "text_column", "tokenizer"),
     *("streaming", "separate_documents"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
+    *LAYER_FIELDS,
     *("lr_scheduler_type", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "bf16"),
 }
 

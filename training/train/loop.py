@@ -116,6 +116,7 @@ def train(recipe: Recipe) -> Path:
         decay_slopes=recipe.data.decay_slopes,
         milestones=recipe.data.milestones or [],
         data_digest=digest_blocks(blocks),
+        layer_options=recipe.layer_options,
     )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     if trainer.is_world_process_zero():  # the Trainer's own show every line once for each node

@@ -12,7 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import TrainingArguments
 
-from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, build_optimizer
 
 from ..data import load_tokenizer
 from ..errors import UserError
@@ -43,9 +43,10 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
 
     Returns:
         `parameters`, `tokens_per_step`, `steps` and `tokens` (None without a budget), `flops_per_token` (forward,
-        backward and what activation checkpointing computes again), `traffic` (bytes that a process sends in a step),
-        `checkpoint` (bytes), `seconds` (None without `flops`), and bytes of memory in a process at the peak of a step:
-        `weights`, `gradients`, `optimizer`, `activations`, `communication`, and their sum `memory`.
+        backward, what activation checkpointing computes again, and Muon's products), `traffic` (bytes that a process
+        sends in a step), `checkpoint` (bytes), `seconds` (None without `flops`), and bytes of memory in a process at
+        the peak of a step: `weights`, `gradients`, `optimizer`, `activations`, `communication`, and their sum
+        `memory`.
 
     Raises:
         UserError: for a number of processes that the recipe cannot use, and for an optimiser other than AdamW.
@@ -64,19 +65,22 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         model = LNFreeForCausalLM(_config(recipe)).train()
         if training.get("activation_checkpointing") or training.get("gradient_checkpointing"):
             model.activation_checkpointing_enable()
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        optimizer = build_optimizer(model, **{"layer_optimizer": "adamw", **recipe.layer_options}, fused=True)
         input_ids = torch.zeros(sequences, block_size, dtype=torch.long)
 
         tracker = MemTracker()
 
+        def backward():
+            # float16 takes the same room
+            half = bool(training.get("bf16") or training.get("fp16"))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            loss.backward()
+            tracker.reset_mod_stats()  # it refuses a second forward pass otherwise; the peak stays
+
         def step(micro_batches: int):
             for _ in range(micro_batches):
-                # float16 takes the same room
-                half = bool(training.get("bf16") or training.get("fp16"))
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-                    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-                loss.backward()
-                tracker.reset_mod_stats()  # it refuses a second forward pass otherwise; the peak stays
+                backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -85,7 +89,11 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         with tracker:
             step(min(accumulation, 2))  # from the second on, gradients wait while activations grow
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
-            step(1)
+            backward()
+        # Muon's products
+        with FlopCounterMode(display=False) as update_counter:
+            optimizer.step()
+        states = [state for states in optimizer.state.values() for state in states.values() if state.ndim]
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     peak = {getattr(part, "value", part): size for part, size in peak.items()}
 
@@ -114,7 +122,7 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         "communication": communication,
     }
     tokens_per_step = sequences * accumulation * block_size * processes
-    flops_per_token = counter.get_total_flops() / input_ids.numel()
+    flops_per_token = (counter.get_total_flops() + update_counter.get_total_flops() / accumulation) / input_ids.numel()
     steps = training.get("max_steps", -1)
     if recipe.data.train_tokens is not None:
         # the recipe's own max_steps is that of as many processes as run now
@@ -128,7 +136,7 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         "tokens": tokens,
         "flops_per_token": flops_per_token,
         "traffic": sent,
-        "checkpoint": weights if training.get("save_only_model") else 3 * weights,
+        "checkpoint": weights + (0 if training.get("save_only_model") else 4 * sum(state.numel() for state in states)),
         "seconds": None if flops is None or tokens is None else tokens * flops_per_token / (flops * processes),
         **memory,
         "memory": sum(memory.values()),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from ..runs import REPORT, describe, list_checkpoints
 
 
 RECENT, BEFORE, FACTOR = 10, 100, 20
+# root mean square of the stream's entries; runs with LayerNorm stay below it (docs/stability.md)
+LARGE_STREAM = 100
+# of the stream, in a report
+MEASUREMENTS = 2
 
 
 class UnstableRunError(UserError):
@@ -30,6 +35,10 @@ class StabilityCallback(TrainerCallback):
     - gradient norms far outside their history: past the warm-up, the median of the last 10 steps is more than 20 times
       that of the 100 before. One outlier is not enough: clipping takes care of it.
 
+    The report has the residual stream at the last measurements, and what to try. A stream of the probe batch whose
+    entries are larger than those of runs with LayerNorm, by a root mean square of 100, is told while the run goes on,
+    and again whenever it has grown tenfold.
+
     `gradient_norm.jsonl` holds the norm, before clipping, of every step.
 
     Args:
@@ -43,8 +52,10 @@ class StabilityCallback(TrainerCallback):
         self.pending: list[float] = []
         self.writes = True
         self.batch: dict[str, torch.Tensor] | None = None
+        self.told_stream = LARGE_STREAM * model.config.hidden_size**0.5
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.args = args
         self.warmup_steps = args.get_warmup_steps(state.max_steps)
         self.writes = state.is_world_process_zero
         if self.writes:
@@ -99,6 +110,27 @@ class StabilityCallback(TrainerCallback):
                 what = "NaN weights" if name == "attention_nan_count" else "infinite scores"
                 found = locate(self.model, self.batch)[1]
                 self.end(state.global_step, f"{value} {what} in the attention of the probe batch", int(layer), found)
+        self.look_at_stream(state.global_step, logs)
+
+    def look_at_stream(self, step: int, logs: dict[str, float]):
+        """Tells, in the first process, of a measured stream that is far too large."""
+        norms = [value for key, value in logs.items() if re.fullmatch(r"residual_stream/layer_\d+/norm", key)]
+        if not norms or not max(norms) > self.told_stream:
+            return
+        layer = norms.index(max(norms))
+        self.told_stream = 10 * max(norms)
+        if self.writes:
+            print(
+                f"warning: {self.run_dir}, step {step}: the stream behind layer {layer} has a norm of "
+                f"{norms[layer]:.3g}, far more than runs with LayerNorm reach; {self.advise()}"
+            )
+
+    def advise(self) -> str:
+        """What may keep such a run stable."""
+        now = f"a longer warm-up than {self.warmup_steps} steps, a learning_rate below {self.args.learning_rate:g}"
+        if self.model.config.norm_type != "none":
+            return f"try {now}"
+        return f"try {now}, or the preset @Stable with the optimizer of the recipe gpt2_t128_stable"
 
     def check_weights(self, step: int):
         """Before a checkpoint, which must be sound."""
@@ -108,7 +140,15 @@ class StabilityCallback(TrainerCallback):
     def end(self, step: int, seen: str, layer: int | None, found: str):
         """Writes the report and ends the run."""
         last = next((path.name for path in reversed(list_checkpoints(self.run_dir))), None)
-        report = {"step": step, "layer": layer, "seen": seen, "found": found, "last_checkpoint": last}
+        report = {
+            "step": step,
+            "layer": layer,
+            "seen": seen,
+            "found": found,
+            "last_checkpoint": last,
+            "stream": read_records(self.run_dir / "residual_stream.jsonl")[-MEASUREMENTS:],
+            "advice": self.advise(),
+        }
         if self.writes:
             write_atomically(self.run_dir / REPORT, json.dumps(report, indent=1))
         raise UnstableRunError(f"{self.run_dir} {describe(report)}")

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,7 +24,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
-from modeling_lnfree import LNFreeForCausalLM
+from modeling_lnfree import LNFreeForCausalLM, build_optimizer
 
 from ..errors import UserError, one_line
 from ..runs import ASIDE
@@ -48,6 +49,7 @@ class LNFreeTrainer(Trainer):
         decay_slopes: weight decay on learned negative slopes too.
         milestones: steps whose checkpoints are kept beside the newest `save_total_limit`.
         data_digest: of the blocks that are trained and evaluated on; a part of every checkpoint.
+        layer_options: arguments of `build_optimizer`, where the matrices of the layers have a rule of their own.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LNFreeTrainer(Trainer):
         decay_slopes: bool = False,
         milestones: Sequence[int] = (),
         data_digest: str = "",
+        layer_options: dict[str, Any] | None = None,
         **kwargs,
     ):
         self.sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -66,6 +69,7 @@ class LNFreeTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         args.save_only_model = only_model
         self.decay_slopes, self.milestones, self.data_digest = decay_slopes, milestones, data_digest
+        self.layer_options, self.layer_learning_rate = layer_options, None
         self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
         self.add_callback(self.stability)
         self.stream, self.stream_states = None, None
@@ -106,6 +110,19 @@ class LNFreeTrainer(Trainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if self.decay_slopes or not name.endswith("negative_slope")]
 
+    def create_optimizer(self, *args, **kwargs):
+        if self.layer_options and self.optimizer is None:
+            _, adamw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = build_optimizer(
+                self.model,
+                learning_rate=adamw.pop("lr"),
+                weight_decay=self.args.weight_decay,
+                decayed=self.get_decay_parameter_names(self.model),
+                **self.layer_options,
+                **adamw,
+            )
+        return super().create_optimizer(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # A loss for every sequence: the Trainer's own, of a batch, also counts the sequences that fill up the last
         # batches of several processes. As predictions they are gathered without those.
@@ -125,6 +142,8 @@ class LNFreeTrainer(Trainer):
         for prefix in ("", "eval_"):
             if f"{prefix}loss" in logs:
                 logs[f"{prefix}perplexity"] = perplexity(logs[f"{prefix}loss"])
+        if self.layer_options and "learning_rate" in logs:
+            logs["layer_learning_rate"] = self.layer_learning_rate
         super().log(logs, *args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -134,6 +153,8 @@ class LNFreeTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = self.accelerator.scaler is not None
+        # of the step that is about to be made, as is what the Trainer logs of the first group; the last is the layers'
+        self.layer_learning_rate = self.optimizer.param_groups[-1]["lr"]
         self.stability.see_gradient(self.state.global_step + 1, float(norm), self.last_batch, scaled)
         return norm
 

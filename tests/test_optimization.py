@@ -1,0 +1,338 @@
+"""The optimizer with a rule of its own for the layers' matrices: by itself, in a plain Trainer, and in a recipe."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_lnfree import LNFreeForSequenceClassification, build_optimizer
+from training import cli, runs
+from training.errors import UserError
+from training.recipe import build_recipe
+from training.train import loop, plan
+
+from .conftest import random_ids, tiny_config, tiny_model
+
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+MATRICES = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "up_proj.weight", "down_proj.weight")
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+
+
+def train_steps(model, optimizer, steps=4, scheduler=None):
+    for step in range(steps):
+        ids = random_ids(2, 16) if step else torch.arange(32).view(2, 16)
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+@needs_muon
+@pytest.mark.parametrize("variant", ["SM+R", "SM+LN+LR-layer"])
+def test_muon_steps_the_layers_matrices_and_adamw_all_else(variant):
+    """Against torch's two optimizers side by side, each with a schedule of its own."""
+    options = {"learning_rate": 0.003, "weight_decay": 0.2, "muon_momentum": 0.8, "betas": (0.8, 0.9)}
+    ours, theirs = tiny_model(variant), tiny_model(variant)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, layer_learning_rate=0.02, muon_adjustment="original", **options)
+    named = dict(theirs.named_parameters())
+    matrices = [named[name] for name in named if name.endswith(MATRICES)]
+    embeddings = [named[name] for name in named if "embed" in name]
+    rest = [named[name] for name in named if not name.endswith(MATRICES) and "embed" not in name]
+    assert (len(matrices), len(embeddings)) == (18, 2)
+    references = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.2, momentum=0.8, adjust_lr_fn="original"),
+        torch.optim.AdamW(embeddings, lr=0.003, weight_decay=0.2, betas=(0.8, 0.9)),
+        torch.optim.AdamW(rest, lr=0.003, weight_decay=0.0, betas=(0.8, 0.9)),
+    ]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: 1 / (1 + step)) for each in references]
+    torch.manual_seed(1)
+    train_steps(ours, optimizer, scheduler=schedule)
+    torch.manual_seed(1)
+    for step in range(4):
+        ids = random_ids(2, 16) if step else torch.arange(32).view(2, 16)
+        theirs.zero_grad()
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        for each in (*references, *schedules):
+            each.step()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert mine.equal(other), name
+    assert schedule.get_last_lr()[0] == pytest.approx(0.003 / 5)
+    assert schedule.get_last_lr()[-1] == pytest.approx(0.02 / 5)
+
+
+@needs_muon
+def test_state_goes_on_bitwise():
+    ours, theirs = tiny_model(), tiny_model()
+    optimizer = build_optimizer(ours)
+    train_steps(ours, optimizer)
+    theirs.load_state_dict(ours.state_dict())
+    resumed = build_optimizer(theirs)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, each in ((ours, optimizer), (theirs, resumed)):
+        torch.manual_seed(2)
+        train_steps(model, each, steps=2)
+    assert all(mine.equal(other) for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True))
+    # a fresh optimizer would not
+    theirs.load_state_dict(ours.state_dict())
+    for model, each in ((ours, optimizer), (theirs, build_optimizer(theirs))):
+        torch.manual_seed(3)
+        train_steps(model, each, steps=1)
+    assert not any(
+        mine.equal(other)
+        for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True)
+        if name.endswith(MATRICES)
+    )
+
+
+def test_rate_of_the_layers_follows_the_width():
+    model = tiny_model()  # 32 wide
+    for layer_optimizer in ("adamw", "muon") if hasattr(torch.optim, "Muon") else ("adamw",):
+        optimizer = build_optimizer(
+            model, layer_optimizer=layer_optimizer, layer_learning_rate=0.01, layer_base_width=8, learning_rate=0.004
+        )
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            assert rates[id(parameter)] == (0.0025 if name.endswith(MATRICES) else 0.004), name
+
+
+def test_adamw_without_a_rate_of_its_own_is_plain_adamw():
+    ours, theirs = tiny_model(), tiny_model()
+    theirs.load_state_dict(ours.state_dict())
+    decayed = [p for name, p in theirs.named_parameters() if p.ndim == 2]
+    rest = [p for name, p in theirs.named_parameters() if p.ndim != 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    for model, optimizer in (
+        (ours, build_optimizer(ours, layer_optimizer="adamw", learning_rate=0.01)),
+        (theirs, torch.optim.AdamW(groups, lr=0.01)),
+    ):
+        torch.manual_seed(2)
+        train_steps(model, optimizer)
+    assert all(mine.equal(other) for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@needs_muon
+def test_heads_frozen_and_parametrized_weights():
+    model = LNFreeForSequenceClassification(tiny_config())
+    first, second = (model.model.layers[index].self_attn for index in (0, 1))
+    first.q_proj.weight.requires_grad_(False)
+    torch.nn.utils.parametrizations.weight_norm(second.q_proj)
+    optimizer = build_optimizer(model)
+    rules = {id(p): "momentum" in group for group in optimizer.param_groups for p in group["params"]}
+    assert id(first.q_proj.weight) not in rules
+    assert rules[id(model.score.weight)] is False
+    magnitude, direction = second.q_proj.parametrizations.weight.parameters()
+    assert rules[id(direction)] is True
+    assert len(rules) == len(list(model.parameters())) - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate must be finite and more than 0, got 0"),
+        ({"layer_learning_rate": float("inf")}, "layer_learning_rate must be finite and more than 0, got inf"),
+        ({"muon_momentum": 1.0}, r"muon_momentum must be in \[0, 1\), got 1.0"),
+        ({"layer_base_width": 0}, "layer_base_width must be at least 1, got 0"),
+        ({"layer_optimizer": "lion"}, "layer_optimizer must be one of adamw, muon, got 'lion'"),
+        ({"muon_adjustment": "none"}, "muon_adjustment must be one of original, match_rms_adamw, got 'none'"),
+    ],
+)
+def test_what_makes_no_optimizer_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(tiny_model(), **options)
+
+
+def test_torch_without_muon_and_models_without_linear_layers(monkeypatch):
+    with pytest.raises(ValueError, match="Embedding has no linear layers to train"):
+        build_optimizer(torch.nn.Embedding(3, 2))
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(ImportError, match="layer_optimizer='muon' needs torch 2.9 or newer, found 2"):
+        build_optimizer(tiny_model())
+    build_optimizer(tiny_model(), layer_optimizer="adamw")
+
+
+@needs_muon
+def test_plain_trainer_trains_saves_and_resumes_bitwise(tmp_path):
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in random_ids(24, 16).tolist()])
+
+    def run(name, **resume):
+        model = tiny_model(embedding_dropout=0.0)
+        model.load_state_dict(start)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / name), max_steps=6, save_steps=3, per_device_train_batch_size=2, report_to=[],
+            gradient_accumulation_steps=2, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=3,
+        )  # fmt: skip
+        optimizers = (build_optimizer(model, learning_rate=0.01), None)
+        Trainer(model, arguments, train_dataset=rows, optimizers=optimizers).train(**resume)
+        return load_file(tmp_path / name / "checkpoint-6" / "model.safetensors")
+
+    start = tiny_model(embedding_dropout=0.0).state_dict()
+    whole = run("whole")
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+    assert all(not whole[name].equal(start[name]) for name in whole if name.endswith(MATRICES))
+
+
+# ------------------------------------------------------------------------------------------ in a recipe
+
+
+def train_by_command(monkeypatch, tmp_path, values, *overrides):
+    """Trains by the command; returns the run, and of every step the weights before it and the optimizer's groups."""
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+            seen.append(
+                {name: (p.detach().clone(), dict(groups[id(p)])) for name, p in model.named_parameters()}
+            )  # fmt: skip
+
+    seen: list[dict] = []
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**values, "variant": "SM+R", "output_dir": str(tmp_path / "run")}))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "BriefPrinterCallback", Watch)
+        assert cli.main(["train", str(path), *overrides]) == 0
+    return tmp_path / "run", seen
+
+
+@needs_muon
+@pytest.mark.parametrize("adjustment", ["match_rms_adamw", "original"])
+def test_command_trains_the_layers_by_muon(recipe_values, monkeypatch, tmp_path, adjustment):
+    values = {**recipe_values, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_steps": 4}
+    overrides = ["layer_optimizer=muon", "layer_learning_rate=0.02", f"muon_adjustment={adjustment}"]
+    run, seen = train_by_command(monkeypatch, tmp_path, values, *overrides, "muon_momentum=0.7")
+    for name, (before, group) in seen[2].items():
+        step = (seen[3][name][0] - before).double()
+        assert (group["lr"], group.get("momentum")) == ((0.02, 0.7) if name.endswith(MATRICES) else (0.01, None))
+        if name.endswith(MATRICES):
+            rows, columns = before.shape
+            scale = (
+                0.2 * math.sqrt(max(rows, columns))
+                if adjustment == "match_rms_adamw"
+                else max(1, rows / columns) ** 0.5
+            )
+            # an orthogonal matrix, as near as five Newton-Schulz iterations come
+            values_of_step = torch.linalg.svdvals(step) / (0.02 * scale)
+            assert values_of_step.max() < 1.3 and values_of_step.median() > 0.6, name
+        elif name == "model.embed_tokens.weight":
+            assert step.abs().max() < 0.02
+    log = json.loads((run / "log_history.json").read_text())
+    rates = [(entry["learning_rate"], entry["layer_learning_rate"]) for entry in log if "loss" in entry]
+    assert rates == [(0.01, 0.02)] * 2
+    recipe = runs.read_results(run)["recipe"]
+    assert (recipe["layer_optimizer"], recipe["muon_momentum"]) == ("muon", 0.7)
+
+
+def test_command_trains_the_layers_at_the_rate_of_their_width(recipe_values, monkeypatch, tmp_path):
+    overrides = ["layer_learning_rate=0.04", "layer_base_width=8", "decay_slopes=true"]
+    run, seen = train_by_command(monkeypatch, tmp_path, {**recipe_values, "warmup_steps": 4}, *overrides)
+    # the sixth of eight steps; the first four warm up, the hidden size is 16
+    for name, (_, group) in seen[5].items():
+        assert group["lr"] == pytest.approx((0.02 if name.endswith(MATRICES) else 0.01) * 3 / 4), name
+        assert group["weight_decay"] == (0.0 if "bias" in name or "norm" in name else 0.1), name
+        assert "momentum" not in group
+    log = json.loads((run / "log_history.json").read_text())
+    rates = [(2 * entry["learning_rate"], entry["layer_learning_rate"]) for entry in log if "loss" in entry]
+    assert len(rates) == 4 and all(layers == pytest.approx(twice) for twice, layers in rates)
+
+
+def test_without_options_nothing_is_changed(recipe_values, monkeypatch, tmp_path):
+    run, seen = train_by_command(monkeypatch, tmp_path, {**recipe_values, "max_steps": 2})
+    assert not any("layer_learning_rate" in entry for entry in json.loads((run / "log_history.json").read_text()))
+    assert build_recipe({**recipe_values, "layer_optimizer": "adamw"}).layer_options == {}
+
+
+@needs_muon
+def test_run_interrupted_goes_on_bitwise(recipe_values, monkeypatch, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    values = {**recipe_values, "layer_optimizer": "muon", "gradient_accumulation_steps": 2}
+    whole, broken = ({**values, "output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
+    loop.train(build_recipe(whole))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "BriefPrinterCallback", Interrupt)
+        loop.train(build_recipe(broken))
+    assert [path.name for path in runs.list_checkpoints(tmp_path / "broken")] == ["checkpoint-4"]
+    loop.train(build_recipe(broken))
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("broken", "whole"))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
+    # nothing of the optimizer is lost on the way: both rules have their state in the checkpoint
+    state = torch.load(tmp_path / "whole" / "checkpoint-8" / "optimizer.pt", weights_only=True)["state"].values()
+    assert sum("momentum_buffer" in each for each in state) == 12
+    assert sum("exp_avg_sq" in each for each in state) == len(list(state)) - 12 > 0
+
+
+@needs_muon
+def test_accumulated_gradients_are_those_of_the_whole_batch(recipe_values, tmp_path):
+    losses = []
+    for name, more in {"whole": (4, 1), "parts": (1, 4)}.items():
+        more = dict(zip(("per_device_train_batch_size", "gradient_accumulation_steps"), more, strict=True))
+        values = {**recipe_values, "layer_optimizer": "muon", "embedding_dropout": 0.0, "logging_steps": 1, **more}
+        run = loop.train(build_recipe({**values, "output_dir": str(tmp_path / name)}))
+        log = json.loads((run / "log_history.json").read_text())
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    # the iterations are in bfloat16
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@needs_muon
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"muon_momentum": 0.9}, "muon_momentum=0.9 has no effect with layer_optimizer='adamw'"),
+        ({"muon_adjustment": "original"}, "muon_adjustment=original has no effect with layer_optimizer='adamw'"),
+        ({"layer_optimizer": "muon", "muon_momentum": 1}, r"muon_momentum must be in \[0, 1\), got 1"),
+        ({"layer_optimizer": "muon", "optim": "sgd"}, "layer_optimizer=muon needs AdamW .*, got optim='sgd'"),
+        ({"layer_learning_rate": 0.1, "optim": "sgd"}, "layer_learning_rate=0.1 needs AdamW .*, got optim='sgd'"),
+        ({"layer_learning_rate": -1.0}, "layer_learning_rate must be finite and more than 0, got -1.0"),
+        ({"layer_base_width": 0}, "layer_base_width must be at least 1, got 0"),
+        ({"layer_optimizer": "muon", "fsdp_size": 2}, "needs whole matrices, and fsdp_size=2 shards them"),
+        ({"layer_optimizer": "lion"}, "layer_optimizer"),
+        ({"layer_optimizer": "muon", "muon_adjustment": "none"}, "muon_adjustment"),
+    ],
+)
+def test_recipe_that_asks_for_what_has_no_effect_is_refused(recipe_values, values, message):
+    with pytest.raises(UserError, match=message):
+        build_recipe({**recipe_values, **values})
+
+
+def test_recipe_of_muon_on_a_torch_without_it(recipe_values, monkeypatch, capsys, tmp_path):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_values))
+    assert cli.main(["train", str(path), "layer_optimizer=muon"]) == 1
+    assert "layer_optimizer='muon' needs torch 2.9 or newer, found 2" in capsys.readouterr().err
+
+
+@needs_muon
+def test_defaults_of_muon_are_written_out(recipe_values):
+    recipe = build_recipe({**recipe_values, "layer_optimizer": "muon"})
+    assert (recipe.data.muon_momentum, recipe.data.muon_adjustment) == (0.95, "match_rms_adamw")
+    assert build_recipe(recipe.to_dict()).to_dict() == recipe.to_dict()
+
+
+@needs_muon
+def test_plan_knows_muons_state_and_products(recipe_values):
+    adamw, muon = (
+        plan.plan(build_recipe({**recipe_values, "variant": "SM+R", "layer_optimizer": name, **more}))
+        for name, more in (("adamw", {}), ("muon", {"gradient_accumulation_steps": 2}))
+    )
+    matrices = 2 * (4 * 16 * 16 + 2 * 16 * 64)
+    assert adamw["checkpoint"] - muon["checkpoint"] == 4 * matrices
+    assert adamw["optimizer"] - muon["optimizer"] == pytest.approx(4 * matrices, rel=0.05)
+    # five iterations of X X', (X X')(X X') and (..) X on rows of 16, once for two micro-batches of 64 tokens
+    products = 2 * 5 * sum(number * 16 * 16 * (2 * columns + 16) for number, columns in ((8, 16), (4, 64)))
+    assert muon["flops_per_token"] - adamw["flops_per_token"] == pytest.approx(2 * products / 2 / 64 / 2)
