@@ -1,13 +1,18 @@
 """Tiny models of every variant on both backbones."""
 
 import json
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from training.recipe import build_recipe
 
 
+ROOT = Path(__file__).parents[1]
+PAPERS_VARIANTS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
 BACKBONES = {
     "gpt2": {},
     "pythia": {"position_embedding_type": "rotary", "parallel_residual": True, "tie_word_embeddings": False},
@@ -25,18 +30,42 @@ VARIANTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def own_cache(tmp_path_factory):
-    """Data sets and tokenizers of their own for a module that trains."""
+@contextmanager
+def caching_in(cache: Path):
+    """Within, data sets and tokenizers are cached in a folder of the tests' own."""
     with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("cache")
         patch.setattr("training.data.HF_HOME", str(cache))
         patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
         patch.setenv("HF_HOME", str(cache))
         yield
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(scope="module")
+def own_cache(cache):
+    """For a module that trains."""
+    with caching_in(cache):
+        yield
+
+
+@pytest.fixture(scope="session")
+def variant_runs(tmp_path_factory, cache, recipe_values):
+    """Finished runs: the paper's variants, and one whose slopes are learned."""
+    # only where a test trains
+    from training.train import loop
+
+    folder = tmp_path_factory.mktemp("runs")
+    with caching_in(cache):
+        for variant in [*PAPERS_VARIANTS, "SM+LR-layer"]:
+            loop.train(build_recipe({**recipe_values, "variant": variant, "output_dir": str(folder / variant)}))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
     texts = [f"def f{i}(x, y):\n    return x * {i} + y - {i * i % 97}\n" * (3 + i % 5) for i in range(120)]
@@ -44,7 +73,7 @@ def corpus(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recipe_values(corpus):
     """A model that trains in a second."""
     return {

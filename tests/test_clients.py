@@ -28,14 +28,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_lnfree import LNFreeForCausalLM
 
-from .conftest import every_backbone, random_ids, tiny_config, tiny_model
-from .test_convert import remove_layernorm_by_scaling, tiny_gpt2, tiny_neox
+from .conftest import ROOT, every_backbone, random_ids, tiny_config, tiny_model
+from .convert.test_convert import remove_layernorm_by_scaling, tiny_gpt2, tiny_neox
 
 
 # what these packages warn about in themselves is not ours to mend
 pytestmark = pytest.mark.filterwarnings("default")
 
-ROOT = Path(__file__).parents[1]
 LICENCE = (ROOT / "LICENSE").read_text()  # a text that does not change
 TEXTS = [LICENCE[start : start + 300] for start in range(0, len(LICENCE), 1000)]
 

@@ -13,10 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_lnfree import LNFreeForCausalLM
 
-from .conftest import tiny_config
+from .conftest import ROOT, tiny_config
 
-
-ROOT = Path(__file__).parents[1]
 
 LOCAL = """
 import transformers

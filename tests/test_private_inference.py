@@ -2,16 +2,14 @@
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .conftest import tiny_model
+from .conftest import ROOT, tiny_model
 
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "private_inference.sh"
 VARIANTS = ["SM+LN+G", "SM+R"]
 

@@ -16,11 +16,8 @@ from modeling_lnfree import LNFreeForCausalLM
 from training import data
 from training.recipe import DataArguments
 
-from .conftest import tiny_config
+from .conftest import ROOT, tiny_config
 from .hub_server import TOKEN, HubServer
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -15,10 +15,9 @@ from modeling_lnfree import (
     LNFreeModel,
 )
 
-from .conftest import tiny_config
+from .conftest import ROOT, tiny_config
 
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modeling_lnfree"
 
 

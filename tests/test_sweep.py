@@ -3,19 +3,16 @@
 import functools
 import itertools
 import json
-import math
 import os
 import random
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,16 +20,13 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from training import cli, runs, sweep
-from training.compare import comparison, seeds
-from training.compare.comparison import _summary_row
 from training.errors import UserError
-from training.plots import plot_gradient_norms, plot_heat_maps
 from training.recipe import build_recipe, load_recipe
-from training.runs import setting_of
 from training.train import checkpoints, loop, trainer
 
+from .conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
+
 STUDY = ROOT / "training" / "sweeps" / "study.yaml"
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -415,7 +409,7 @@ def test_full_disk_is_one_line_and_keeps_the_last_whole_checkpoint(write_sweep, 
     [run_dir] = small_disk.iterdir()
     written = runs.list_checkpoints(run_dir)
     assert 1 <= len(written) < 20 and checkpoints.find_damage(written[-1]) is None
-    last = (run_dir / "loop.log").read_text().splitlines()[-1]
+    last = (run_dir / "train.log").read_text().splitlines()[-1]
     out = capsys.readouterr().out
     assert f"the last whole checkpoint is {written[-1].name}" in last and "cannot be written" in last, last
     assert f"the last whole checkpoint is {written[-1].name}" in out
@@ -435,146 +429,3 @@ def test_read_only_folder_is_one_line(write_sweep, small_disk, capsys):
     recipe = load_recipe(path.with_name("base.yaml"), [f"output_dir={small_disk / 'run'}"])
     with pytest.raises(UserError, match="output_dir=.* cannot be written: Read-only file system"):
         loop.train(recipe)
-
-
-# ------------------------------------------------------------------------------------------ several seeds
-
-
-def fake_run(tmp_path, variant, seed, perplexity, evaluated=(), **recipe):
-    folder = tmp_path / f"{variant}-{seed}"
-    folder.mkdir()
-    log = [{"step": step, "eval_perplexity": value} for step, value in evaluated]
-    (folder / "log_history.json").write_text(json.dumps([*log, {"step": 40, "eval_perplexity": perplexity}]))
-    return {
-        **{"folder": folder, "variant": variant, "seed": seed, "perplexity": perplexity, "recipe": recipe},
-        **{"train_tokens": 4000, "train_steps": 40},
-        "attention_entropy": {"entropy": [[1.0, 2.0], [seed, seed]]},
-    }
-
-
-def test_intervals_and_paired_changes_over_seeds(tmp_path):
-    perplexities = {"SM+LN+G": (100, 110, 120), "SM+G": (130, 140, 150), "SM+R": (120, 133, 141)}
-    runs = [
-        fake_run(tmp_path, variant, seed, value)
-        for variant, values in perplexities.items()
-        for seed, value in zip((1, 2, 3), values, strict=True)
-    ]
-    summary = seeds.summarise(runs)
-    by_name = {row["configuration"]: row for row in summary["configurations"]}
-    # Student's t with 2 degrees of freedom: 4.3027
-    losses = [math.log(value) for value in (130, 140, 150)]
-    half = 4.302653 * statistics.stdev(losses) / math.sqrt(3)
-    mean = statistics.mean(losses)
-    assert by_name["SM+G"]["perplexity"] == pytest.approx(math.exp(mean))
-    ends = [math.exp(mean - half), math.exp(mean + half)]
-    assert by_name["SM+G"]["perplexity_interval"] == pytest.approx(ends, rel=1e-6)
-    assert by_name["SM+G"]["entropy_by_layer"] == [1.5, 2.0] and by_name["SM+LN+G"]["change"] is None
-    changes = [100 * (120 / 130 - 1), 100 * (133 / 140 - 1), 100 * (141 / 150 - 1)]
-    [pair] = summary["pairs"]
-    assert (pair["first"], pair["second"]) == ("SM+R", "SM+G")
-    assert list(pair["change"]["by_seed"].values()) == pytest.approx(changes)
-    logs = np.log1p(np.array(changes) / 100)
-    assert pair["change"]["mean"] == pytest.approx(100 * np.expm1(np.mean(logs)))
-    # all 27 resamples of three values, each as likely as the others: the quantiles of their means
-    means = sorted(100 * np.expm1(np.mean(sample)) for sample in itertools.product(logs, repeat=3))
-    expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf").tolist()
-    assert pair["change"]["bootstrap_interval"] == pytest.approx(expected)
-
-
-def test_a_change_says_how_many_seeds_it_is_over(tmp_path):
-    runs = [fake_run(tmp_path, "SM+LN+G", seed, 10.0) for seed in (1, 2)]
-    runs += [fake_run(tmp_path, "SM+R", seed, 9.0) for seed in (1, 2, 3)]
-    baseline, row = seeds.summarise(runs)["configurations"]
-    assert _summary_row(row).startswith("| SM+R | 3 | 9.000 | 9.000 to 9.000 | -10.00 % (2 of the seeds) |")
-    assert _summary_row(baseline) == "| SM+LN+G | 2 | 10.000 |  | 0 |  |  |"
-
-
-def test_logarithmic_axes_have_plain_numbers(tmp_path):
-    runs = [fake_run(tmp_path, "SM+R", 1, 10.0)]
-    (runs[0]["folder"] / "gradient_norm.jsonl").write_text(json.dumps({"norms": [0.35] * 10 + [0.65] * 10}))
-    figure = plot_gradient_norms(runs)
-    figure.canvas.draw()
-    axis = figure.axes[0].yaxis
-    labels = [label.get_text() for label in axis.get_ticklabels() + axis.get_ticklabels(minor=True)]
-    assert {"0.4", "0.5", "0.6"} <= set(labels) and not any("e" in label for label in labels)
-
-
-def test_the_same_run_twice_is_an_error(tmp_path):
-    run = fake_run(tmp_path, "SM+R", 1, 10.0)
-    with pytest.raises(UserError, match="SM\\+R-1 and .*copy are the same run, SM\\+R with seed 1"):
-        seeds.summarise([run, {**run, "folder": tmp_path / "copy"}])
-
-
-def test_fewer_than_three_seeds_give_no_interval(tmp_path):
-    runs = [fake_run(tmp_path, variant, seed, 10.0 + seed) for variant in ("SM+R", "SM+G") for seed in (1, 2)]
-    summary = seeds.summarise(runs)
-    assert all(row["perplexity_interval"] is None for row in summary["configurations"])
-    assert summary["pairs"][0]["change"]["t_interval"] is summary["pairs"][0]["change"]["bootstrap_interval"] is None
-    # only seeds that both have are paired
-    assert seeds.paired_change({1: runs[0]}, {2: runs[1]}) is None
-    assert seeds.t_interval([1.0, math.inf, 2.0]) is seeds.bootstrap_interval([1.0, math.nan, 2.0]) is None
-
-
-def test_crossing_is_the_first_evaluation_from_which_the_lead_stays(tmp_path):
-    gelu = fake_run(tmp_path, "SM+G", 1, 5, [(10, 9), (20, 8), (30, 7), (40, 6)])
-    relu = fake_run(tmp_path, "SM+R", 1, 4, [(10, 8), (20, 9), (30, 6), (40, 5)])
-    never = fake_run(tmp_path, "SM+LN+R", 1, 4, [(10, 10), (20, 9), (30, 9), (40, 9)])
-    assert seeds.ahead({1: relu}, {1: gelu}) == {"1": {"first_leads": True, "from_tokens": 3000}}
-    assert seeds.ahead({1: never}, {1: gelu}) == {"1": {"first_leads": False, "from_tokens": 1000}}
-    assert seeds.ahead({1: fake_run(tmp_path, "SM+LN+G", 1, 4)}, {1: gelu}) == {}
-
-
-def test_runs_of_other_data_are_not_compared_and_those_of_an_older_recipe_are():
-    run = {"backbone": "gpt2", "block_size": 16, "dataset": "stdlib", "train_tokens": 64, "recipe": {"hidden_size": 8}}
-    assert setting_of({**run, "recipe": {"hidden_size": 8, "streaming": False, "seed": 3}}) == setting_of(run)
-    for other in ({"separate_documents": True}, {"streaming": True}, {"hidden_size": 16}):
-        assert setting_of({**run, "recipe": {**run["recipe"], **other}}) != setting_of(run)
-
-
-def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path, capsys, monkeypatch):
-    variants = ["SM+G", "SM+R"]
-    settings = [{"variant": variant, "seed": seed} for seed in (1, 2, 3) for variant in variants]
-    settings += [{"variant": "SM+LR-layer", "decay_slopes": decay} for decay in (True, False)]
-    settings += [{"variant": "SM+R", "initializer_range": 0.2}]
-    for index, setting in enumerate(settings):
-        values = {
-            **recipe_values,
-            "max_steps": 4,
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-            "save_strategy": "no",
-            **setting,
-        }
-        loop.train(build_recipe({**values, "output_dir": str(tmp_path / str(index))}))
-    drawn = []
-    monkeypatch.setattr(comparison, "plot_heat_maps", lambda *args: drawn.append(args[1]) or plot_heat_maps(*args))
-    assert cli.main(["compare", str(tmp_path)]) == 0
-    # no two panels of the one picture look the same
-    assert len(drawn[0]) == len(set(drawn[0])) == 9 and drawn[0][-1].endswith("seed 1337\ninitializer_range=0.2")
-    assert str(tmp_path / "report" / "report.html") in capsys.readouterr().out
-    written = json.loads((tmp_path / "report" / "comparison.json").read_text())
-    titles = [group["title"].split("tokens, ")[1] for group in written["groups"]]
-    assert titles == ["initializer_range=0.1", "initializer_range=0.2"]
-    rows = {row["configuration"]: row for row in written["groups"][0]["summary"]["configurations"]}
-    assert list(rows) == [*variants, "SM+LR-layer", "SM+LR-layer, slopes decayed"]
-    for variant in variants:
-        measured = [
-            runs.read_results(tmp_path / str(i))["perplexity"] for i in range(6) if i % 2 == variants.index(variant)
-        ]
-        assert rows[variant]["perplexity"] == pytest.approx(statistics.geometric_mean(measured))
-        assert rows[variant]["seeds"] == [1, 2, 3]
-    markdown = (tmp_path / "report" / "report.md").read_text()
-    page = (tmp_path / "report" / "report.html").read_text()
-    for text in (
-        f"| SM+R | 3 | {rows['SM+R']['perplexity']:.3f} |",
-        "SM+R against SM+G, paired over 3 seeds: ",
-        "SM+LR-layer, slopes decayed, seed 1337: negative slopes from 0.0100, 0.0100 to ",
-    ):
-        assert text in markdown, text
-    assert "negative slopes from 0.0100, 0.0100 to " in page and f"<td>{rows['SM+R']['perplexity']:.3f}</td>" in page
-    cost = page.split("<h3>Under encryption</h3>")[1].split("</table>")[0]
-    heads, *rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in cost.split("<tr>")[1:]]
-    assert dict(zip(heads, rows[1], strict=True))["configuration"] == "SM+R" and "ReLU" in heads
-    # all that the page needs is in it
-    assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page and "@import" not in page
-    assert page.count('src="data:image/png;base64,') == 8 + 7

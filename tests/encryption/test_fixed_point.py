@@ -14,7 +14,7 @@ from training.encryption.fixed_point import (
     measure_fixed_point,
 )
 
-from .conftest import every_backbone, every_variant, random_ids, tiny_model
+from ..conftest import every_backbone, every_variant, random_ids, tiny_model
 
 
 def inputs():

@@ -1,9 +1,7 @@
 """Publishing to a Hub on loopback, by the real client over real HTTP, with its faults; and loading back from there."""
 
-import io
 import json
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -16,7 +14,7 @@ import torch
 import yaml
 from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard, constants
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from model_cards.card import build_card, model_name
 from modeling_lnfree import LNFreeConfig
@@ -26,93 +24,13 @@ from training.hub import export, publish
 from training.recipe import DataArguments, build_recipe
 from training.train import loop, stability
 
-from .hub_server import OTHER_TOKEN, TOKEN, HubServer
+from ..conftest import ROOT
+from ..hub_server import OTHER_TOKEN, TOKEN
+from .conftest import MODELS, environment, holds, release
+from .test_problems import write_nan
 
 
-ROOT = Path(__file__).parents[1]
-MODELS = ["lnfree-gpt2-sm-ln-g-t16", "lnfree-gpt2-sm-r-t16"]
 WRITES = r"^/(api/(repos|collections|.*/(commit|tag|branch)/)|lfs)"
-
-
-@pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory):
-    """Finished runs of two variants, one of them with two seeds and a checkpoint in the middle."""
-    folder, cache = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache")
-    corpus = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
-    texts = [f"def f{i}(x, y):\n    return x * {i} + y - {i * i % 97}\n" * (3 + i % 5) for i in range(120)]
-    corpus.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
-    values = {"dataset": str(corpus), "eval_fraction": 0.2, "vocab_size": 300, "block_size": 16, "hidden_size": 16}
-    values |= {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.1, "max_steps": 8}
-    values |= {"per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 2, "entropy_steps": 4}
-    values |= {"entropy_sequences": 5, "save_steps": 4, "disable_tqdm": True}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "HF_HOME", str(cache))
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
-        for variant, seed in (("SM+LN+G", 5), ("SM+R", 7), ("SM+R", 5)):
-            run_dir = folder / f"{variant}-{seed}"
-            loop.train(build_recipe({**values, "variant": variant, "seed": seed, "output_dir": str(run_dir)}))
-            shutil.rmtree(run_dir / "checkpoint-8")
-            if (variant, seed) != ("SM+R", 5):
-                shutil.rmtree(run_dir / "checkpoint-4")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built(runs_dir, tmp_path_factory):
-    return publish.build(runs.find_runs(runs_dir), "me", tmp_path_factory.mktemp("built"), checkpoints=True)
-
-
-@pytest.fixture
-def family(built, tmp_path):
-    """Everything to publish, in folders of the test's own."""
-    copies = []
-    for publication in built:
-        folder = shutil.copytree(
-            publication.folder, tmp_path / "family" / publication.branch / publication.folder.name
-        )
-        copies.append(publish.Publication(publication.repo_id, publication.kind, folder, publication.branch))
-    return copies
-
-
-@pytest.fixture
-def small(family):
-    """The two repositories that are small and go through everything."""
-    return [publication for publication in family if publication.kind != "model"]
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with HubServer().running() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        for name, value in environment(running).items():
-            monkeypatch.setenv(name, value)
-        yield running
-
-
-def environment(server) -> dict[str, str]:
-    return {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-
-
-def refresh(publications):
-    """As a new process would start."""
-    return [publish.Publication(p.repo_id, p.kind, p.folder, p.branch) for p in publications]
-
-
-def release(publications, **options):
-    publications = refresh(publications)
-    publish.release(HfApi(), publications, **options)
-    return publications
-
-
-def holds(server, publication) -> bool:
-    """Whether a repository's branch holds a folder, byte by byte."""
-    repository = server.repository(publication.repo_id, f"{publication.kind}s")
-    files = dict(repository.find(publication.branch).files)
-    del files[".gitattributes"]
-    paths = [path for path in publication.folder.rglob("*") if path.is_file()]
-    return files == {path.relative_to(publication.folder).as_posix(): path.read_bytes() for path in paths}
 
 
 # ------------------------------------------------------------------------------------------ what arrives
@@ -348,82 +266,6 @@ def test_folder_without_runs_is_told_before_a_token_is_asked_for(server, tmp_pat
     assert cli.main(["publish", str(tmp_path / name), "--namespace", "me"]) == 1
     assert re.fullmatch(f"lnfree publish: error: .*{message}.*\n", capsys.readouterr().err)
     assert server.requests == []
-
-
-def write_nan(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit(name, change):
-    def tamper(folder):
-        (folder / name).write_text(change((folder / name).read_text()))
-
-    return tamper
-
-
-def disguise(folder):
-    buffer = io.BytesIO()
-    torch.save({"weight": torch.ones(2)}, buffer)
-    (folder / "weights.dat").write_bytes(buffer.getvalue())
-
-
-def grow(folder):
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.truncate(50 * 10**9 + 1)  # sparse: takes no room
-
-
-REFUSED = {
-    "NaN weights": (write_nan, "model.safetensors: model.layers.0.mlp.up_proj.weight has NaN or infinite entries"),
-    "a pickle": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin is a pickle"),
-    "a plain pickle": (lambda f: (f / "weights").write_bytes(pickle.dumps([1])), "weights is a pickle"),
-    "a pickle under another name": (disguise, "weights.dat is a pickle"),
-    "a link out of the folder": (
-        lambda folder: (folder / "data.json").symlink_to("/etc/hostname"),
-        "data.json is a link out of the folder",
-    ),
-    "a file over the limit": (grow, "model.safetensors has 50 GB, the Hub takes 50 GB"),
-    "weights that are none": (
-        lambda folder: (folder / "model.safetensors").write_bytes(b"junk"),
-        "model.safetensors: is not safetensors",
-    ),
-    "the token": (edit("recipe.yaml", lambda text: f"{text}hub_token: {TOKEN}\n"), "recipe.yaml holds the token"),
-    "a local path": (
-        edit("config.json", lambda text: text.replace("{", '{"_name_or_path": "/home/somebody/runs/x",', 1)),
-        "config.json holds '/home/somebody'",
-    ),
-    "a path of Windows": (
-        edit("results.json", lambda text: text.replace("{", r'{"dataset": "C:\\Users\\somebody\\x",', 1)),
-        r"results.json holds 'C:\\\\Users'",
-    ),
-    "the user's name": (
-        edit("README.md", lambda text: f"{text}\nTrained by j.doe-smith on a laptop.\n"),
-        "README.md holds 'j.doe-smith'",
-    ),
-    "a card without results": (
-        edit("README.md", lambda text: re.sub(r"model-index:\n.*?(?=---\n)", "", text, flags=re.S)),
-        "its card has no result for perplexity",
-    ),
-    "a card with a result that is NaN": (
-        edit("README.md", lambda text: re.sub(r"value: [\d.]+", "value: .nan", text, count=1)),
-        "its card has no result for perplexity",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_folder_is_refused(server, family, what):
-    tamper, message = REFUSED[what]
-    assert publish.find_problems(family[1], ["j.doe-smith"]) == []
-    tamper(family[1].folder)
-    problems = publish.find_problems(family[1], ["j.doe-smith"])
-    assert any(message in problem and f"me/{MODELS[1]}" in problem for problem in problems), problems
-
-
-def test_ids_of_the_hub_are_no_secrets(server, family):
-    edit("results.json", lambda text: text.replace("{", '{"dataset": "j.doe-smith/code",', 1))(family[1].folder)
-    assert publish.find_problems(family[1], ["j.doe-smith"]) == []
 
 
 def test_broken_run_is_refused_before_anything_is_published(server, runs_dir, tmp_path, capsys):

@@ -18,10 +18,10 @@ from training.errors import UserError
 from training.recipe import DataArguments, build_recipe
 from training.train import loop, plan
 
-from .hub_server import TOKEN, HubServer
+from ..conftest import ROOT
+from ..hub_server import TOKEN, HubServer
 
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = [f"x{i:04d} = {i * i % 9973:06d}" for i in range(96)]  # 14 bytes: with its end, a block of 15 tokens
 
 

@@ -18,7 +18,7 @@ from training.errors import UserError
 from training.recipe import build_recipe
 from training.train import callbacks, checkpoints, loop, stability
 
-from .conftest import random_ids, tiny_model
+from ..conftest import random_ids, tiny_model
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -8,14 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
+from ..conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
+
 # without munge, cgroups and GPUs
 CONFIGURATION = """
 ClusterName=test

@@ -8,7 +8,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausal
 from modeling_lnfree import LNFreeForCausalLM
 from training.encryption.counting import comparison, count_operations, difference, table
 
-from .conftest import every_backbone, every_variant, tiny_config
+from ..conftest import every_backbone, every_variant, tiny_config
 
 
 SIZES = [

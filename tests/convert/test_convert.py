@@ -23,7 +23,7 @@ from training.cli import main
 from training.convert.convert import convert
 from training.errors import UserError
 
-from .conftest import random_ids, tiny_model
+from ..conftest import random_ids, tiny_model
 
 
 GPT2_SIZES = {"vocab_size": 99, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
@@ -302,7 +302,7 @@ def test_no_weight_is_held_twice(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "stock", max_shard_size="50MB")
     size = sum(path.stat().st_size for path in (tmp_path / "stock").glob("*.safetensors"))
     code = (
-        "import sys, time, threading\nfrom pathlib import Path\nfrom training.convert import convert\n"
+        "import sys, time, threading\nfrom pathlib import Path\nfrom training.convert.convert import convert\n"
         "def anonymous():\n"
         "    line = next(x for x in Path('/proc/self/status').read_text().splitlines() if x.startswith('RssAnon'))\n"
         "    return 1024 * int(line.split()[1])\n"
@@ -316,7 +316,7 @@ def test_no_weight_is_held_twice(tmp_path):
         "print(peak[0] - start)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "stock"), str(tmp_path / "ours")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.splitlines()[-1]) < 1.5 * size
 

@@ -15,8 +15,7 @@ from training.benchmark.models import build_lnfree, count_flops
 from training.benchmark.sections import SECTIONS
 from training.benchmark.timing import peak_memory
 
-
-ROOT = Path(__file__).parents[1]
+from ..conftest import ROOT
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM
@@ -24,18 +22,10 @@ from training.errors import UserError
 from training.recipe import build_recipe
 from training.train import callbacks, loop, stability, trainer
 
+from ..conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
-VARIANTS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
+
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory, own_cache, recipe_values):
-    folder = tmp_path_factory.mktemp("runs")
-    for variant in [*VARIANTS, "SM+LR-layer"]:
-        loop.train(build_recipe({**recipe_values, "variant": variant, "output_dir": str(folder / variant)}))
-    return folder
 
 
 def eval_blocks(values):
@@ -48,13 +38,13 @@ def eval_blocks(values):
 # ------------------------------------------------------------------------------------------ what a run measures
 
 
-def test_perplexity_is_exp_of_summed_nll_over_all_tokens(runs_dir, recipe_values):
+def test_perplexity_is_exp_of_summed_nll_over_all_tokens(variant_runs, recipe_values):
     blocks = eval_blocks(recipe_values)
-    model = LNFreeForCausalLM.from_pretrained(runs_dir / "SM+R" / "model").eval().double()
+    model = LNFreeForCausalLM.from_pretrained(variant_runs / "SM+R" / "model").eval().double()
     with torch.no_grad():
         log_probs = model(blocks).logits.log_softmax(-1)[:, :-1]
     nll = -log_probs.gather(-1, blocks[:, 1:, None]).sum().item()
-    results = runs.read_results(runs_dir / "SM+R")
+    results = runs.read_results(variant_runs / "SM+R")
     assert results["eval_tokens"] == blocks[:, 1:].numel()
     assert results["perplexity"] == pytest.approx(math.exp(nll / blocks[:, 1:].numel()), rel=1e-5)
 
@@ -66,9 +56,9 @@ def naive_entropy(model_dir, blocks):
     return -torch.special.xlogy(attentions, attentions).sum(-1).mean((1, 3))
 
 
-def test_entropy_of_the_evaluation_part_matches_float64_maps(runs_dir, recipe_values):
-    measured = runs.read_results(runs_dir / "SM+R")["attention_entropy"]
-    expected = naive_entropy(runs_dir / "SM+R" / "model", eval_blocks(recipe_values))
+def test_entropy_of_the_evaluation_part_matches_float64_maps(variant_runs, recipe_values):
+    measured = runs.read_results(variant_runs / "SM+R")["attention_entropy"]
+    expected = naive_entropy(variant_runs / "SM+R" / "model", eval_blocks(recipe_values))
     torch.testing.assert_close(torch.tensor(measured["entropy"]).double(), expected, atol=2e-5, rtol=0)
     largest = sum(math.log(i + 1) for i in range(16)) / 16
     assert torch.tensor(measured["max_entropy"]).allclose(torch.tensor(largest))
@@ -77,38 +67,38 @@ def test_entropy_of_the_evaluation_part_matches_float64_maps(runs_dir, recipe_va
     assert measured["nan_count"] == [0, 0]
 
 
-def test_probe_is_measured_at_the_start_every_n_steps_and_at_the_end(runs_dir, recipe_values):
-    records = files.read_records(runs_dir / "SM+R" / "attention_entropy.jsonl")
+def test_probe_is_measured_at_the_start_every_n_steps_and_at_the_end(variant_runs, recipe_values):
+    records = files.read_records(variant_runs / "SM+R" / "attention_entropy.jsonl")
     assert [record["step"] for record in records] == [0, 3, 6, 8]
-    expected = naive_entropy(runs_dir / "SM+R" / "model", eval_blocks(recipe_values)[:5])
+    expected = naive_entropy(variant_runs / "SM+R" / "model", eval_blocks(recipe_values)[:5])
     torch.testing.assert_close(torch.tensor(records[-1]["entropy"]).double(), expected, atol=2e-5, rtol=0)
 
 
-def test_measurements_go_through_the_trainers_log(runs_dir):
-    log = json.loads((runs_dir / "SM+LR-layer" / "log_history.json").read_text())
+def test_measurements_go_through_the_trainers_log(variant_runs):
+    log = json.loads((variant_runs / "SM+LR-layer" / "log_history.json").read_text())
     entropies = {entry["step"]: entry for entry in log if "attention_entropy/mean" in entry}
     slopes = {entry["step"]: entry for entry in log if "negative_slope/1" in entry}
     assert sorted(entropies) == sorted(slopes) == [0, 3, 6, 8]
-    records = files.read_records(runs_dir / "SM+LR-layer" / "attention_entropy.jsonl")
+    records = files.read_records(variant_runs / "SM+LR-layer" / "attention_entropy.jsonl")
     for record in records:
         assert entropies[record["step"]]["attention_entropy/layer_1/head_0"] == record["entropy"][1][0]
         assert entropies[record["step"]]["attention_nan_count/layer_1"] == 0
-    slope_records = files.read_records(runs_dir / "SM+LR-layer" / "negative_slope.jsonl")
+    slope_records = files.read_records(variant_runs / "SM+LR-layer" / "negative_slope.jsonl")
     assert slope_records[0]["slopes"] == pytest.approx([0.01, 0.01])
     assert slope_records[-1]["slopes"][0] != slope_records[0]["slopes"][0]
     # measuring takes no step's loss out of the log
     assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6, 8]
 
 
-def test_measuring_changes_nothing(runs_dir, recipe_values, tmp_path):
+def test_measuring_changes_nothing(variant_runs, recipe_values, tmp_path):
     values = {**recipe_values, "variant": "SM+R", "entropy_steps": 1, "output_dir": str(tmp_path)}
     loop.train(build_recipe(values))
-    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, runs_dir / "SM+R"))
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, variant_runs / "SM+R"))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
-def test_nan_in_the_attention_is_counted_and_never_a_number(runs_dir):
-    model = LNFreeForCausalLM.from_pretrained(runs_dir / "SM+R" / "model").eval()
+def test_nan_in_the_attention_is_counted_and_never_a_number(variant_runs):
+    model = LNFreeForCausalLM.from_pretrained(variant_runs / "SM+R" / "model").eval()
     model.model.layers[1].self_attn.q_proj.weight.data[:8] = math.nan  # the first of two heads
     probe = torch.randint(300, (3, 16))
     callback = callbacks.MeasurementCallback(
@@ -141,12 +131,12 @@ def test_weight_decay_reaches_learned_slopes_only_when_asked(recipe_values, deca
 # ------------------------------------------------------------------------------------------ interruption
 
 
-def test_finished_run_is_left_as_it_is_and_another_recipe_is_refused(runs_dir, recipe_values, capsys):
-    values = {**recipe_values, "variant": "SM+R", "output_dir": str(runs_dir / "SM+R")}
-    before = (runs_dir / "SM+R" / "results.json").stat().st_mtime_ns
+def test_finished_run_is_left_as_it_is_and_another_recipe_is_refused(variant_runs, recipe_values, capsys):
+    values = {**recipe_values, "variant": "SM+R", "output_dir": str(variant_runs / "SM+R")}
+    before = (variant_runs / "SM+R" / "results.json").stat().st_mtime_ns
     loop.train(build_recipe(values))
     assert "is finished: perplexity" in capsys.readouterr().out
-    assert (runs_dir / "SM+R" / "results.json").stat().st_mtime_ns == before
+    assert (variant_runs / "SM+R" / "results.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="holds a run with learning_rate=0.01, this recipe has 0.02"):
         loop.train(build_recipe({**values, "learning_rate": 0.02}))
 
@@ -258,7 +248,7 @@ def test_reporting_that_cannot_be_done_is_told_before_the_data(recipe_values, re
 
 
 @pytest.mark.parametrize("moment", ["after a checkpoint", "in the middle of a checkpoint"])
-def test_run_killed_resumes_bitwise(runs_dir, recipe_values, tmp_path, moment):
+def test_run_killed_resumes_bitwise(variant_runs, recipe_values, tmp_path, moment):
     path = tmp_path / "recipe.yaml"
     run_dir = tmp_path / "run"
     path.write_text(yaml.safe_dump({**recipe_values, "variant": "SM+R", "output_dir": str(run_dir)}))
@@ -296,28 +286,28 @@ loop.train(load_recipe({str(path)!r}))
     command = [sys.executable, "-m", "training.train", str(path)]
     resumed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run_dir, runs_dir / "SM+R"))
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run_dir, variant_runs / "SM+R"))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
-    results = [runs.read_results(folder) for folder in (run_dir, runs_dir / "SM+R")]
+    results = [runs.read_results(folder) for folder in (run_dir, variant_runs / "SM+R")]
     for key in ("eval_loss", "perplexity", "attention_entropy", "train_tokens"):
         assert results[0][key] == results[1][key], key
-    records = [files.read_records(folder / "attention_entropy.jsonl") for folder in (run_dir, runs_dir / "SM+R")]
+    records = [files.read_records(folder / "attention_entropy.jsonl") for folder in (run_dir, variant_runs / "SM+R")]
     assert records[0] == records[1]
 
 
-def test_diverged_run_ends_with_a_report_and_is_told_by_compare(runs_dir, recipe_values, tmp_path):
+def test_diverged_run_ends_with_a_report_and_is_told_by_compare(variant_runs, recipe_values, tmp_path):
     values = {**recipe_values, "variant": "SM+G-noLNf", "learning_rate": 1e30, "max_grad_norm": 0.0}
     with pytest.raises(stability.UnstableRunError, match="is unstable at step 3, layer 0: the gradient"):
         loop.train(build_recipe({**values, "output_dir": str(tmp_path / "run")}))
-    (tmp_path / "SM+R").symlink_to(runs_dir / "SM+R")
+    (tmp_path / "SM+R").symlink_to(variant_runs / "SM+R")
     assert cli.main(["compare", str(tmp_path)]) == 0
     assert "is unstable at step 3, layer 0" in (tmp_path / "report" / "report.md").read_text()
     assert texts.perplexity(1e4) == math.inf
 
 
-def test_damaged_files_of_a_run_are_told(runs_dir, recipe_values, tmp_path):
+def test_damaged_files_of_a_run_are_told(variant_runs, recipe_values, tmp_path):
     values = {**recipe_values, "variant": "SM+R", "output_dir": str(tmp_path / "SM+R")}
-    shutil.copytree(runs_dir / "SM+R", tmp_path / "SM+R")
+    shutil.copytree(variant_runs / "SM+R", tmp_path / "SM+R")
     # as after a power cut
     (tmp_path / "SM+R" / "results.json").write_text("")
     with pytest.raises(UserError, match="results.json cannot be read: .*; remove it, and the run ends again"):
@@ -370,225 +360,3 @@ def test_two_processes_by_torchrun_measure_the_same_entropy(recipe_values, tmp_p
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
     for ours, theirs in zip(one_records, two_records, strict=True):
         torch.testing.assert_close(torch.tensor(ours["entropy"]), torch.tensor(theirs["entropy"]), atol=1e-4, rtol=0)
-
-
-# ------------------------------------------------------------------------------------------ the comparison
-
-
-def test_report_has_the_papers_table(runs_dir, capsys):
-    assert cli.main(["compare", str(runs_dir)]) == 0
-    report = (runs_dir / "report" / "report.md").read_text()
-    assert f"report: {runs_dir / 'report' / 'report.md'}" in capsys.readouterr().out
-    results = {variant: runs.read_results(runs_dir / variant) for variant in VARIANTS}
-    rows = [line for line in report.splitlines() if line.startswith("| SM+")]
-    assert [row.split(" | ")[0][2:] for row in rows[:5]] == [*VARIANTS, "SM+LR-layer"]
-    for variant, row in zip(VARIANTS, rows, strict=False):
-        change = 100 * (results[variant]["perplexity"] / results["SM+LN+G"]["perplexity"] - 1)
-        assert f"| {results[variant]['perplexity']:.3f} | {change:+.2f} % |" in row
-    headline = 100 * (results["SM+R"]["perplexity"] / results["SM+G"]["perplexity"] - 1)
-    assert f"SM+R against SM+G, paired over 1 seed: {headline:+.2f} % perplexity (seed 1337 " in report
-    comparison = json.loads((runs_dir / "report" / "comparison.json").read_text())
-    assert comparison["groups"][0]["summary"]["pairs"][0]["change"]["by_seed"] == {"1337": pytest.approx(headline)}
-    for row in comparison["groups"][0]["rows"]:
-        assert sum(row["head_distribution"]) == pytest.approx(1)
-        entropy = results.get(row["variant"], runs.read_results(runs_dir / row["variant"]))["attention_entropy"]
-        cost = row["private_cost"]["forward"]["total"]
-        assert sum(cost["layer_norm"]["rows"].values()) == 16 * (5 if "LN" in row["variant"] else 1)
-        assert row["private_cost"]["baseline"]["total"]["gelu"]["elements"] == 2 * 16 * 64
-        assert row["entropy_by_layer"] == pytest.approx([sum(heads) / 2 for heads in entropy["entropy"]])
-    for picture in ("heat_maps.png", "curves.png"):
-        assert (runs_dir / "report" / picture).read_bytes().startswith(b"\x89PNG")
-
-
-def test_report_leaves_out_what_is_not_finished(runs_dir, tmp_path, capsys):
-    (tmp_path / "SM+R").symlink_to(runs_dir / "SM+R")
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "recipe.yaml").write_text("variant: SM+G")
-    assert cli.main(["compare", str(tmp_path), "--output", str(tmp_path / "elsewhere")]) == 0
-    assert "Not finished, and left out: half." in (tmp_path / "elsewhere" / "report.md").read_text()
-    (tmp_path / "SM+R").unlink()
-    assert cli.main(["compare", str(tmp_path)]) == 1
-    assert "no finished run in" in capsys.readouterr().err
-    assert cli.main(["compare", str(tmp_path / "missing")]) == 1
-    assert f"{tmp_path / 'missing'} is not a folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["log_history.json", "attention_entropy.jsonl", "model/config.json"])
-def test_report_names_a_file_of_a_run_that_cannot_be_read(runs_dir, tmp_path, capsys, name):
-    run_dir = tmp_path / "run"
-    shutil.copytree(runs_dir / "SM+R", run_dir)
-    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
-        damage(run_dir / name)
-        assert cli.main(["compare", str(tmp_path)]) == 1
-        assert f"lnfree compare: error: {run_dir / name} cannot be read: " in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------ the export
-
-
-@pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-layer"])
-def test_export_loads_outside_the_project_with_equal_logits(runs_dir, corpus, tmp_path, variant):
-    out_dir = tmp_path / "lnfree-tiny"
-    assert cli.main(["export", str(runs_dir / variant), str(out_dir)]) == 0
-    names = {path.relative_to(out_dir).as_posix() for path in out_dir.rglob("*") if path.is_file()}
-    assert names - {"negative_slope.jsonl", "zero_activations.jsonl"} == {
-        "README.md",
-        "attention_entropy.jsonl",
-        "block.png",
-        "config.json",
-        "configuration_lnfree.py",
-        "curves.png",
-        "generation_config.json",
-        "gradient_norm.jsonl",
-        "heat_map.png",
-        "log_history.json",
-        "model.safetensors",
-        "modeling_lnfree.py",
-        "probe/logits.safetensors",
-        "recipe.yaml",
-        "residual_stream.jsonl",
-        "results.json",
-        "speed.jsonl",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-    assert ("zero_activations.jsonl" in names) == (variant == "SM+R")
-    assert ("negative_slope.jsonl" in names) == (variant == "SM+LR-layer")
-    # every Auto class, in a process of our own making beside the one that the export made
-    script = """
-import sys, torch
-from safetensors.torch import save_file
-from transformers import (
-    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
-)
-folder, inputs = sys.argv[1], torch.arange(20)[None]
-assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "lnfree"
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-body = AutoModel.from_pretrained(folder, trust_remote_code=True)
-assert torch.equal(body(inputs[:, :16]).last_hidden_state, model.model(inputs[:, :16]).last_hidden_state)
-head = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
-assert head(inputs[:, :16]).logits.shape == (1, 3)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def f", max_new_tokens=5, do_sample=False)
-assert text[0]["generated_text"].startswith("def f")
-model.save_pretrained(sys.argv[2])
-again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
-assert "modeling_lnfree" not in sys.modules and "training" not in sys.modules
-save_file({"logits": again(inputs[:, :16]).logits.detach()}, sys.argv[3])
-"""
-    logits, again = tmp_path / "logits.safetensors", tmp_path / "again"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-I", "-c", script, str(out_dir), str(again), str(logits)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    trained = LNFreeForCausalLM.from_pretrained(runs_dir / variant / "model").eval()
-    assert load_file(logits)["logits"].equal(trained(torch.arange(16)[None]).logits)
-    probe = load_file(out_dir / "probe" / "logits.safetensors")
-    torch.testing.assert_close(trained(probe["input_ids"]).logits.detach(), probe["logits"], atol=1e-6, rtol=1e-5)
-    card = (out_dir / "README.md").read_text()
-    assert "## Under encryption" in card and f"| {variant} |" in card
-    assert f"**{runs.read_results(runs_dir / variant)['perplexity']:.3f}**" in card
-    for path in out_dir.iterdir():
-        if path.suffix in (".json", ".md", ".yaml", ".py") and path.name != "tokenizer.json":
-            assert str(runs_dir) not in path.read_text() and str(corpus.parent) not in path.read_text(), path
-
-
-def test_export_is_repeated_over_itself_but_over_nothing_else(runs_dir, tmp_path):
-    from training.hub.export import export
-
-    out_dir = export(runs_dir / "SM+G", tmp_path / "out")
-    assert export(runs_dir / "SM+G", out_dir) == out_dir
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="mine exists and is not an export"):
-        export(runs_dir / "SM+G", tmp_path / "mine")
-    for run in ("SM+G", "SM+R"):
-        with pytest.raises(UserError, match="exists and is not an export"):
-            export(runs_dir / "SM+G", runs_dir / run)
-        assert (runs_dir / run / "model").is_dir()
-    with pytest.raises(UserError, match="is not a finished run"):
-        export(tmp_path, tmp_path / "out2")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
-
-
-def test_export_whose_logits_differ_gets_no_name(runs_dir, tmp_path, monkeypatch):
-    from training.hub import export
-
-    # a save that loses a weight, as a model with a wrong key would
-    save = LNFreeForCausalLM.save_pretrained
-
-    def lossy(self, folder, **kwargs):
-        save(self, folder, **kwargs)
-        path = Path(folder) / "model.safetensors"
-        state = load_file(path)
-        state["model.layers.0.mlp.up_proj.weight"] += 1e-3
-        save_file(state, path, metadata={"format": "pt"})
-
-    monkeypatch.setattr(LNFreeForCausalLM, "save_pretrained", lossy)
-    with pytest.raises(UserError, match="logits differ from the trained model's by up to"):
-        export.export(runs_dir / "SM+R", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-# ------------------------------------------------------------------------------------------ the command
-
-
-def test_every_verb_has_help_with_an_example(capsys):
-    def help_of(*verb: str) -> str:
-        with pytest.raises(SystemExit, match="0"):
-            cli.main([*verb, "--help"])
-        return capsys.readouterr().out
-
-    verbs = re.findall(r"^    (\w+)(?: |$)", help_of(), re.MULTILINE)
-    assert {"train", "sweep", "compare", "export", "measure", "import", "publish", "benchmark"} == set(verbs)
-    for verb in verbs:
-        assert f"example:\n  lnfree {verb} " in help_of(verb)
-
-
-def test_help_imports_nothing_heavy():
-    script = "import sys\nfrom training import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
-    script += "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
-
-
-def test_users_error_is_one_line_and_no_traceback():
-    command = [
-        sys.executable,
-        "-m",
-        "training.cli",
-        "train",
-        str(ROOT / "training/recipes/quick.yaml"),
-        "learnin_rate=1",
-    ]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stdout == ""
-    assert run.stderr == (
-        "lnfree train: error: unknown key 'learnin_rate' in the recipe; the nearest known one is 'learning_rate'\n"
-    )
-
-
-def test_interrupted_training_says_that_it_may_go_on(recipe_values, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    values = {**recipe_values, "max_steps": 100_000, "save_steps": 10, "output_dir": str(tmp_path / "run")}
-    path.write_text(yaml.safe_dump(values))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training.cli", "train", str(path)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell's background job ignores the signal, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    # as a person would: again, if the first falls into a place where Python cannot raise it; not so soon that it falls
-    # into the process's end
-    while process.poll() is None and time.monotonic() < deadline:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=30)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.splitlines()[-1] == "lnfree train: interrupted; the same command goes on"

@@ -1,0 +1,87 @@
+"""What several seeds show."""
+
+import itertools
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from training.compare import seeds
+from training.compare.comparison import _summary_row
+from training.errors import UserError
+
+
+def fake_run(tmp_path, variant, seed, perplexity, evaluated=(), **recipe):
+    folder = tmp_path / f"{variant}-{seed}"
+    folder.mkdir()
+    log = [{"step": step, "eval_perplexity": value} for step, value in evaluated]
+    (folder / "log_history.json").write_text(json.dumps([*log, {"step": 40, "eval_perplexity": perplexity}]))
+    return {
+        **{"folder": folder, "variant": variant, "seed": seed, "perplexity": perplexity, "recipe": recipe},
+        **{"train_tokens": 4000, "train_steps": 40},
+        "attention_entropy": {"entropy": [[1.0, 2.0], [seed, seed]]},
+    }
+
+
+def test_intervals_and_paired_changes_over_seeds(tmp_path):
+    perplexities = {"SM+LN+G": (100, 110, 120), "SM+G": (130, 140, 150), "SM+R": (120, 133, 141)}
+    runs = [
+        fake_run(tmp_path, variant, seed, value)
+        for variant, values in perplexities.items()
+        for seed, value in zip((1, 2, 3), values, strict=True)
+    ]
+    summary = seeds.summarise(runs)
+    by_name = {row["configuration"]: row for row in summary["configurations"]}
+    # Student's t with 2 degrees of freedom: 4.3027
+    losses = [math.log(value) for value in (130, 140, 150)]
+    half = 4.302653 * statistics.stdev(losses) / math.sqrt(3)
+    mean = statistics.mean(losses)
+    assert by_name["SM+G"]["perplexity"] == pytest.approx(math.exp(mean))
+    ends = [math.exp(mean - half), math.exp(mean + half)]
+    assert by_name["SM+G"]["perplexity_interval"] == pytest.approx(ends, rel=1e-6)
+    assert by_name["SM+G"]["entropy_by_layer"] == [1.5, 2.0] and by_name["SM+LN+G"]["change"] is None
+    changes = [100 * (120 / 130 - 1), 100 * (133 / 140 - 1), 100 * (141 / 150 - 1)]
+    [pair] = summary["pairs"]
+    assert (pair["first"], pair["second"]) == ("SM+R", "SM+G")
+    assert list(pair["change"]["by_seed"].values()) == pytest.approx(changes)
+    logs = np.log1p(np.array(changes) / 100)
+    assert pair["change"]["mean"] == pytest.approx(100 * np.expm1(np.mean(logs)))
+    # all 27 resamples of three values, each as likely as the others: the quantiles of their means
+    means = sorted(100 * np.expm1(np.mean(sample)) for sample in itertools.product(logs, repeat=3))
+    expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf").tolist()
+    assert pair["change"]["bootstrap_interval"] == pytest.approx(expected)
+
+
+def test_a_change_says_how_many_seeds_it_is_over(tmp_path):
+    runs = [fake_run(tmp_path, "SM+LN+G", seed, 10.0) for seed in (1, 2)]
+    runs += [fake_run(tmp_path, "SM+R", seed, 9.0) for seed in (1, 2, 3)]
+    baseline, row = seeds.summarise(runs)["configurations"]
+    assert _summary_row(row).startswith("| SM+R | 3 | 9.000 | 9.000 to 9.000 | -10.00 % (2 of the seeds) |")
+    assert _summary_row(baseline) == "| SM+LN+G | 2 | 10.000 |  | 0 |  |  |"
+
+
+def test_the_same_run_twice_is_an_error(tmp_path):
+    run = fake_run(tmp_path, "SM+R", 1, 10.0)
+    with pytest.raises(UserError, match="SM\\+R-1 and .*copy are the same run, SM\\+R with seed 1"):
+        seeds.summarise([run, {**run, "folder": tmp_path / "copy"}])
+
+
+def test_fewer_than_three_seeds_give_no_interval(tmp_path):
+    runs = [fake_run(tmp_path, variant, seed, 10.0 + seed) for variant in ("SM+R", "SM+G") for seed in (1, 2)]
+    summary = seeds.summarise(runs)
+    assert all(row["perplexity_interval"] is None for row in summary["configurations"])
+    assert summary["pairs"][0]["change"]["t_interval"] is summary["pairs"][0]["change"]["bootstrap_interval"] is None
+    # only seeds that both have are paired
+    assert seeds.paired_change({1: runs[0]}, {2: runs[1]}) is None
+    assert seeds.t_interval([1.0, math.inf, 2.0]) is seeds.bootstrap_interval([1.0, math.nan, 2.0]) is None
+
+
+def test_crossing_is_the_first_evaluation_from_which_the_lead_stays(tmp_path):
+    gelu = fake_run(tmp_path, "SM+G", 1, 5, [(10, 9), (20, 8), (30, 7), (40, 6)])
+    relu = fake_run(tmp_path, "SM+R", 1, 4, [(10, 8), (20, 9), (30, 6), (40, 5)])
+    never = fake_run(tmp_path, "SM+LN+R", 1, 4, [(10, 10), (20, 9), (30, 9), (40, 9)])
+    assert seeds.ahead({1: relu}, {1: gelu}) == {"1": {"first_leads": True, "from_tokens": 3000}}
+    assert seeds.ahead({1: never}, {1: gelu}) == {"1": {"first_leads": False, "from_tokens": 1000}}
+    assert seeds.ahead({1: fake_run(tmp_path, "SM+LN+G", 1, 4)}, {1: gelu}) == {}

@@ -1,0 +1,90 @@
+"""What forbids to publish a folder."""
+
+import io
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from training.hub import publish
+
+from ..hub_server import TOKEN
+from .conftest import MODELS
+
+
+def write_nan(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit(name, change):
+    def tamper(folder):
+        (folder / name).write_text(change((folder / name).read_text()))
+
+    return tamper
+
+
+def disguise(folder):
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.ones(2)}, buffer)
+    (folder / "weights.dat").write_bytes(buffer.getvalue())
+
+
+def grow(folder):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(50 * 10**9 + 1)  # sparse: takes no room
+
+
+REFUSED = {
+    "NaN weights": (write_nan, "model.safetensors: model.layers.0.mlp.up_proj.weight has NaN or infinite entries"),
+    "a pickle": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin is a pickle"),
+    "a plain pickle": (lambda f: (f / "weights").write_bytes(pickle.dumps([1])), "weights is a pickle"),
+    "a pickle under another name": (disguise, "weights.dat is a pickle"),
+    "a link out of the folder": (
+        lambda folder: (folder / "data.json").symlink_to("/etc/hostname"),
+        "data.json is a link out of the folder",
+    ),
+    "a file over the limit": (grow, "model.safetensors has 50 GB, the Hub takes 50 GB"),
+    "weights that are none": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"junk"),
+        "model.safetensors: is not safetensors",
+    ),
+    "the token": (edit("recipe.yaml", lambda text: f"{text}hub_token: {TOKEN}\n"), "recipe.yaml holds the token"),
+    "a local path": (
+        edit("config.json", lambda text: text.replace("{", '{"_name_or_path": "/home/somebody/runs/x",', 1)),
+        "config.json holds '/home/somebody'",
+    ),
+    "a path of Windows": (
+        edit("results.json", lambda text: text.replace("{", r'{"dataset": "C:\\Users\\somebody\\x",', 1)),
+        r"results.json holds 'C:\\\\Users'",
+    ),
+    "the user's name": (
+        edit("README.md", lambda text: f"{text}\nTrained by j.doe-smith on a laptop.\n"),
+        "README.md holds 'j.doe-smith'",
+    ),
+    "a card without results": (
+        edit("README.md", lambda text: re.sub(r"model-index:\n.*?(?=---\n)", "", text, flags=re.S)),
+        "its card has no result for perplexity",
+    ),
+    "a card with a result that is NaN": (
+        edit("README.md", lambda text: re.sub(r"value: [\d.]+", "value: .nan", text, count=1)),
+        "its card has no result for perplexity",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_folder_is_refused(server, family, what):
+    tamper, message = REFUSED[what]
+    assert publish.find_problems(family[1], ["j.doe-smith"]) == []
+    tamper(family[1].folder)
+    problems = publish.find_problems(family[1], ["j.doe-smith"])
+    assert any(message in problem and f"me/{MODELS[1]}" in problem for problem in problems), problems
+
+
+def test_ids_of_the_hub_are_no_secrets(server, family):
+    edit("results.json", lambda text: text.replace("{", '{"dataset": "j.doe-smith/code",', 1))(family[1].folder)
+    assert publish.find_problems(family[1], ["j.doe-smith"]) == []
