@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     compare.add_argument("runs_dir", metavar="RUNS_DIR", help="folder whose subfolders are runs")
     compare.add_argument("--output", metavar="DIR", help="where to write the report (default: RUNS_DIR/report)")
+    compare.add_argument("--docs", metavar="DIR", help="of a checkout: put the tables into its pages too")
 
     export = _add_verb(
         verbs,
@@ -146,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     benchmark.add_argument("--compiled", action="store_true", help="the section step also by torch.compile")
     benchmark.add_argument("--json", dest="json_path", metavar="FILE", help="write all figures")
+    benchmark.add_argument("--docs", metavar="DIR", help="of a checkout: put the tables into its pages too")
 
     arguments, rest = parser.parse_known_args(argv)
     # argparse gives `overrides` only what stands before the first option
@@ -180,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.verb == "compare":
             from .compare.comparison import compare
 
-            compare(arguments.runs_dir, arguments.output)
+            compare(arguments.runs_dir, arguments.output, arguments.docs)
         elif arguments.verb == "export":
             from .hub.export import export
 

@@ -69,7 +69,7 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def _commit() -> str | None:
+def find_commit() -> str | None:
     """The project's commit where it runs from a clone, with `-dirty` after it if files differ from that commit."""
     for command in ("ls-files --error-unmatch runs.py", "describe --always --dirty --abbrev=40 --exclude=*"):
         try:

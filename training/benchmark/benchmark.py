@@ -1,9 +1,6 @@
 """`lnfree benchmark`: what training, measuring, generating and starting cost, beside what else a user could take."""
 
-import importlib.metadata
 import json
-import platform
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,8 @@ import torch
 
 from ..errors import UserError
 from ..files import write_atomically
+from ..pages import check_docs, format_head, format_row, machine, write_table
+from ..runs import library_versions
 from .models import SIZES
 from .sections import SECTIONS, Settings
 
@@ -22,6 +21,7 @@ def benchmark(
     lengths: list[int],
     compiled: bool = False,
     json_path: str | None = None,
+    docs: str | None = None,
 ) -> dict[str, Any]:
     """
     Runs the sections of `SECTIONS` (all if none is named) at the sizes of `SIZES`, and prints a Markdown table for
@@ -32,9 +32,10 @@ def benchmark(
         lengths: sequence lengths of the section `entropy`.
         compiled: the section `step` also with `torch.compile`.
         json_path: file of all figures, written anew after each row.
+        docs: folder `docs` of a checkout, in whose pages the sections' tables are replaced, each when it is whole.
 
     Raises:
-        UserError: for a section or a size that there is not, and for a number below 1.
+        UserError: for a section or a size that there is not, for a number below 1, and for a folder of another kind.
     """
     sections = sections or list(SECTIONS)
     for value in (rounds, *lengths):
@@ -44,16 +45,15 @@ def benchmark(
         for value in given:
             if value not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if docs is not None:
+        check_docs(docs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
-    document = {"device": name, "rounds": rounds, "versions": {"python": platform.python_version(), **versions}}
-    print(
-        f"{name}; medians of {rounds} rounds; torch {versions['torch']}, transformers {versions['transformers']}",
-        end="\n\n",
-    )
+    document = {"device": machine(), "rounds": rounds, "versions": library_versions()}
+    versions = f"torch {document['versions']['torch']}, transformers {document['versions']['transformers']}"
+    print(f"{document['device']}; medians of {rounds} rounds; {versions}", end="\n\n")
     settings = Settings(sizes, rounds, lengths, device, compiled)
     document["sections"] = {}
+    options = f"--rounds {rounds}" + " --compiled" * compiled
     for section in sections:
         rows = document["sections"][section] = []
         title, run = SECTIONS[section]
@@ -61,28 +61,15 @@ def benchmark(
         # row by row: at the paper's sizes each takes minutes
         for row in run(settings):
             if not rows:
-                print(f"| {' | '.join(row)} |\n{'|---' * len(row)}|")
-            print(f"| {' | '.join(_format(name, value) for name, value in row.items())} |", flush=True)
+                print("\n".join(format_head(row)))
+            print(format_row(row), flush=True)
             rows.append(row)
             if json_path is not None:
                 write_atomically(Path(json_path), json.dumps(document, indent=1))
         print(flush=True)
+        if docs is not None:
+            for size in dict.fromkeys(row.get("size") for row in rows):
+                name, sizes_option = (f"{section}-{size}", f" --sizes {size}") if size else (section, "")
+                command = f"lnfree benchmark {section}{sizes_option} {options}"
+                write_table(docs, name, [row for row in rows if row.get("size") == size], command)
     return document
-
-
-def _processor() -> str:
-    if Path("/proc/cpuinfo").is_file():
-        match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-        if match:
-            return match[1]
-    return platform.processor() or "CPU"
-
-
-def _format(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return str(value)
-    if name.startswith(("of ", "peak of", "record /", "maps /", "speed-up", "exponent", "share", "time outside")):
-        return f"{value:.3f}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"

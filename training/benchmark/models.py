@@ -1,6 +1,5 @@
 """What is timed: the variants and the stock models at the same sizes, and their training steps."""
 
-
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -13,13 +13,14 @@ from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from ..encryption.counting import BASELINE, count_operations
 from ..errors import UserError
 from ..files import read_json, read_records, write_atomically
+from ..pages import check_docs, machine, write_table
 from ..plots import plot_curves, plot_heat_maps, run_title
 from ..runs import RESULTS, configuration, papers_order, read_results, setting_of, why_unstable
 from .page import RANGES, build_html, cost_lines
 from .seeds import LEAST_SEEDS, summarise
 
 
-def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
+def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | Path | None = None) -> Path:
     """
     Compares the finished runs below a folder; writes `report.md`, `report.html` (one file, for a browser),
     `comparison.json`, `heat_maps.png`, `curves.png`.
@@ -27,6 +28,7 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     Args:
         runs_dir: folder whose subfolders are runs.
         output: folder of the report; `runs_dir/report` by default.
+        docs: folder `docs` of a checkout, in whose pages the tables that have the name of `runs_dir` are replaced.
 
     Returns:
         The path of `report.md`.
@@ -35,6 +37,8 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
         UserError: if there is no such folder or no finished run, or a file of one cannot be read.
     """
     runs_dir = Path(runs_dir)
+    if docs is not None:
+        check_docs(docs)
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir} is not a folder")
     folders = sorted(path.parent for path in runs_dir.glob("*/recipe.yaml"))
@@ -65,6 +69,15 @@ def compare(runs_dir: str | Path, output: str | Path | None = None) -> Path:
     write_atomically(output / "report.md", report)
     page = build_html(groups, runs_of_groups, unfinished)
     write_atomically(output / "report.html", page)
+    if docs is not None:
+        origin = {
+            "machine": machine(runs[0]["hardware"]),
+            "versions": runs[0]["versions"],
+            "commit": runs[0]["commit"],
+        }
+        for name, (rows, formats) in _tables(groups).items():
+            name = f"{runs_dir.resolve().name}-{name}"
+            write_table(docs, name, rows, f"lnfree compare {runs_dir}", formats, **origin)
     print(report)
     print(f"report: {output / 'report.md'}, and for a browser {output / 'report.html'}")
     return output / "report.md"
@@ -212,6 +225,33 @@ def _markdown(groups: list[dict[str, Any]], unfinished: dict[str, str]) -> str:
         told = ", ".join(f"{name} {why}".strip() for name, why in unfinished.items())
         lines += [f"Not finished, and left out: {told}.", ""]
     return "\n".join(lines)
+
+
+def _tables(groups: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]], dict[str, str]]]:
+    """Rows and formats of the tables for the docs: what every configuration reaches, pairs, entropies by layer."""
+    results, pairs, entropies = [], [], []
+    for group in groups:
+        setting = {"setting": group["title"]} if len(groups) > 1 else {}
+        for row in group["summary"]["configurations"]:
+            named = {**setting, "configuration": row["configuration"]}
+            reached = [each["perplexity"] for each in group["rows"] if each["configuration"] == row["configuration"]]
+            seeds = ", ".join(map(str, row["seeds"]))
+            results.append({**named, "seeds": seeds, "perplexity": reached, **_change(row["change"])})
+            layers = enumerate(row["entropy_by_layer"])
+            entropies.append({**named, **{f"layer {layer}": entropy for layer, entropy in layers}})
+        for pair in group["summary"]["pairs"]:
+            named = {"first": pair["first"], "against": pair["second"], "pairs": len(pair["change"]["by_seed"])}
+            pairs.append({**setting, **named, **_change(pair["change"])})
+    formats = {"perplexity": "{:.3f}", "change": "{:+.2f} %", "95 % interval": "{:+.2f} to {:+.2f} %"}
+    tables = {"perplexity": (results, formats), "pairs": (pairs, formats), "entropy": (entropies, {})}
+    return {name: table for name, table in tables.items() if table[0]}
+
+
+def _change(change: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "change": None if change is None else change["mean"],
+        "95 % interval": None if change is None else change["t_interval"],
+    }
 
 
 def _summary_row(row: dict[str, Any]) -> str:

@@ -38,9 +38,9 @@ from ..runs import (
     LOCK,
     REPORT,
     RESULTS,
-    _commit,
     check_same_recipe,
     device_name,
+    find_commit,
     library_versions,
     list_checkpoints,
     read_results,
@@ -91,7 +91,7 @@ def train(recipe: Recipe) -> Path:
         tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
         blocks = tokenize_blocks(documents, tokenizer, recipe.data, arguments.seed)
         # now: both may have moved on when the training ends
-        origin = {"eval_revision": find_revision(recipe.data), "commit": _commit()}
+        origin = {"eval_revision": find_revision(recipe.data), "commit": find_commit()}
 
     set_seed(arguments.seed)
     model = LNFreeForCausalLM(
