@@ -99,6 +99,18 @@ WRONG = [
     ({"dtype": "float16"}, "unknown key 'dtype'"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last is not supported in a recipe: the evaluation is over"),
     ({"fsdp": "full_shard"}, "fsdp is not supported in a recipe: fsdp_size"),
+    # with a cache, documents would not be separated
+    ({"use_cache": True}, "use_cache is not supported in a recipe: training keeps no cache"),
+    ({"batch_eval_metrics": True}, "batch_eval_metrics is not supported in a recipe"),
+    ({"prediction_loss_only": True}, "prediction_loss_only is not supported in a recipe"),
+    ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False is not supported in a recipe"),
+    ({"bf16_full_eval": True}, "bf16_full_eval is not supported in a recipe: .*saved in half precision"),
+    ({"fp16_full_eval": True}, "fp16_full_eval is not supported in a recipe: .*saved in half precision"),
+    ({"label_names": ["labels"]}, "label_names is not supported in a recipe"),
+    ({"use_liger_kernel": True}, "use_liger_kernel is not supported in a recipe"),
+    ({"accelerator_config": {"split_batches": True}}, "split_batches is not supported in a recipe"),
+    ({"eos_token_id": 7}, "eos_token_id must be left out of a recipe: it is the tokenizer's; got 7"),
+    ({"pad_token_id": 0}, "pad_token_id must be left out of a recipe: it is the tokenizer's; got 0"),
     ({"max_steps": 0}, "max_steps must be at least 1"),
     ({"output_dir": None}, "output_dir must be a folder, got None"),
     ({"output_dir": ""}, "output_dir must be a folder, got ''"),
@@ -126,6 +138,7 @@ def test_wrong_recipe_is_one_clear_line(values, message):
     [
         ("- a\n- b", "key: value"),
         ("a: [", "cannot be read: while parsing"),
+        ("? [a]\n: 1", "cannot be read: TypeError: unhashable"),
         ("seed: 1\nvariant: SM+R\nseed: 2", "'seed' is given twice.* line 3"),
         (None, "cannot be read: .*No such file"),
     ],
@@ -136,6 +149,14 @@ def test_file_that_is_no_recipe(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe(path)
+
+
+def test_numbers_with_an_exponent_are_numbers_at_any_depth(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("lr_scheduler_kwargs: {min_lr: 1e-4, name: '1e-4', text: 1e}\nlearning_rate: 2e-3\n")
+    recipe = load_recipe(path, ["vocab_size=300", "adam_epsilon=-1E-3", "optim_args=a=1e-3"])
+    assert recipe.training["lr_scheduler_kwargs"] == {"min_lr": 0.0001, "name": "1e-4", "text": "1e"}
+    assert (recipe.training["learning_rate"], recipe.training["adam_epsilon"]) == (0.002, -0.001)
 
 
 def test_override_without_a_value():

@@ -5,6 +5,7 @@ A dataset is prepared once and cached, or with `streaming=true` read, shuffled a
 """
 
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -12,19 +13,24 @@ import platform
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
+import pandas as pd
 import torch
 from datasets import Dataset, IterableDataset
+from datasets.data_files import get_data_patterns
+from datasets.packaged_modules.csv.csv import CsvConfig
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .errors import UserError, one_line
+from .errors import UserError, explained
 from .recipe import DataArguments
 
 
@@ -56,7 +62,9 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
     else:
         held_out = loaded.get("validation", loaded.get("test"))
     for split in (train, held_out):
-        if split is not None and arguments.text_column not in (names := _column_names(split)):
+        with reading(f"dataset {arguments.dataset!r} cannot be read"):
+            names = [] if split is None else _column_names(split)
+        if split is not None and arguments.text_column not in names:
             raise UserError(
                 f"text_column={arguments.text_column!r} is not a column of the dataset, which has {', '.join(names)}"
             )
@@ -79,6 +87,8 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
 def _load(name: str, arguments: DataArguments, config: str | None = None, streaming: bool = False):
     if name != "stdlib":
         return load_splits(name, config, streaming=streaming)
+    if config is not None:
+        raise UserError(f"dataset 'stdlib' has no configurations, got config={config!r}")
     source = {"root": sysconfig.get_path("stdlib"), "version": sys.version, "text_column": arguments.text_column}
     documents = Dataset.from_generator(_stdlib_documents, gen_kwargs=source)
     return {"train": documents.to_iterable_dataset() if streaming else documents}
@@ -99,25 +109,67 @@ def load_splits(
     name: str, config: str | None = None, split: str | None = None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset] | Dataset | IterableDataset:
     """
-    The splits of a dataset of the Hub, a folder or a file by their names; only that one where `split` names it.
+    The splits of a dataset of the Hub, a folder or a file by their names; only that one where `split` names it. All
+    cells of a CSV file are texts.
 
     Raises:
         UserError: if it cannot be loaded.
     """
-    try:
-        if Path(name).is_file():
-            builder = BUILDERS.get(Path(name).suffix)
-            if builder is None:
-                raise UserError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
-            return datasets.load_dataset(builder, data_files=name, split=split, streaming=streaming)
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"dataset {name!r} cannot be loaded: {one_line(error)}") from error
-    # how datasets says that JSON files are empty
-    except StopIteration:
-        raise UserError(f"dataset {name!r} cannot be loaded: it is empty") from None
+    if Path(name).exists() and "::" in name:
+        raise UserError(f"dataset {name!r} must not have '::' in its path, which datasets takes for a file in a file")
+    if Path(name).is_file():
+        kind = BUILDERS.get(Path(name).suffix.lower())
+        if kind is None:
+            raise UserError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
+        if config is not None:
+            raise UserError(f"dataset {name} is a file and has no configurations, got config={config!r}")
+        if Path(name).stat().st_size == 0:
+            raise UserError(f"dataset {name!r} cannot be loaded: it is empty")
+        source = {"path": kind, "data_files": glob.escape(name)}
+    elif Path(name).is_dir():
+        source = _folder(Path(name), config)
+    else:
+        source = {"path": name, "name": config}
+    with reading(f"dataset {name!r} cannot be loaded"):
+        builder = datasets.load_dataset_builder(**source)
+        if isinstance(builder.config, CsvConfig):
+            first_file = next(iter(builder.config.data_files.values()))[0]
+            first = pd.read_csv(first_file, **{**builder.config.pd_read_csv_kwargs, "nrows": 1, "chunksize": None})
+            if not isinstance(first.index, pd.RangeIndex):
+                # pandas takes the first cell for the name of the row, and shifts the others
+                raise UserError(f"dataset {name!r} cannot be loaded: its rows have more cells than its header")
+            # a cell is its text: NA is not nothing, and 0012 is not 12
+            source |= {"converters": dict.fromkeys(first, str), "keep_default_na": False}
+        return datasets.load_dataset(**source, split=split, streaming=streaming)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """As `explained`, for what `datasets` reads."""
+    with explained(what, datasets.exceptions.DatasetsError):
+        try:
+            yield
+        except datasets.exceptions.DatasetGenerationError as error:
+            # "an error occurred while generating the dataset" is all that it says itself
+            raise error.__cause__ or error from None
+        # how datasets says that JSON files are empty
+        except StopIteration:
+            raise UserError(f"{what}: it is empty") from None
+
+
+def _folder(folder: Path, config: str | None) -> dict[str, Any]:
+    """What names a folder to `datasets`, which takes * ? and [ in its path for a pattern."""
+    # by a relative path, a folder of the name json would be the builder of this name
+    path = str(folder.resolve())
+    escaped = glob.escape(path)
+    if escaped == path:
+        return {"path": path, "name": config}
+    card = folder / "README.md"
+    if config is not None or card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"dataset {str(folder)!r} has configurations and one of *?[ in its path: rename the folder")
+    with explained(f"dataset {str(folder)!r} cannot be loaded"):
+        splits = get_data_patterns(escaped)
+    return {"path": path, "data_files": {split: [f"{escaped}/{p}" for p in splits[split]] for split in splits}}
 
 
 def evaluation_split(splits: dict[str, Dataset | IterableDataset]) -> Dataset | IterableDataset:
@@ -134,9 +186,11 @@ def _texts_only(split: Dataset | IterableDataset | None, text_column: str) -> Da
     """Without rows that have no text; raises UserError for a column of another type. A stream's are not known."""
     if not isinstance(split, Dataset):
         return split
+    # as read, not as stored: a column of mixed values is stored as texts of JSON
+    feature = split.features[text_column]
+    if feature not in (datasets.Value("string"), datasets.Value("large_string")):
+        raise UserError(f"text_column={text_column!r} must hold texts, got {getattr(feature, 'dtype', feature)}")
     column = split.data.column(text_column)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise UserError(f"text_column={text_column!r} must hold texts, got {column.type}")
     if column.null_count == 0:
         return split
     _report(f"{column.null_count} of {len(split)} documents have no text: left out")
@@ -144,12 +198,17 @@ def _texts_only(split: Dataset | IterableDataset | None, text_column: str) -> Da
 
 
 def _is_text(text: str | None) -> bool:
+    # the columns of a stream have no types before they are read
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"the text column must hold texts, got {type(text).__name__}")
     return text is not None
 
 
 def _stream(train: IterableDataset, held_out: Dataset | IterableDataset, text_column: str, seed: int):
     # the evaluation part is finite and read often
-    held_out = _texts_only(Dataset.from_list(list(held_out.select_columns(text_column))), text_column)
+    with reading("the evaluation data cannot be read"):
+        held_out = Dataset.from_list(list(held_out.select_columns(text_column)))
+    held_out = _texts_only(held_out, text_column)
     known = {_content_hash(text) for text in held_out[text_column]}
     train = train.select_columns(text_column).filter(_is_text, input_columns=text_column)
     train = train.filter(_is_known, input_columns=text_column, fn_kwargs={"known": known, "wanted": False})
@@ -213,10 +272,8 @@ def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: 
         UserError: for a tokenizer that cannot be loaded, or that has no end-of-text token to separate documents by.
     """
     if arguments.tokenizer is not None:
-        try:
+        with explained(f"tokenizer {arguments.tokenizer!r} cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-        except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer {arguments.tokenizer!r} cannot be loaded: {one_line(error)}") from error
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {arguments.tokenizer!r} has no eos_token to separate documents by")
         return tokenizer
@@ -243,6 +300,19 @@ def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: 
     return AutoTokenizer.from_pretrained(folder)
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast, wanted: int | None) -> int:
+    """
+    Tokens of a model: `wanted`, or as many as the tokenizer's ids need, of which some may be missing.
+
+    Raises:
+        UserError: if `wanted` is too small for the tokenizer.
+    """
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if wanted is not None and wanted < needed:
+        raise UserError(f"vocab_size must be at least {needed}, the tokens of the tokenizer, got {wanted}")
+    return needed if wanted is None else wanted
+
+
 def tokenize_blocks(
     documents: dict[str, Dataset | IterableDataset],
     tokenizer: PreTrainedTokenizerFast,
@@ -265,7 +335,11 @@ def tokenize_blocks(
     Raises:
         UserError: if a part is too small for one block.
     """
-    backend = tokenizer.backend_tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"tokenizer {arguments.tokenizer!r} must be a fast one, got the Python class {type(tokenizer).__name__}"
+        )
     tokenize = {
         # the cache's key must not depend on the truncation and padding of the tokenizer's last use
         "tokenizer_json": json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}),
@@ -295,7 +369,10 @@ def tokenize_blocks(
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(tokenizer_json: str) -> Tokenizer:
-    return Tokenizer.from_str(tokenizer_json)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    # "<|endoftext|>" in a document is text, not the end of one
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _tokens(texts: list[str], tokenizer_json: str, end_of_text: int) -> list[int]:

@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 from modeling_lnfree import LNFreeConfig
 from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
 
-from .errors import UserError, one_line
+from .errors import UserError, explained, one_line
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -38,8 +38,8 @@ def check_model_id(model_id: str | Path):
         raise UserError(f"model {str(model_id)!r} is neither a folder nor an id of the Hub") from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, and not the last one silently the winner."""
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, and a key given twice an error, not the last one silently the winner."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -48,6 +48,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, wants a point and a sign in it
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+"), list("+-.0123456789")
+)
 
 
 @dataclass
@@ -144,12 +150,21 @@ _TO_THE_HUB = "finished runs go to the Hub by 'lnfree publish', with the token o
 # with these of the Trainer's arguments a run would not be what its recipe and its results say
 REFUSED = {
     "auto_find_batch_size": "a step has the tokens that the recipe says",
+    "batch_eval_metrics": "the evaluation is over the whole part",
+    "bf16_full_eval": "the trained model would be saved in half precision too",
     "dataloader_drop_last": "the evaluation is over the whole part",
     "deepspeed": "fsdp_size is what shards a model here",
+    "fp16_full_eval": "the trained model would be saved in half precision too",
     "fsdp": "fsdp_size is what shards a model here",
     "ignore_data_skip": "a run goes on in its data where it was interrupted",
+    "label_names": "the labels are the tokens themselves",
     "load_best_model_at_end": "variants are compared at equal steps",
+    "parallelism_config": "fsdp_size is what shards a model here",
+    "prediction_loss_only": "the evaluation is over the whole part",
     "resume_from_checkpoint": "a run goes on from its own last checkpoint by itself",
+    # with it, separate_documents would have no effect
+    "use_cache": "training keeps no cache",
+    "use_liger_kernel": "it has none for this family",
     # the folder of a run has local paths, and no copy of the model's code
     "push_to_hub": _TO_THE_HUB,
     "hub_token": _TO_THE_HUB,
@@ -211,19 +226,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         key, separator, value = override.partition("=")
         if not separator:
             raise UserError(f"an override must be key=value, got {override!r}")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"the value of {override!r} is not YAML") from None
+        with explained(f"the value of {override!r} is not YAML"):
+            values[key] = yaml.load(value, _Loader)
     return build_recipe(values)
 
 
 def read_values(path: str | Path, kind: str) -> dict[str, Any]:
     """The `key: value` lines of a YAML file; raises UserError, which calls it a `kind`, for any other file."""
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"the {kind} {path} cannot be read: {one_line(error)}") from None
+    with explained(f"the {kind} {path} cannot be read"):
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     if not isinstance(values, dict):
         raise UserError(f"the {kind} {path} must be lines of 'key: value', got {type(values).__name__}")
     return values
@@ -251,7 +262,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     ):
         for key, value in parts[part].items():
             takes_float = float in (hints[key], *get_args(hints[key]))
-            # YAML 1.1 reads 1e-3 as a string
+            # in quotes, as a caller of `build_recipe` may have it
             if takes_float and isinstance(value, str) and _NUMBER.fullmatch(value):
                 parts[part][key] = value = float(value)
             # an integer is a float to everybody but a type checker
@@ -265,6 +276,15 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     for name, reason in REFUSED.items():
         if training.get(name):
             raise UserError(f"{name} is not supported in a recipe: {reason}")
+    if training.get("eval_do_concat_batches") is False:
+        raise UserError(
+            "eval_do_concat_batches=False is not supported in a recipe: the evaluation is over the whole part"
+        )
+    if isinstance(training.get("accelerator_config"), dict) and training["accelerator_config"].get("split_batches"):
+        raise UserError("split_batches is not supported in a recipe: a step has the tokens that the recipe says")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if recipe.model.get(name) is not None:
+            raise UserError(f"{name} must be left out of a recipe: it is the tokenizer's; got {recipe.model[name]}")
     given = recipe.to_dict()
     # a block of one token predicts nothing
     for name, least in (

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import datasets
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,8 +10,8 @@ from transformers import PreTrainedModel
 
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import pad
 
-from .data import evaluation_split, load_documents, load_splits
-from .errors import UserError, one_line
+from .data import evaluation_split, load_documents, load_splits, reading
+from .errors import UserError
 from .recipe import DataArguments
 
 
@@ -43,10 +42,8 @@ def _open(name: str, config: str | None, split: str | None, streaming: bool):
 
 def _read(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered rows; what goes wrong in reading a stream is an error of the dataset."""
-    try:
+    with reading(f"dataset {name!r} cannot be read"):
         yield from enumerate(rows)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"dataset {name!r} cannot be read: {one_line(error)}") from error
 
 
 def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -28,7 +28,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 
-from ..data import digest_blocks, document_positions, find_revision, load_documents, load_tokenizer, tokenize_blocks
+from ..data import (
+    digest_blocks,
+    document_positions,
+    find_revision,
+    load_documents,
+    load_tokenizer,
+    tokenize_blocks,
+    vocabulary_size,
+)
 from ..errors import UserError, one_line
 from ..files import flush, write_atomically
 from ..quantities import AttentionEntropy, NegativeSlope, ResidualStream, ZeroActivations
@@ -89,6 +97,7 @@ def train(recipe: Recipe) -> Path:
     with arguments.main_process_first(desc="data preparation"):
         documents = load_documents(recipe.data, arguments.seed)
         tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
+        vocab_size = vocabulary_size(tokenizer, recipe.model.get("vocab_size"))
         blocks = tokenize_blocks(documents, tokenizer, recipe.data, arguments.seed)
         # now: both may have moved on when the training ends
         origin = {"eval_revision": find_revision(recipe.data), "commit": find_commit()}
@@ -96,7 +105,7 @@ def train(recipe: Recipe) -> Path:
     set_seed(arguments.seed)
     model = LNFreeForCausalLM(
         recipe.build_config(
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, build_optimizer
 
-from ..data import load_tokenizer
+from ..data import load_tokenizer, vocabulary_size
 from ..errors import UserError
 from ..recipe import Recipe
 
@@ -148,7 +148,7 @@ def _config(recipe: Recipe) -> LNFreeConfig:
     if recipe.data.tokenizer is None or "vocab_size" in recipe.model:
         return recipe.build_config()
     tokenizer = load_tokenizer(recipe.data, None, None)
-    return recipe.build_config(vocab_size=len(tokenizer))
+    return recipe.build_config(vocab_size=vocabulary_size(tokenizer, None))
 
 
 def print_plan(recipe: Recipe, processes: int, flops: float | None):

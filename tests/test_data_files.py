@@ -1,0 +1,177 @@
+"""Names of files are names, cells are texts, and what is wrong with a file is said with its cause."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from training import data
+from training.errors import UserError
+from training.recipe import DataArguments
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def write(path: str, *texts: str) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps({"content": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def texts(name: str, streaming: bool = False, split: str | None = None, column: str = "content") -> list[str]:
+    loaded = data.load_splits(name, split=split, streaming=streaming)
+    return [row[column] for row in (loaded if split else data.evaluation_split(loaded))]
+
+
+both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "stream"])
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("name", "taken_for"), [("d[1].jsonl", "d1.jsonl"), ("d*.jsonl", "data.jsonl"), ("d?.jsonl", "d2.jsonl")]
+)
+def test_name_of_a_file_is_no_pattern(name, taken_for, streaming):
+    write(taken_for, "another file")
+    assert texts(write(name, "this file"), streaming) == ["this file"]
+    assert texts(str(Path(name).resolve()), streaming) == ["this file"]
+
+
+@both_ways
+def test_name_of_a_folder_is_neither_a_pattern_nor_a_builder(streaming):
+    for split in ("train", "test"):
+        write(f"d1/{split}.jsonl", "another folder")
+        write(f"d[1]/{split}.jsonl", f"this {split}")
+    assert texts("d[1]", streaming) == ["this test"]
+    assert texts("d[1]", streaming, split="train") == ["this train"]
+    # what datasets calls its builder of JSON
+    write("json/texts.jsonl", "a folder")
+    assert texts("json", streaming) == ["a folder"]
+
+
+CELLS = ["NA", "None", "null", "nan", "N/A", "0012", "1e5", "True", "a, b", "12"]
+
+
+@both_ways
+@pytest.mark.parametrize("cells", [CELLS, ["0012", "0013"], ["NA"]])
+def test_cells_are_texts(cells, streaming):
+    Path("cells.csv").write_text("content,number\n" + "".join(f'"{cell}",{i}\n' for i, cell in enumerate(cells)))
+    assert texts("cells.csv", streaming) == cells
+    Path("folder").mkdir()
+    Path("cells.csv").rename("folder/cells.csv")
+    assert texts("folder", streaming) == cells
+
+
+def test_cells_are_texts_in_every_part_of_a_long_file():
+    numbers = [str(i) for i in range(10_001)] + ["NA"]
+    Path("long.csv").write_text("content,number\n" + "".join(f"text,{number}\n" for number in numbers))
+    assert texts("long.csv", column="number") == numbers
+
+
+def test_texts_of_a_csv_file_are_trained_on():
+    Path("cells.csv").write_text("content\n" + "".join(f'"{cell}"\n' for cell in CELLS))
+    parts = data.load_documents(DataArguments(dataset="cells.csv", eval_fraction=0.4), seed=0)
+    assert sorted([*parts["train"]["content"], *parts["eval"]["content"]]) == sorted(CELLS)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("cut.jsonl", b'{"content": "a"}\n{"content": "b', "Missing a closing quotation mark"),
+        ("wide.jsonl", '{"content": "a"}\n'.encode("utf-16"), "JSON parse error: Invalid value"),
+        ("lone.jsonl", b'{"content": "\\ud800"}\n', "surrogate pair in string is invalid"),
+        ("latin.csv", "content\ncafé\n".encode("latin-1"), "'utf-8' codec can't decode byte 0xe9"),
+        ("latin.txt", "café\n".encode("latin-1"), "'utf-8' codec can't decode byte 0xe9"),
+        ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\n", "Parquet magic bytes not found"),
+        ("ragged.csv", b"content\na\nb,c\n", "Expected 1 fields in line 3, saw 2"),
+        # pandas takes the first cell for the name of the row, and the second for the content
+        ("longer.csv", b"content\na,b\n", "its rows have more cells than its header"),
+        *((f"empty{suffix}", b"", "it is empty") for suffix in data.BUILDERS),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
+def test_broken_file_is_one_line_with_its_cause(name, content, cause, streaming):
+    Path(name).write_bytes(content)
+    with pytest.raises(UserError, match=f"dataset '{name}' cannot be (loaded|read): .*{cause}") as error:
+        with data.reading(f"dataset {name!r} cannot be read"):
+            texts(name, streaming)
+    assert "\n" not in str(error.value) and "generating the dataset" not in str(error.value)
+
+
+@pytest.mark.parametrize("prepare", ["script", "configurations", "nothing"])
+def test_folder_that_is_no_dataset_is_one_line(prepare):
+    if prepare == "script":
+        write("folder/folder.py", "print()")
+    elif prepare == "configurations":
+        write("folder/a.jsonl", "text")
+        Path("folder/README.md").write_text("---\nconfigs: 3\n---\n")
+    else:
+        Path("folder").mkdir()
+    with pytest.raises(UserError, match="dataset 'folder' cannot be loaded: "):
+        data.load_splits("folder")
+
+
+def test_what_has_no_configurations_is_not_asked_for_one():
+    for name in (write("d.jsonl", "text"), "stdlib"):
+        with pytest.raises(UserError, match="no configurations, got config='2019'"):
+            data.load_documents(DataArguments(dataset=name, dataset_config="2019"), seed=0)
+
+
+def test_column_of_mixed_values_holds_no_texts():
+    Path("mixed.jsonl").write_text('{"content": "a"}\n{"content": 3}\n')
+    assert load_dataset("json", data_files="mixed.jsonl")["train"][:]["content"] == ["a", 3]
+    with pytest.raises(UserError, match="text_column='content' must hold texts"):
+        data.load_documents(DataArguments(dataset="mixed.jsonl"), seed=0)
+
+
+def test_lists_of_a_stream_are_no_texts():
+    Path("lists.jsonl").write_text('{"content": ["a"]}\n' * 3)
+    write("eval.jsonl", "text")
+    arguments = DataArguments(dataset="lists.jsonl", eval_dataset="eval.jsonl", streaming=True)
+    parts = data.load_documents(arguments, seed=0)
+    with pytest.raises(UserError, match="must hold texts, got list"):
+        next(iter(parts["train"]))
+
+
+@pytest.fixture
+def words():
+    """A tokenizer of whole words, with an end-of-text token and a hole in its ids."""
+    vocabulary = {"<|endoftext|>": 0, "one": 1, "two": 2, "<|": 3, "endoftext": 4, "|>": 5, "[UNK]": 9}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="[UNK]")
+
+
+@both_ways
+def test_end_of_text_in_a_document_is_text(words, streaming):
+    write("d.jsonl", "one <|endoftext|> two")
+    arguments = DataArguments(dataset="d.jsonl", eval_dataset="d.jsonl", block_size=6, streaming=streaming)
+    documents = data.load_splits("d.jsonl", streaming=streaming)
+    blocks = data.tokenize_blocks(documents, words, arguments)["train"]
+    assert next(iter(blocks))["input_ids"].tolist() == [1, 3, 4, 5, 2, 0]
+    # which is what separates documents
+    positions = data.document_positions(next(iter(blocks))["input_ids"][None], words.eos_token_id)
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_vocabulary_holds_every_id_and_may_be_padded(words):
+    assert data.vocabulary_size(words, None) == 10
+    assert data.vocabulary_size(words, 64) == 64
+    with pytest.raises(UserError, match="vocab_size must be at least 10, the tokens of the tokenizer, got 7"):
+        data.vocabulary_size(words, len(words))
+
+
+def test_tokenizer_in_python_is_refused():
+    documents = {"train": load_dataset("json", data_files=write("d.jsonl", "text"), split="train")}
+    with pytest.raises(UserError, match="must be a fast one, got the Python class ByT5Tokenizer"):
+        data.tokenize_blocks(documents, ByT5Tokenizer(), DataArguments(tokenizer="byt5"))
