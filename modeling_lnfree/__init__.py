@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from .configuration_lnfree import LNFreeConfig
+from .cpu import use_fast_cpu
 from .metrics.attention_entropy.entropy import compute_attention_entropy, record_attention_entropy
 from .modeling_lnfree import (
     LNFreeForCausalLM,
@@ -20,8 +21,7 @@ from .modeling_lnfree import (
 from .optimization import build_optimizer
 
 
-# The Auto classes know the model type and no remote code is needed; an installed lnfree_autoregister.py imports this
-# as soon as they are asked for it.
+# Where this is imported, the Auto classes know the model type and no remote code is needed.
 AutoConfig.register("lnfree", LNFreeConfig)
 AutoModel.register(LNFreeConfig, LNFreeModel)
 AutoModelForCausalLM.register(LNFreeConfig, LNFreeForCausalLM)
@@ -45,4 +45,5 @@ __all__ = [
     "build_optimizer",
     "compute_attention_entropy",
     "record_attention_entropy",
+    "use_fast_cpu",
 ]

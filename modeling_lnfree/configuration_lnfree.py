@@ -59,16 +59,58 @@ _UNDECLARED_KEYS = {
     "torch_dtype",
 }
 
+# ---- The paper's notation, SM[+NORM]+ACT[-noLNf], as tables: what each word says of the fields. Names are read and
+# written by them, and nothing else in the project takes a name apart.
+
+# by position embedding: the GELU of the backbone, which G stands for
+GELUS = {"learned": "gelu_pytorch_tanh", "rotary": "gelu"}
+NORM_WORDS = {"": "none", "LN": "layernorm"}
+# a number follows LR: the fixed slope
+ACTIVATION_WORDS = {
+    "G": {"hidden_act": tuple(GELUS.values())},
+    "R": {"hidden_act": ("relu",)},
+    "LR-layer": {"hidden_act": ("leaky_relu",), "slope_sharing": ("layer",)},
+    "LR-global": {"hidden_act": ("leaky_relu",), "slope_sharing": ("global",)},
+    "LR": {"hidden_act": ("leaky_relu",), "slope_sharing": (None,)},
+}
+FINAL_NORM_WORDS = {"": "layernorm", "-noLNf": "none"}
+BACKBONES = {
+    "gpt2": {"position_embedding_type": "learned", "parallel_residual": False, "tie_word_embeddings": True},
+    "pythia": {"position_embedding_type": "rotary", "parallel_residual": True, "tie_word_embeddings": False},
+}
+
+# The paper's four, in its order. Changes are against the first, and ReLU is compared with GELU without and with norms.
+BASELINE = "SM+LN+G"
+PAPER_ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R")
+RELU_AGAINST_GELU = (("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G"))
+# what people read in place of a field's value
+LABELS = {
+    "layernorm": "LayerNorm",
+    "gelu": "GELU",
+    "gelu_pytorch_tanh": "GELU (tanh)",
+    "relu": "ReLU",
+    "leaky_relu": "leaky ReLU",
+}
+
+
+def variant_order(variant: str) -> tuple[int, str]:
+    """A sort key: the paper's variants in its order, then all others by name."""
+    return (PAPER_ORDER.index(variant), "") if variant in PAPER_ORDER else (len(PAPER_ORDER), variant)
+
+
+def variant_slug(variant: str) -> str:
+    """The variant as folders and repositories write it: `sm-ln-g`."""
+    return variant.lower().replace("+", "-")
+
+
+def _alternatives(words) -> str:
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+
+
 _VARIANT = re.compile(
-    r"SM(?P<norm>\+LN)?\+(?P<act>G|R|LR(?P<slope>-?\d+(\.\d+)?(e-?\d+)?|-layer|-global))(?P<no_final>-noLNf)?"
+    rf"SM(\+(?P<norm>{_alternatives(filter(None, NORM_WORDS))}))?\+(?P<act>{_alternatives(ACTIVATION_WORDS)})"
+    rf"(?P<slope>(?<=LR)-?\d+(\.\d+)?(e-?\d+)?)?(?P<final>{_alternatives(filter(None, FINAL_NORM_WORDS))})?"
 )
-
-
-def _plain_slope(match: re.Match) -> str:
-    """A name whose slope is written as the names of configurations write it: 0.1 for 0.10."""
-    if match["slope"] is None or match["slope"] in ("-layer", "-global"):
-        return match[0]
-    return match[0].replace(f"LR{match['slope']}", f"LR{float(match['slope']):g}")
 
 
 @strict
@@ -261,47 +303,66 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         The variant in the paper's notation: `SM+LN+G`, `SM+LN+R`, `SM+G`, `SM+R`, with `LR` for the leaky ReLU
         (`SM+LR0.01` fixed, `SM+LR-layer` and `SM+LR-global` learned), and `-noLNf` where the final norm is removed.
         """
-        activation = {"relu": "R", "leaky_relu": "LR"}.get(self.hidden_act, "G")
-        if self.hidden_act == "leaky_relu":
-            activation += f"-{self.slope_sharing}" if self.slope_sharing else f"{self.negative_slope:g}"
-        norm = "+LN" if self.norm_type == "layernorm" else ""
-        return f"SM{norm}+{activation}" + ("" if self.final_norm_type == "layernorm" else "-noLNf")
+        norm = next(word for word, norm_type in NORM_WORDS.items() if norm_type == self.norm_type)
+        final = next(word for word, norm_type in FINAL_NORM_WORDS.items() if norm_type == self.final_norm_type)
+        activation = next(
+            word
+            for word, values in ACTIVATION_WORDS.items()
+            if all(getattr(self, name) in allowed for name, allowed in values.items())
+        )
+        slope = f"{self.negative_slope:g}" if activation == "LR" else ""
+        return "+".join(["SM", *filter(None, [norm]), activation + slope + final])
 
     @property
     def backbone(self) -> str:
         """`"gpt2"`, `"pythia"`, or `"custom"` for a mixture of the two."""
-        switches = (self.position_embedding_type, self.parallel_residual, self.tie_word_embeddings)
-        return {("learned", False, True): "gpt2", ("rotary", True, False): "pythia"}.get(switches, "custom")
+        for name, values in BACKBONES.items():
+            if all(getattr(self, key) == value for key, value in values.items()):
+                return name
+        return "custom"
 
     @classmethod
-    def from_variant(cls, variant: str, **kwargs) -> "LNFreeConfig":
+    def from_variant(cls, variant: str, backbone: str | None = None, **kwargs) -> "LNFreeConfig":
         """
         The configuration of a variant in the paper's notation (see `variant`); `kwargs` are further fields. `G` stands
-        for the backbone's own GELU: tanh with learned positions (GPT-2), erf with rotary ones (GPT-NeoX).
+        for the backbone's own GELU: tanh with learned positions (GPT-2), erf with rotary ones (GPT-NeoX). `backbone`
+        names a row of `BACKBONES`, whose fields `kwargs` may change.
 
         Raises:
-            ValueError: if `variant` is not in the paper's notation, or `kwargs` contradict it.
+            ValueError: if `variant` is not in the paper's notation, `kwargs` contradict it, or there is no such
+                backbone.
         """
         match = _VARIANT.fullmatch(variant)
-        if match is None:
+        if match is None or (match["act"] == "LR") != (match["slope"] is not None):
             raise ValueError(
                 "variant must be SM+[LN+]ACT[-noLNf] with ACT one of G, R, LR<slope>, LR-layer and LR-global, for "
                 f"example SM+LN+G, SM+R or SM+LR0.01; got {variant!r}"
             )
-        gelu = "gelu" if kwargs.get("position_embedding_type") == "rotary" else "gelu_pytorch_tanh"
-        named = {
-            "norm_type": "layernorm" if match["norm"] else "none",
-            "final_norm_type": "none" if match["no_final"] else "layernorm",
-            "hidden_act": {"G": gelu, "R": "relu"}.get(match["act"], "leaky_relu"),
-        }
-        if match["slope"] in ("-layer", "-global"):
-            named["slope_sharing"] = match["slope"][1:]
-        elif match["slope"]:
+        if backbone is not None:
+            if backbone not in BACKBONES:
+                raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
+            kwargs = {**BACKBONES[backbone], **kwargs}
+        named = {name: values[0] for name, values in ACTIVATION_WORDS[match["act"]].items()}
+        if match["act"] == "G":
+            named["hidden_act"] = GELUS.get(kwargs.get("position_embedding_type"), GELUS["learned"])
+        if match["slope"]:
             named["negative_slope"] = float(match["slope"])
+        named["norm_type"] = NORM_WORDS[match["norm"] or ""]
+        named["final_norm_type"] = FINAL_NORM_WORDS[match["final"] or ""]
         config = cls(**{**named, **kwargs})
-        if config.variant != variant and _VARIANT.sub(_plain_slope, variant) != config.variant:
+        # a slope is written as 0.1, and may be read as 0.10
+        slope = match["slope"] or ""
+        plain = variant.replace(f"LR{slope}", f"LR{float(slope):g}") if slope else variant
+        if config.variant != plain:
             raise ValueError(f"these fields make {config.variant}, not variant={variant!r}: {kwargs}")
         return config
+
+    def as_variant(self, variant: str) -> "LNFreeConfig":
+        """The configuration of another variant of the same sizes and backbone."""
+        named = {name for values in ACTIVATION_WORDS.values() for name in values}
+        named |= {"norm_type", "final_norm_type", "negative_slope"}
+        same = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in named}
+        return type(self).from_variant(variant, **same)
 
 
 __all__ = ["LNFreeConfig"]

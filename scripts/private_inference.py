@@ -44,6 +44,7 @@ from torch import Tensor, multiprocessing, nn
 from transformers import AutoTokenizer
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import variant_order
 
 
 # CrypTen imports from it what it needs for ONNX only; torch has dropped it
@@ -367,8 +368,7 @@ def main():
             if not (folder / name).is_file():
                 parser.error(f"{folder} is not an export: it has no {name}")
     runs = [run(folder, arguments.prompt, arguments.new_tokens) for folder in arguments.exports]
-    order = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
-    runs.sort(key=lambda run: order.index(run["variant"]) if run["variant"] in order else len(order))
+    runs.sort(key=lambda run: variant_order(run["variant"]))
     print(to_markdown(runs))
     if arguments.json:
         versions = {name: importlib.metadata.version(name) for name in ("crypten", "torch")}

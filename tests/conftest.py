@@ -125,5 +125,20 @@ def random_ids(*shape: int, vocab_size: int = 99) -> torch.Tensor:
     return torch.randint(2, vocab_size, shape)
 
 
+def randomised(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model.eval()
+
+
+def gradients(model) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def greedy(model, input_ids, **kwargs):
+    return model.generate(input_ids, max_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs)
+
+
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)

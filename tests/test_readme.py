@@ -73,7 +73,7 @@ def test_load_fine_tune_and_push(export_dir, tmp_path):
         plain = server.repository("me/lnfree-plain").find("main")
         assert plain.files["model.safetensors"] == pushed.files["model.safetensors"]
         for commit in (during, pushed.find("main"), plain):
-            for name in ("configuration_lnfree.py", "modeling_lnfree.py"):
+            for name in ("configuration_lnfree.py", "modeling_lnfree.py", "parts_lnfree.py"):
                 assert commit.files[name] == (ROOT / "modeling_lnfree" / name).read_bytes()
             assert {"config.json", "model.safetensors"} <= commit.files.keys()
         # another user, another process, nothing but what was pushed

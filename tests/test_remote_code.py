@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Trainer, TrainingArguments
 
 from modeling_lnfree import (
     LNFreeForCausalLM,
@@ -32,10 +33,13 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", ["configuration_lnfree.py", "modeling_lnfree.py"])
+REMOTE_CODE = ("configuration_lnfree.py", "modeling_lnfree.py", "parts_lnfree.py")
+
+
+@pytest.mark.parametrize("name", REMOTE_CODE)
 def test_remote_code_imports_nothing_that_a_user_lacks(name):
     allowed = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
-    assert imports(PACKAGE / name) - allowed <= {".configuration_lnfree"}
+    assert imports(PACKAGE / name) - allowed <= {".configuration_lnfree", ".parts_lnfree"}
 
 
 def test_data_flows_one_way():
@@ -53,7 +57,8 @@ def test_data_flows_one_way():
 )
 def test_every_save_carries_the_code_and_names_every_class(model_class, tmp_path):
     model_class(tiny_config(num_labels=3)).save_pretrained(tmp_path)
-    for name in ("configuration_lnfree.py", "modeling_lnfree.py"):
+    assert sorted(path.name for path in tmp_path.glob("*.py")) == sorted(REMOTE_CODE)
+    for name in REMOTE_CODE:
         assert (tmp_path / name).read_bytes() == (PACKAGE / name).read_bytes()
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {
@@ -68,20 +73,22 @@ def test_every_save_carries_the_code_and_names_every_class(model_class, tmp_path
         assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
 
 
-def test_checkpoint_puts_the_code_where_the_trainer_pushes_from(tmp_path):
+def test_checkpoint_of_the_trainer_puts_the_code_where_it_is_pushed_from(tmp_path):
     model = LNFreeForCausalLM(tiny_config())
-    names = ("configuration_lnfree.py", "modeling_lnfree.py")
-    for folder in ("checkpoint-best", "model", "my-checkpoint-3"):
-        model.save_pretrained(tmp_path / folder)
-    model.save_pretrained(tmp_path / "checkpoint-3", is_main_process=False)
-    assert not [path for path in tmp_path.iterdir() if path.is_file()]
-    (tmp_path / names[0]).write_text("# of an older version\n")
-    model.save_pretrained(str(tmp_path / "checkpoint-3"))
-    for name in names:
+    (tmp_path / REMOTE_CODE[0]).write_text("# a file of the user's\n")
+    arguments = TrainingArguments(tmp_path, max_steps=1, save_steps=1, disable_tqdm=True, use_cpu=True)
+    rows = [{"input_ids": [2, 3], "labels": [2, 3]}] * 2
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert (tmp_path / "checkpoint-1" / "config.json").is_file()
+    assert (tmp_path / REMOTE_CODE[0]).read_text() == "# a file of the user's\n"
+    for name in REMOTE_CODE[1:]:
         assert (tmp_path / name).read_bytes() == (PACKAGE / name).read_bytes()
-    before = [(tmp_path / name).stat().st_mtime_ns for name in names]
-    model.save_pretrained(tmp_path / "checkpoint-4")
-    assert [(tmp_path / name).stat().st_mtime_ns for name in names] == before
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-3", "checkpoint-best", "model", "my-checkpoint-3"])
+def test_saving_a_model_writes_into_the_named_folder_alone(folder, tmp_path):
+    LNFreeForCausalLM(tiny_config()).save_pretrained(str(tmp_path / folder))
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
 
 
 def test_too_old_a_transformers_is_a_clear_error(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from modeling_lnfree import record_attention_entropy
+from modeling_lnfree import record_attention_entropy, use_fast_cpu
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import check_max_length, encode, load_model, summarize
 
 from .encryption.counting import comparison, count_operations, table
@@ -119,6 +119,7 @@ def measure(
         model = load_model(
             model_id, device=device, trust_remote_code=trust_remote_code, revision=revision, dtype=dtype
         )
+        use_fast_cpu(model)
         tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
         max_length = check_max_length(model, tokenizer, max_length)
         if fixed_point:

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from modeling_lnfree import LNFreeConfig
+from modeling_lnfree.configuration_lnfree import variant_slug
 from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
 
 from .errors import UserError, explained, one_line
@@ -188,7 +189,7 @@ class Recipe:
     def name(self) -> str:
         """The run's name, from its configuration: `gpt2-sm-r-t128-seed1337`."""
         config = self.build_config()
-        variant = config.variant.lower().replace("+", "-")
+        variant = variant_slug(config.variant)
         return f"{config.backbone}-{variant}-t{self.data.block_size}-seed{self.training['seed']}"
 
     @property

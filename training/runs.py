@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from modeling_lnfree.configuration_lnfree import variant_order
+
 from .errors import UserError, one_line
 from .files import read_json
 from .recipe import LAYER_FIELDS, MODEL_FIELDS, DataArguments, Recipe, read_values
@@ -109,7 +111,6 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-PAPERS_ORDER = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
 # fields of a recipe that decide a run's result, but for variant and seed
 DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "norm_type", "final_norm_type"} | {
     *("dataset_config", "eval_dataset", "eval_fraction", "text_column", "tokenizer"),
@@ -132,10 +133,6 @@ def why_unstable(folder: Path) -> str:
     """What a run that is unstable says of it, in one line; nothing for any other."""
     path = folder / REPORT
     return describe(read_json(path)) if path.is_file() else ""
-
-
-def papers_order(variant: str) -> tuple:
-    return (PAPERS_ORDER.index(variant) if variant in PAPERS_ORDER else len(PAPERS_ORDER), variant)
 
 
 def configuration(run: dict[str, Any]) -> str:
@@ -172,4 +169,4 @@ def find_runs(runs_dir: Path) -> list[dict[str, Any]]:
             runs.append({"folder": folder, **read_results(folder)})
     if not runs:
         raise UserError(f"no finished run in {runs_dir}: none of its subfolders has a model and a {RESULTS}")
-    return sorted(runs, key=lambda run: (setting_of(run), papers_order(run["variant"]), run["seed"]))
+    return sorted(runs, key=lambda run: (setting_of(run), variant_order(run["variant"]), run["seed"]))

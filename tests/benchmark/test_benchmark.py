@@ -73,5 +73,8 @@ def test_every_section_prints_a_table_and_writes_its_figures(tmp_path):
         assert rows and all(row.keys() == rows[0].keys() for row in rows)
     for row in document["sections"]["entropy"]:
         assert row["plain ms"] > 0 and row["plain MiB"] > 1
-    steps = {row["model"]: row for row in document["sections"]["step"]}
-    assert steps["stock"]["of stock"] == 1 and all(row["ms"] > 0 and row["peak MiB"] > 1 for row in steps.values())
+    steps = {(row["model"], row["fast CPU"]): row for row in document["sections"]["step"]}
+    assert all(row["ms"] > 0 and row["peak MiB"] > 1 for row in steps.values())
+    for fast in {fast for _, fast in steps}:
+        assert steps["stock", fast]["of stock"] == 1 and steps["SM+R", fast]["of stock, ReLU"] > 0
+    assert {row["of plain"] for (_, fast), row in steps.items() if not fast} == {1}

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, record_attention_entropy
-from modeling_lnfree.modeling_lnfree import build_linear
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, record_attention_entropy, use_fast_cpu
 
 from ..train.plan import ATTENTION_FLOPS
 from .timing import Action, medians, take_turns
@@ -20,13 +19,11 @@ SIZES = {
 }
 
 
-PYTHIA = {"position_embedding_type": "rotary", "parallel_residual": True, "tie_word_embeddings": False}
-
-
 def build_lnfree(variant: str, size: str, length: int, device: str, **kwargs) -> LNFreeForCausalLM:
     """The variant at one of `SIZES`, with the paper's biases and random weights."""
-    fields = {**SIZES[size], **(PYTHIA if size == "pythia70m" else {})}
-    config = LNFreeConfig.from_variant(variant, max_position_embeddings=length, **{**fields, **kwargs})
+    backbone = "pythia" if size == "pythia70m" else "gpt2"
+    fields = {**SIZES[size], "max_position_embeddings": length, **kwargs}
+    config = LNFreeConfig.from_variant(variant, backbone, **fields)
     return LNFreeForCausalLM(config).to(device)
 
 
@@ -95,8 +92,9 @@ def count_flops(model: nn.Module, input_ids: Tensor) -> int:
 
 
 def matmul_rate(tokens: int, width: int, device: str) -> float:
-    """FLOP/s of the machine in float32 at the feed-forward layer's shape, by the library that the model takes."""
-    layer, states = build_linear(width, 4 * width).to(device), torch.randn(tokens, width, device=device)
+    """FLOP/s of the machine in float32 at the feed-forward layer's shape, by the faster library."""
+    layer = use_fast_cpu(nn.Linear(width, 4 * width, bias=False)).to(device)
+    states = torch.randn(tokens, width, device=device)
     with torch.no_grad():
         seconds = medians(take_turns({"layer": lambda: layer(states)}, 20, device))["layer"]
     return 2 * states.numel() * layer.out_features / seconds

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model, Trainer, TrainingArguments
 
-from modeling_lnfree import record_attention_entropy
+from modeling_lnfree import record_attention_entropy, use_fast_cpu
 
 from ..errors import UserError
 from ..quantities import AttentionEntropy, ResidualStream, ZeroActivations
@@ -61,15 +61,24 @@ class Settings:
 
 
 def benchmark_step(settings: Settings) -> Iterator[Row]:
-    """Training steps of the variants and of the stock model of the same size; 1,024 tokens each, 2,048 for `quick`."""
+    """
+    Training steps of the variants and of the stock model of the same size; 1,024 tokens each, 2,048 for `quick`. On a
+    CPU all of them plainly and by `use_fast_cpu`: what comes from LayerNorm is told from what comes from the library.
+    """
     device, rounds = settings.device, settings.rounds
+    ways = (False, True) if device == "cpu" else (False,)
     for size in settings.sizes:
         for length, batch in ((128, 16),) if size == "quick" else ((128, 8), (256, 4), (1024, 1)):
             input_ids = torch.randint(SIZES[size]["vocab_size"], (batch, length), device=device)
-            builds = {
+            plain = {
                 **{v: partial(build_lnfree, v, size, length, device) for v in ("SM+R", "SM+G", "SM+LN+G")},
                 "stock": partial(build_stock, size, length, device),
                 "stock, ReLU": partial(build_stock, size, length, device, relu=True),
+            }
+            builds = {
+                (name, fast): (lambda build=build: use_fast_cpu(build())) if fast else build
+                for fast in ways
+                for name, build in plain.items()
             }
 
             def prepare(build, input_ids=input_ids):
@@ -93,14 +102,16 @@ def benchmark_step(settings: Settings) -> Iterator[Row]:
                         "T": length,
                         "mode": mode,
                         "model": name,
-                        "ms": 1e3 * seconds[name],
-                        "of stock": seconds[name] / seconds["stock"],
-                        "of stock, ReLU": seconds[name] / seconds["stock, ReLU"],
-                        "of matmul rate": flops[name] / seconds[name] / rate,
-                        "peak MiB": mib[name] if mode == "eager" else None,
-                        "peak of stock": mib[name] / mib["stock"] if mode == "eager" else None,
+                        "fast CPU": fast,
+                        "ms": 1e3 * seconds[name, fast],
+                        "of stock": seconds[name, fast] / seconds["stock", fast],
+                        "of stock, ReLU": seconds[name, fast] / seconds["stock, ReLU", fast],
+                        "of plain": seconds[name, fast] / seconds[name, False],
+                        "of matmul rate": flops[name, fast] / seconds[name, fast] / rate,
+                        "peak MiB": mib[name, fast] if mode == "eager" else None,
+                        "peak of stock": mib[name, fast] / mib["stock", fast] if mode == "eager" else None,
                     }
-                    for name in models
+                    for name, fast in models
                 ]
                 del models, steps
 
@@ -166,7 +177,7 @@ def benchmark_entropy_in_training(settings: Settings) -> Iterator[Row]:
 
             def prepare(measure, size=size, length=length, input_ids=input_ids):
                 attention = "eager" if measure == "maps" else "sdpa"
-                model = build_lnfree("SM+R", size, length, device, attn_implementation=attention)
+                model = use_fast_cpu(build_lnfree("SM+R", size, length, device, attn_implementation=attention))
                 step = training_step(model, input_ids, measure)
                 return step, step
 
@@ -189,7 +200,7 @@ def benchmark_callback(settings: Settings) -> list[Row]:
     device, rounds = settings.device, settings.rounds
     recipe = load_recipe(QUICK)
     data, batch_size = recipe.data, recipe.training["per_device_train_batch_size"]
-    model = build_lnfree("SM+R", "quick", data.block_size, device)
+    model = use_fast_cpu(build_lnfree("SM+R", "quick", data.block_size, device))
     input_ids = torch.randint(model.config.vocab_size, (batch_size, data.block_size), device=device)
     probe = {"input_ids": torch.randint(model.config.vocab_size, (data.entropy_sequences, data.block_size))}
     measured = {"entropy": [AttentionEntropy()], "all": [AttentionEntropy(), ResidualStream(), ZeroActivations()]}
@@ -211,14 +222,19 @@ def benchmark_callback(settings: Settings) -> list[Row]:
 
 
 def benchmark_generation(settings: Settings) -> Iterator[Row]:
-    """128 tokens after a prompt of 16, greedy, by SM+R and by the stock model; weights read over what a sum reads."""
+    """
+    128 tokens after a prompt of 16, greedy, by SM+R and by the stock model, both by `use_fast_cpu` and plain; weights
+    read over what a sum reads.
+    """
     device, rounds = settings.device, settings.rounds
     read = torch.ones(2**28 // 4, device=device)
     bandwidth = 2**28 / medians(take_turns({"read": read.sum}, 10, device))["read"]
     for size in settings.sizes:
         models = {
-            "SM+R": build_lnfree("SM+R", size, 144, device).eval(),
-            "stock": build_stock(size, 144, device).eval(),
+            "SM+R": use_fast_cpu(build_lnfree("SM+R", size, 144, device)).eval(),
+            "SM+R plain": build_lnfree("SM+R", size, 144, device).eval(),
+            "stock": use_fast_cpu(build_stock(size, 144, device)).eval(),
+            "stock plain": build_stock(size, 144, device).eval(),
         }
         for batch in (1, 32):
             prompt = torch.randint(SIZES[size]["vocab_size"], (batch, 16), device=device)
@@ -243,9 +259,9 @@ def benchmark_generation(settings: Settings) -> Iterator[Row]:
                     "size": size,
                     "batch": batch,
                     "cache": cache,
-                    "SM+R tokens/s": 128 * batch / seconds["SM+R"],
-                    "stock tokens/s": 128 * batch / seconds["stock"],
+                    **{f"{name} tokens/s": 128 * batch / seconds[name] for name in models},
                     "speed-up": seconds["stock"] / seconds["SM+R"],
+                    "speed-up plain": seconds["stock plain"] / seconds["SM+R plain"],
                     "of bandwidth": 128 * weights / seconds["SM+R"] / bandwidth,
                 }
 
@@ -283,7 +299,7 @@ def benchmark_command(settings: Settings, steps: int = 60) -> list[Row]:
     tokenizing = {"tokenizing": lambda: tokenize_blocks(part, tokenizer, recipe.data)}
     input_ids = torch.randint(2048, (16, 128))
     models = {
-        "lnfree train": build_lnfree("SM+R", "quick", 128, "cpu"),
+        "lnfree train": use_fast_cpu(build_lnfree("SM+R", "quick", 128, "cpu")),
         "Trainer, stock": build_stock("quick", 128, "cpu"),
     }
     # one after the other, as in training: by turns, each would find its memory taken by the other
@@ -373,7 +389,7 @@ def benchmark_growth(settings: Settings) -> Iterator[Row]:
             "num_hidden_layers": at["depth"],
             "num_attention_heads": at["width"] // 32,
         }
-        model = build_lnfree("SM+R", "quick", at["T"] + 16, device, **fields)
+        model = use_fast_cpu(build_lnfree("SM+R", "quick", at["T"] + 16, device, **fields))
         input_ids = torch.randint(2048, (at["batch"], at["T"]), device=device)
         if what == "generating":
             return partial(model.eval().generate, input_ids, do_sample=False, min_new_tokens=16, max_new_tokens=16)

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import BASELINE, variant_order
 
-from ..encryption.counting import BASELINE, count_operations
+from ..encryption.counting import count_operations
 from ..errors import UserError
 from ..files import read_json, read_records, write_atomically
 from ..pages import check_docs, machine, write_table
 from ..plots import plot_curves, plot_heat_maps, run_title
-from ..runs import RESULTS, configuration, papers_order, read_results, setting_of, why_unstable
+from ..runs import RESULTS, configuration, read_results, setting_of, why_unstable
 from .page import RANGES, build_html, cost_lines
 from .seeds import LEAST_SEEDS, summarise
 
@@ -46,7 +47,7 @@ def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | 
     unfinished = {folder.name: why_unstable(folder) for folder in folders if not (folder / RESULTS).is_file()}
     if not runs:
         raise UserError(f"no finished run in {runs_dir}: none of its subfolders has a {RESULTS}")
-    runs.sort(key=lambda run: (setting_of(run), papers_order(run["variant"]), configuration(run), run["seed"]))
+    runs.sort(key=lambda run: (setting_of(run), variant_order(run["variant"]), configuration(run), run["seed"]))
     runs_of_groups = [list(group) for _, group in groupby(runs, key=setting_of)]
     groups = [_compare_group(group) for group in runs_of_groups]
     for group, runs_of_group, differing in zip(groups, runs_of_groups, _differing(runs_of_groups), strict=True):

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from ..encryption.counting import BASELINE
+from modeling_lnfree.configuration_lnfree import BASELINE, RELU_AGAINST_GELU
+
 from ..errors import UserError
 from ..runs import configuration, evaluations
 
 
 LEAST_SEEDS = 3
-# first is compared with second: without LayerNorm, with it
-PAIRS = [("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G")]
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "change": paired_change(by_configuration[first], by_configuration[second]),
             "ahead": ahead(by_configuration[first], by_configuration[second]),
         }
-        for first, second in PAIRS
+        for first, second in RELU_AGAINST_GELU
         if first in by_configuration and second in by_configuration
     ]
     return {"configurations": configurations, "pairs": [pair for pair in pairs if pair["change"] is not None]}

@@ -35,10 +35,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from modeling_lnfree.configuration_lnfree import BASELINE
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
 
-BASELINE = "SM+LN+G"
 OUTSIDE = "outside"  # of the blocks: embeddings, final norm, head
 
 
@@ -163,20 +163,12 @@ def count_operations(
     }
     if counts["variant"] not in (None, BASELINE):
         sizes = {"length": length, "batch_size": batch_size, "new_tokens": new_tokens}
-        baseline = count_operations(model_class, _baseline_config(config), **sizes)
+        baseline = count_operations(model_class, config.as_variant(BASELINE), **sizes)
         counts["baseline"] = {
             "variant": BASELINE,
             **{phase: baseline[phase] and _totals(baseline[phase]) for phase in ("forward", "generation")},
         }
     return counts
-
-
-def _baseline_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """SM+LN+G of the same sizes and backbone."""
-    fields = config.to_dict()
-    gelu = "gelu" if config.position_embedding_type == "rotary" else "gelu_pytorch_tanh"
-    fields |= {"norm_type": "layernorm", "final_norm_type": "layernorm", "hidden_act": gelu}
-    return type(config).from_dict({**fields, "negative_slope": None, "slope_sharing": None})
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
-from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
+from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy, use_fast_cpu
 
 from ..data import (
     digest_blocks,
@@ -111,6 +111,7 @@ def train(recipe: Recipe) -> Path:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    use_fast_cpu(model)
     if recipe.data.fsdp_size > 1:
         model = _shard(model.to(arguments.device), recipe.data.fsdp_size, arguments.world_size)
     collate = functools.partial(_collate, boundary=tokenizer.eos_token_id if recipe.data.separate_documents else None)

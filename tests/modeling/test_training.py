@@ -1,0 +1,155 @@
+"""Gradients: checkpointing, accumulation, mixed precision, compiling, dropout, label smoothing."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from modeling_lnfree import use_fast_cpu
+
+from ..conftest import (
+    every_backbone,
+    every_variant,
+    gradients,
+    random_ids,
+    tiny_model,
+)
+
+
+@every_variant
+@every_backbone
+def test_gradient_checkpointing_gives_equal_gradients(variant, backbone):
+    model = tiny_model(variant, backbone, embedding_dropout=0.0).train()
+    checkpointed = copy.deepcopy(model)
+    # renamed in transformers 5.24
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(checkpointed, new if hasattr(checkpointed, new) else old)()
+    input_ids = random_ids(2, 9)
+    for each in (model, checkpointed):
+        each(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(theirs.grad, ours.grad, msg=name)
+
+
+@every_backbone
+def test_accumulated_gradients_equal_one_large_batch(backbone):
+    model = tiny_model("SM+R", backbone)
+    input_ids = random_ids(8, 9)
+    labels = input_ids.clone()
+    labels[:3, 4:] = -100  # micro-batches with different token counts
+    model(input_ids, labels=labels).loss.backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    count = (labels[:, 1:] != -100).sum()
+    for ids, part in zip(input_ids.split(2), labels.split(2), strict=True):
+        model(ids, labels=part, num_items_in_batch=count).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_variant
+@every_backbone
+def test_mixed_precision_gives_the_gradients_of_float32(variant, backbone, dtype):
+    model = tiny_model(variant, backbone, embedding_dropout=0.0, initializer_range=0.05).train()
+    input_ids = random_ids(2, 9)
+    model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=dtype == torch.float16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(input_ids, labels=input_ids, use_cache=False).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    tolerance = 0.1 if dtype == torch.bfloat16 else 0.06
+    assert (gradients(model) - expected).norm() < tolerance * expected.norm()
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    scaler.step(optimizer)  # leaves the step out if a gradient is not finite
+    assert not torch.equal(model.model.embed_tokens.weight, embedding)
+
+
+def test_loss_is_the_mean_nll_of_the_next_token():
+    model = tiny_model("SM+R")
+    input_ids = random_ids(2, 9)
+    log_probs = model(input_ids).logits.double().log_softmax(-1)
+    expected = -log_probs[:, :-1].gather(-1, input_ids[:, 1:, None]).mean()
+    assert model(input_ids, labels=input_ids).loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_loss_function_can_be_replaced():
+    model, input_ids = tiny_model("SM+R"), random_ids(2, 9)
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.mean() + vocab_size
+    output = model(input_ids, labels=input_ids)
+    assert output.loss == output.logits.mean() + model.config.vocab_size
+
+
+@pytest.mark.parametrize("by_onednn", [False, True], ids=["torch", "oneDNN"])
+@pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-global"])
+@every_backbone
+def test_compiles_as_one_graph_with_equal_results(variant, backbone, by_onednn, request):
+    model = tiny_model(variant, backbone)
+    if by_onednn:
+        request.getfixturevalue("onednn")
+        use_fast_cpu(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for shape in ((2, 9), (3, 12), (2, 15)):  # with sizes that change from the second on
+        input_ids, found = random_ids(*shape), []
+        for each in (compiled, model):
+            model.zero_grad()
+            each(input_ids, labels=input_ids, use_cache=False).loss.backward()
+            found.append(gradients(model))
+        torch.testing.assert_close(*found)
+
+
+@every_backbone
+def test_dropout_acts_where_the_config_says(backbone):
+    input_ids = random_ids(1, 9)
+    for name in ("embedding_dropout", "hidden_dropout", "attention_dropout"):
+        rates = {"embedding_dropout": 0.0, name: 0.5}
+        model = tiny_model("SM+R", backbone, **rates).train()
+        assert not model(input_ids).logits.equal(model(input_ids).logits), name
+        model.eval()
+        assert model(input_ids).logits.equal(model(input_ids).logits), name
+
+
+SMOOTHED = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+def smoothed_loss(model, input_ids, folder):
+    arguments = TrainingArguments(folder, label_smoothing_factor=0.1, use_cpu=True)
+    return Trainer(model, arguments).compute_loss(model, {"input_ids": input_ids, "labels": input_ids.clone()}).item()
+
+if __name__ == "__main__":
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    print(smoothed_loss(model, torch.load(sys.argv[2]), sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("way", ["installed", "remote code"])
+def test_label_smoothing_of_a_plain_trainer_predicts_the_next_token(way, tmp_path):
+    model, input_ids = tiny_model("SM+R"), random_ids(2, 9)
+    log_probs = model(input_ids).logits.double().log_softmax(-1)[:, :-1]
+    nll = -log_probs.gather(-1, input_ids[:, 1:, None]).mean()
+    expected = (0.9 * nll - 0.1 * log_probs.mean()).item()
+    if way == "installed":
+        scope = {"__name__": "smoothed"}
+        exec(SMOOTHED, scope)
+        loss = scope["smoothed_loss"](model, input_ids, str(tmp_path / "run"))
+    else:
+        model.save_pretrained(tmp_path / "model")
+        torch.save(input_ids, tmp_path / "ids.pt")
+        (tmp_path / "smoothed.py").write_text(SMOOTHED)
+        command = [sys.executable, "-I", "smoothed.py", "model", "ids.pt", "run"]
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        loss = float(run.stdout)
+    assert loss == pytest.approx(expected, abs=1e-5)
