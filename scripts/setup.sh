@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv at the project's root and installs the project with its tests into it. Does nothing where that is done.
+# Makes .venv at the project's root and installs the project into it, in the versions of constraints.txt; `test` adds
+# what the linters and the tests need. Does nothing where that is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,13 +13,14 @@ fi
 PIP=(.venv/bin/python -m pip --disable-pip-version-check --quiet)
 
 # torch first: left to itself, pip takes a CUDA build of several GB on Linux, also where there is no GPU.
-if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+if ! .venv/bin/python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+    version=$(grep '^torch==' constraints.txt)
     if [ "$(uname)" != Linux ] || nvidia-smi >/dev/null 2>&1; then
-        "${PIP[@]}" install torch
+        "${PIP[@]}" install --constraint constraints.txt torch
     # A version with +cpu is never a CUDA build. It is found where pip is configured to look for one; else uv knows where.
-    elif ! "${PIP[@]}" install 'torch==2.13.0+cpu' 2>/dev/null; then
-        "${PIP[@]}" install uv
-        if ! .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend cpu torch; then
+    elif ! "${PIP[@]}" install --constraint constraints.txt "$version+cpu" 2>/dev/null; then
+        "${PIP[@]}" install --constraint constraints.txt uv
+        if ! .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend cpu "$version"; then
             echo "setup: no CPU build of torch was found; install one into .venv and run this again" >&2
             exit 1
         fi
@@ -26,8 +28,9 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
 fi
 
 # what an editable install has written down
-installed=.venv/lnfree-installed
-if ! cmp -s pyproject.toml "$installed"; then
-    "${PIP[@]}" install --editable '.[test]'
-    cp pyproject.toml "$installed"
+extra=${1:-}
+installed=.venv/lnfree-installed$extra
+if ! cat pyproject.toml constraints.txt | cmp -s - "$installed"; then
+    "${PIP[@]}" install --constraint constraints.txt --editable ".${extra:+[$extra]}"
+    cat pyproject.toml constraints.txt > "$installed"
 fi

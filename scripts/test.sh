@@ -3,8 +3,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-bash scripts/setup.sh
+bash scripts/setup.sh test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mlinter modeling_lnfree/ --no-progress
+.venv/bin/codespell
+.venv/bin/deptry .
 .venv/bin/python -m pytest "$@"

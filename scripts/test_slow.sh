@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-bash scripts/setup.sh
-.venv/bin/python -m pip --disable-pip-version-check --quiet install gradio selenium
+bash scripts/setup.sh test
+.venv/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt gradio selenium
 .venv/bin/python -m pytest -m slow -rs "$@"

@@ -90,8 +90,8 @@ def test_grids_are_products_in_folders_named_from_the_configuration(write_sweep)
 def test_command_of_a_run_makes_its_recipe(write_sweep):
     path = write_sweep([{"variant": "SM+R", "learning_rate": 1e-05, "biased_projections": [["v_proj"]]}], seed=5)
     _, [run] = sweep.load_sweep(path)
-    assert run.command[:3] == [sys.executable, "-m", "training.train"]
-    recipe = load_recipe(run.command[3], run.command[4:])
+    assert run.command[:4] == [sys.executable, "-P", "-m", "training.train"]
+    recipe = load_recipe(run.command[4], run.command[5:])
     assert (recipe.data.variant, recipe.training["seed"], recipe.training["learning_rate"]) == ("SM+R", 5, 1e-05)
     assert recipe.build_config().biased_projections == ["v_proj"] and recipe.training["output_dir"] == str(run.folder)
 
@@ -103,7 +103,7 @@ def test_budget_in_tokens_is_one_for_all_contexts(write_sweep):
 
 def test_study_is_the_one_that_it_says():
     _, runs = sweep.load_sweep(STUDY)
-    recipes = [load_recipe(run.command[3], run.command[4:]) for run in runs]
+    recipes = [load_recipe(run.command[4], run.command[5:]) for run in runs]
     settings = {(recipe.build_config().backbone, recipe.data.block_size) for recipe in recipes}
     assert settings == {("gpt2", 128), ("pythia", 128), ("pythia", 256)}
     assert {recipe.data.train_tokens for recipe in recipes} == {819_200}
@@ -153,7 +153,7 @@ def test_changed_recipe_of_a_run_that_is_there_is_an_error(write_sweep):
     path = write_sweep([{"variant": "SM+R"}])
     _, [run] = sweep.load_sweep(path)
     run.folder.mkdir(parents=True)
-    (run.folder / "recipe.yaml").write_text(yaml.safe_dump(load_recipe(run.command[3], run.command[4:]).to_dict()))
+    (run.folder / "recipe.yaml").write_text(yaml.safe_dump(load_recipe(run.command[4], run.command[5:]).to_dict()))
     assert len(sweep.load_sweep(path)[1]) == 1
     with pytest.raises(UserError, match="holds a run with max_steps=8, this recipe has 9"):
         sweep.load_sweep(write_sweep([{"variant": "SM+R"}], max_steps=9))

@@ -1,6 +1,8 @@
 """`lnfree`: what a person does with the project, a verb each. Heavy imports wait until a verb runs."""
 
 import argparse
+import importlib.metadata
+import os
 import sys
 
 
@@ -9,6 +11,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lnfree", description="Train, compare, export and measure GPT models without LayerNorm."
     )
+    version = f"lnfree {importlib.metadata.version('lnfree')}"
+    parser.add_argument("--version", action="version", version=version)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = _add_verb(
@@ -149,6 +153,10 @@ def main(argv: list[str] | None = None) -> int:
     benchmark.add_argument("--json", dest="json_path", metavar="FILE", help="write all figures")
     benchmark.add_argument("--docs", metavar="DIR", help="of a checkout: put the tables into its pages too")
 
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks: eval "$(register-python-argcomplete lnfree)"
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     arguments, rest = parser.parse_known_args(argv)
     # argparse gives `overrides` only what stands before the first option
     if rest and (arguments.verb != "train" or any(value.startswith("-") for value in rest)):

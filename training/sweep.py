@@ -142,7 +142,9 @@ def _load_run(base: Path, runs_dir: Path, values: dict[str, Any], told: set[str]
     if max_steps < 1:
         raise UserError("a sweep needs a budget: max_steps or train_tokens")
     check_same_recipe(folder, recipe)
-    return Run(folder, [sys.executable, "-m", "training.train", str(recipe_path), *overrides], max_steps), recipe
+    # -P: a user's folder may hold modules of the same names
+    command = [sys.executable, "-P", "-m", "training.train", str(recipe_path), *overrides]
+    return Run(folder, command, max_steps), recipe
 
 
 def _advance(runs: list[Run], jobs: int) -> bool:

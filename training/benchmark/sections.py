@@ -334,7 +334,7 @@ def benchmark_start(settings: Settings) -> list[Row]:
 
     def run(*command: str, **environment) -> Action:
         return lambda: subprocess.run(
-            [sys.executable, *command], check=True, capture_output=True, env={**os.environ, **environment}
+            [sys.executable, "-P", *command], check=True, capture_output=True, env={**os.environ, **environment}
         )
 
     torch_and_transformers = "import torch, transformers; from transformers import PreTrainedModel, Trainer"
@@ -359,7 +359,7 @@ def benchmark_start(settings: Settings) -> list[Row]:
 def _first_step(home: str) -> float:
     """Seconds from the command to the measurement before the first step of a run of the recipe `quick`."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "training.cli", "train", str(QUICK), f"output_dir={folder}/run"]
+        command = [sys.executable, "-P", "-m", "training.cli", "train", str(QUICK), f"output_dir={folder}/run"]
         start = time.perf_counter()
         with subprocess.Popen(
             command, env={**os.environ, "HF_HOME": home}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
@@ -78,6 +77,9 @@ class LNFreeTrainer(Trainer):
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
+        # only here: what trains on no stream starts without it
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
         # not prepared by Accelerate, which would fetch ahead of what is trained on, and split the rows a second time
         self.stream = StatefulDataLoader(
             split_dataset_by_node(self.train_dataset, self.args.process_index, self.args.world_size),
