@@ -6,7 +6,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 
 LayerOptimizer = Literal["adamw", "muon"]
@@ -50,8 +49,7 @@ def build_optimizer(
 
     Raises:
         ImportError: for Muon, if torch has none (before 2.9).
-        ValueError: for a rate, momentum or width out of range, a model without linear layers, and Muon of sharded
-            parameters.
+        ValueError: for a rate, momentum or width out of range, and a model without linear layers.
     """
     layer_learning_rate = learning_rate if layer_learning_rate is None else layer_learning_rate
     for name, value in (("learning_rate", learning_rate), ("layer_learning_rate", layer_learning_rate)):
@@ -94,8 +92,6 @@ def build_optimizer(
         return torch.optim.AdamW(others + layers, lr=learning_rate, **adamw)
     if not hasattr(torch.optim, "Muon"):
         raise ImportError(f"layer_optimizer='muon' needs torch 2.9 or newer, found {torch.__version__}")
-    if any(isinstance(parameter, DTensor) for group in layers for parameter in group["params"]):
-        raise ValueError("layer_optimizer='muon' needs whole matrices, these are sharded over processes")
     return AdamWAndMuon(
         torch.optim.AdamW(others, lr=learning_rate, **adamw),
         torch.optim.Muon(layers, lr=layer_learning_rate, momentum=muon_momentum, adjust_lr_fn=muon_adjustment),

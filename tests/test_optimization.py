@@ -299,7 +299,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(recipe_values, tmp_p
         ({"layer_learning_rate": 0.1, "optim": "sgd"}, "layer_learning_rate=0.1 needs AdamW .*, got optim='sgd'"),
         ({"layer_learning_rate": -1.0}, "layer_learning_rate must be finite and more than 0, got -1.0"),
         ({"layer_base_width": 0}, "layer_base_width must be at least 1, got 0"),
-        ({"layer_optimizer": "muon", "fsdp_size": 2}, "needs whole matrices, and fsdp_size=2 shards them"),
         ({"layer_optimizer": "lion"}, "layer_optimizer"),
         ({"layer_optimizer": "muon", "muon_adjustment": "none"}, "muon_adjustment"),
     ],

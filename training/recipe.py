@@ -356,11 +356,6 @@ def _check_layer_optimizer(recipe: Recipe):
         return
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"layer_optimizer='muon' needs torch 2.9 or newer, found {torch.__version__}")
-    if data.fsdp_size > 1:
-        raise UserError(
-            f"layer_optimizer='muon' needs whole matrices, and fsdp_size={data.fsdp_size} shards them: train with "
-            "fsdp_size=1 (DDP)"
-        )
     data.muon_momentum = 0.95 if data.muon_momentum is None else data.muon_momentum
     data.muon_adjustment = data.muon_adjustment or "match_rms_adamw"
     if not 0 <= data.muon_momentum < 1:

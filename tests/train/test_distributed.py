@@ -164,19 +164,20 @@ def test_equal_global_batches_give_equal_runs(values, tmp_path, variant):
 @pytest.mark.slow
 def test_muon_in_two_processes_is_that_of_one(values, tmp_path):
     values = {**values, "layer_optimizer": "muon", "max_steps": 8}
-    for name, processes, sequences in (("one", 1, 8), ("ddp", 2, 4)):
-        run = {**values, "per_device_train_batch_size": sequences, "output_dir": str(tmp_path / name)}
-        finish(launch(tmp_path, run, processes))
-    assert len(list((tmp_path / "ddp").glob("seen-8-*.pt"))) == 2
-    # its iterations are in bfloat16
-    assert losses(tmp_path / "ddp") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    with pytest.raises(UserError, match="needs whole matrices, and fsdp_size=2 shards them"):
-        build_recipe({**values, "fsdp_size": 2})
+    ways = {"one": (1, {"per_device_train_batch_size": 8}), "ddp": (2, {}), "fsdp": (2, {"fsdp_size": 2})}
+    for name, (processes, more) in ways.items():
+        run = {**values, **more, "output_dir": str(tmp_path / name)}
+        finish(launch(tmp_path, run, processes, sharded=name == "fsdp"))
+        assert len(list((tmp_path / name).glob("seen-8-*.pt"))) == processes
+        # its iterations are in bfloat16
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [{}, {"layer_optimizer": "muon"}, {"fsdp_size": 2}], ids=["ddp", "ddp with muon", "fsdp"]
+    "more",
+    [{}, {"fsdp_size": 2}, {"layer_optimizer": "muon"}, {"layer_optimizer": "muon", "fsdp_size": 2}],
+    ids=["ddp", "fsdp", "ddp with muon", "fsdp with muon"],
 )
 def test_killed_run_of_two_processes_resumes_bitwise(values, tmp_path, more):
     # dropout, so that the states of the random numbers count as well
