@@ -200,7 +200,7 @@ def test_a_model_in_training_is_measured_without_dropout_and_left_as_it_was(metr
         ({"predictions": []}, "at least one text or measurement, got \\[\\]"),
         ({"predictions": "a text"}, "must be a list"),
         ({"predictions": iter("a")}, "must be a list .*, got <str_"),
-        ({"predictions": [0.5]}, "got float without entropy, max_entropy"),
+        ({"predictions": [0.5]}, "a record or a result of this metric, got 0.5"),
         ({"predictions": [{"entropy": [[1.0]]}]}, "got dict without max_entropy"),
         ({"predictions": ["a", {}]}, "texts or measurements, not both"),
         ({"predictions": ["a"]}, "pass either model_id=, or model= and tokenizer="),
@@ -401,8 +401,8 @@ def test_the_page_in_a_browser_as_wide_as_a_telephone(page, folder):
 
 
 @pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+def corpus(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     path = tmp_path / "texts.jsonl"
     rows = [{"content": text, "number": 1} for text in [TEXTS[0], None, *TEXTS[1:], ""]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

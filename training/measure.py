@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from modeling_lnfree import record_attention_entropy, use_fast_cpu
-from modeling_lnfree.metrics.attention_entropy.attention_entropy import check_max_length, encode, load_model, summarize
+from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
+    check_max_length,
+    encode,
+    load_model,
+    side,
+    summarize,
+)
 
 from .encryption.counting import comparison, count_operations, table
 from .encryption.fixed_point import check_model, measure_fixed_point
@@ -110,9 +117,10 @@ def measure(
     check_model_id(model_id)
     rows = _open(dataset, config, split, streaming)
     if max_samples is not None:
-        rows = rows.take(max_samples)
+        # datasets 5.1 takes no more rows than there are
+        rows = rows.take(max_samples if streaming else min(max_samples, len(rows)))
     # a wrong column is told before a model is loaded
-    for _, row in _read(rows.take(1), dataset):
+    for _, row in islice(_read(rows, dataset), 1):
         _text(row, text_column)
     _check_device(device)
     try:
@@ -151,15 +159,17 @@ def measure(
             kept = [(index, ids[:max_length]) for (index, _), ids in zip(batch, token_ids, strict=True) if ids]
             counts["skipped_texts"] += len(batch) - len(kept)
             counts["truncated_texts"] += sum(len(ids) > max_length for ids in token_ids)
-            likelihoods = _negative_log_likelihoods(model, [ids for _, ids in kept])
-            for position, ((index, ids), nll) in enumerate(zip(kept, likelihoods, strict=True)):
-                counts["num_texts"] += 1
-                counts["num_tokens"] += len(ids)
-                counts["predicted_tokens"] += len(nll)
-                total_nll += nll.cpu().double().sum().item()
-                if writer is not None:
-                    entropies = [layers[row][position, :, : len(ids)] for row in range(len(layers))]
-                    writer.write(_figures(index, nll, entropies))
+            for _, alike in groupby(kept, key=lambda text: side(model, len(text[1]))):
+                alike = list(alike)
+                likelihoods = _negative_log_likelihoods(model, [ids for _, ids in alike])
+                for position, ((index, ids), nll) in enumerate(zip(alike, likelihoods, strict=True)):
+                    counts["num_texts"] += 1
+                    counts["num_tokens"] += len(ids)
+                    counts["predicted_tokens"] += len(nll)
+                    total_nll += nll.cpu().double().sum().item()
+                    if writer is not None:
+                        entropies = [layers[row][position, :, : len(ids)] for row in range(len(layers))]
+                        writer.write(_figures(index, nll, entropies))
             progress.update(len(batch))
         if counts["predicted_tokens"] == 0:
             raise UserError(f"dataset {dataset!r} has no text of two tokens in the column {text_column!r}")
@@ -171,7 +181,9 @@ def measure(
             likelihoods = []
             for batch in tqdm(_batches(_read(rows, dataset), batch_size), desc="fixed point", unit="batch"):
                 token_ids = encode([_text(row, text_column) for _, row in batch], tokenizer)
-                likelihoods += _negative_log_likelihoods(model, [ids[:max_length] for ids in token_ids if ids])
+                kept = [ids[:max_length] for ids in token_ids if ids]
+                for _, alike in groupby(kept, key=lambda ids: side(model, len(ids))):
+                    likelihoods += _negative_log_likelihoods(model, list(alike))
             return torch.cat(likelihoods).cpu().double().mean().item()
 
         try:

@@ -6,7 +6,9 @@ queries of all texts, for every layer and head (arXiv 2410.09637). It is exact a
 mathematics stands in `entropy.py`.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Sized
+from itertools import groupby
 from numbers import Integral
 from typing import Any
 
@@ -162,7 +164,7 @@ class AttentionEntropy(evaluate.Metric):
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         loading = {"device": device, "trust_remote_code": trust_remote_code, "revision": revision, "dtype": dtype}
         if model is None:
-            model = load_model(model_id, **loading)
+            model = load_model(model_id, **loading, with_head=False)
         elif any(loading.values()):
             named = ", ".join(name for name, value in loading.items() if value)
             raise ValueError(f"a model at hand is measured as it is; {named} is for model_id=")
@@ -193,19 +195,42 @@ def load_model(
     trust_remote_code: bool,
     revision: str | None,
     dtype: str | torch.dtype | None,
+    with_head: bool = True,
 ) -> PreTrainedModel:
     """
-    A causal language model in evaluation mode, with the arguments of `AttentionEntropy.compute`.
+    A causal language model in evaluation mode, with the arguments of `AttentionEntropy.compute`. Without `with_head`,
+    its output projection may be missing, which entropy does not need.
 
     Raises:
-        OSError, ValueError: if it cannot be loaded.
+        OSError, ValueError: if it cannot be loaded, or lacks weights, in whose place random ones would be measured.
     """
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        model_id, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype or "auto"
+    model, report = AutoModelForCausalLM.from_pretrained(
+        model_id,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype or "auto",
+        output_loading_info=True,
     )
+    part = "" if with_head else f"{model.base_model_prefix}."
+    if missing := sorted(name for name in report["missing_keys"] if name.startswith(part)):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{model_id} lacks weights, which would be random: {', '.join(missing[:3])}{more}")
     return model.to(device).eval()
+
+
+def side(model: PreTrainedModel, length: int) -> int:
+    """
+    Which texts a text of `length` tokens may share a batch with: a model with scaled rotary positions may turn the
+    whole batch by other frequencies once one text is longer than those that it was first trained on (longrope,
+    arXiv 2402.13753).
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    lengths = {getattr(part, "get", {}.get)("original_max_position_embeddings") for part in (rope, *rope.values())}
+    lengths.add(getattr(config, "original_max_position_embeddings", None))
+    return bisect_left(sorted(lengths - {None}), length)
 
 
 def check_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
@@ -252,6 +277,11 @@ def summarize(record: AttentionEntropyRecord) -> dict[str, Any]:
 def _are_texts(predictions: Sequence[Any]) -> bool:
     if isinstance(predictions, str | Mapping) or not isinstance(predictions, Sized) or len(predictions) == 0:
         raise ValueError(f"predictions must be a list with at least one text or measurement, got {predictions!r}")
+    for prediction in predictions:
+        if not isinstance(prediction, str | Mapping) and not hasattr(prediction, "entropy"):
+            raise ValueError(
+                f"a prediction must be a text, a record or a result of this metric, got {prediction!r:.80}"
+            )
     kinds = {isinstance(prediction, str) for prediction in predictions}
     if len(kinds) > 1:
         raise ValueError("predictions must be texts or measurements, not both")
@@ -285,6 +315,8 @@ def _measure(
             raise ValueError(f"the text {text!r} has no tokens")
     # little padding
     sequences.sort(key=len)
+    alike = [list(group) for _, group in groupby(sequences, key=lambda sequence: side(model, len(sequence)))]
+    batches = [group[i : i + batch_size] for group in alike for i in range(0, len(group), batch_size)]
     # the model without its head: the logits of all tokens would take the most memory
     backbone = model.base_model
     was_training = model.training
@@ -293,8 +325,8 @@ def _measure(
         # not reduced: other processes may measure other texts, or none
         # nor are the towers of other modalities, which read no text
         with torch.no_grad(), record_attention_entropy(backbone.get_decoder(), reduce=False) as record:
-            for start in evaluate.logging.tqdm(range(0, len(sequences), batch_size)):
-                backbone(**pad(sequences[start : start + batch_size], model.device), use_cache=False)
+            for batch in evaluate.logging.tqdm(batches):
+                backbone(**pad(batch, model.device), use_cache=False)
     finally:
         model.train(was_training)
     return record
