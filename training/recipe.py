@@ -144,6 +144,7 @@ class DataArguments:
 
 # of `DataArguments`: how the matrices of the layers are trained
 LAYER_FIELDS = ("layer_optimizer", "layer_learning_rate", "layer_base_width", "muon_momentum", "muon_adjustment")
+MUON_DEFAULTS = {"muon_momentum": 0.95, "muon_adjustment": "match_rms_adamw"}
 DATA_FIELDS = {f.name for f in fields(DataArguments)}
 TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
 MODEL_FIELDS = set(LNFreeConfig.__annotations__) - TRAINING_FIELDS
@@ -356,7 +357,8 @@ def _check_layer_optimizer(recipe: Recipe):
         return
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"layer_optimizer='muon' needs torch 2.9 or newer, found {torch.__version__}")
-    data.muon_momentum = 0.95 if data.muon_momentum is None else data.muon_momentum
-    data.muon_adjustment = data.muon_adjustment or "match_rms_adamw"
+    for name, value in MUON_DEFAULTS.items():
+        if getattr(data, name) is None:
+            setattr(data, name, value)
     if not 0 <= data.muon_momentum < 1:
         raise UserError(f"muon_momentum must be in [0, 1), got {data.muon_momentum}")

@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import re
+import statistics
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +13,11 @@ from typing import Any
 
 import torch
 
-from modeling_lnfree.configuration_lnfree import variant_order
+from modeling_lnfree.configuration_lnfree import BASELINE, variant_order
 
 from .errors import UserError, one_line
 from .files import read_json
-from .recipe import LAYER_FIELDS, MODEL_FIELDS, DataArguments, Recipe, read_values
+from .recipe import LAYER_FIELDS, MODEL_FIELDS, MUON_DEFAULTS, DataArguments, Recipe, read_values
 
 
 RESULTS, LOCK, ASIDE = "results.json", ".lock", ".incomplete"
@@ -111,18 +113,17 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-# fields of a recipe that decide a run's result, but for variant and seed
+# fields of a recipe that decide a run's result, but for the seed and what `configuration` tells
 DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "norm_type", "final_norm_type"} | {
     *("dataset_config", "eval_dataset", "eval_fraction", "text_column", "tokenizer"),
     *("streaming", "separate_documents"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
-    *LAYER_FIELDS,
     *("lr_scheduler_type", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "bf16"),
 }
 
 
 def setting_of(run: dict[str, Any]) -> tuple:
-    """Runs are compared with each other within one setting: all that decides the result but variant and seed."""
+    """Runs are compared within one setting: all that decides the result but the configuration and the seed."""
     # a field that the run did not know yet had its default's effect
     recipe = {**asdict(DataArguments()), **run["recipe"]}
     decisive = {key: recipe[key] for key in sorted(recipe.keys() & DECISIVE) if recipe[key] is not None}
@@ -136,8 +137,28 @@ def why_unstable(folder: Path) -> str:
 
 
 def configuration(run: dict[str, Any]) -> str:
-    """The variant, and what else sets runs of one setting apart."""
-    return run["variant"] + (", slopes decayed" if run["recipe"].get("decay_slopes") else "")
+    """The variant, and what else sets runs of one setting apart: `SM+R, muon 0.006` trains its layers by Muon."""
+    recipe = run["recipe"]
+    decay = ", slopes decayed" if recipe.get("decay_slopes") else ""
+    given = {name: recipe[name] for name in LAYER_FIELDS if recipe.get(name) is not None}
+    optimizer, rate = given.pop("layer_optimizer", "adamw"), given.pop("layer_learning_rate", None)
+    if optimizer == "adamw" and rate is None and not given:
+        return run["variant"] + decay
+    layers = f", {optimizer}" if rate is None else f", {optimizer} {rate:g}"
+    others = {name: value for name, value in given.items() if value != MUON_DEFAULTS.get(name)}
+    return run["variant"] + decay + layers + "".join(f", {name}={value}" for name, value in others.items())
+
+
+def baseline_of(runs: list[dict[str, Any]]) -> str | None:
+    """
+    The configuration that changes are against: that of SM+LN+G. If it was trained in several ways, the best of those
+    with the most seeds.
+    """
+    losses: dict[str, list[float]] = {}
+    for run in runs:
+        if run["variant"] == BASELINE:
+            losses.setdefault(configuration(run), []).append(math.log(run["perplexity"]))
+    return min(losses, key=lambda name: (-len(losses[name]), statistics.mean(losses[name])), default=None)
 
 
 def evaluations(run: dict[str, Any]) -> list[tuple[int, float]]:

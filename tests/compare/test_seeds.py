@@ -11,6 +11,7 @@ import pytest
 from training.compare import seeds
 from training.compare.comparison import _summary_row
 from training.errors import UserError
+from training.runs import setting_of
 
 
 def fake_run(tmp_path, variant, seed, perplexity, evaluated=(), **recipe):
@@ -52,6 +53,39 @@ def test_intervals_and_paired_changes_over_seeds(tmp_path):
     means = sorted(100 * np.expm1(np.mean(sample)) for sample in itertools.product(logs, repeat=3))
     expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf").tolist()
     assert pair["change"]["bootstrap_interval"] == pytest.approx(expected)
+
+
+def test_ways_to_train_the_layers_are_configurations_of_one_setting(tmp_path):
+    muon = {"layer_optimizer": "muon", "muon_momentum": 0.95, "muon_adjustment": "match_rms_adamw"}
+    ways = {
+        "SM+LN+G": ({"layer_optimizer": "adamw"}, (100, 110)),
+        "SM+LN+G, muon": (muon, (90, 92)),
+        "SM+LN+G, muon 0.01": ({**muon, "layer_learning_rate": 0.01}, (91, 90)),
+        # the lowest, but over one seed only
+        "SM+LN+G, muon 0.02, muon_momentum=0.9": ({**muon, "layer_learning_rate": 0.02, "muon_momentum": 0.9}, (50,)),
+        "SM+R@Stable, muon 0.01": ({**muon, "layer_learning_rate": 0.01}, (80, 85)),
+        "SM+G@Stable, muon 0.01": ({**muon, "layer_learning_rate": 0.01}, (88, 85)),
+        "SM+G@Stable": ({}, (70, 70)),
+        "SM+R, adamw, layer_base_width=64": ({"layer_base_width": 64}, (60, 60)),
+    }
+    seen = []
+    for index, (name, (recipe, perplexities)) in enumerate(ways.items()):
+        (tmp_path / str(index)).mkdir()
+        for seed, value in enumerate(perplexities):
+            run = fake_run(tmp_path / str(index), name.split(",")[0], seed, value, **recipe)
+            seen.append({**run, "backbone": "gpt2", "block_size": 8, "dataset": "x"})
+    assert len({setting_of(run) for run in seen}) == 1
+    summary = seeds.summarise(seen)
+    rows = {row["configuration"]: row for row in summary["configurations"]}
+    assert list(rows) == list(ways)
+    assert [name for name, row in rows.items() if row["is_baseline"]] == ["SM+LN+G, muon 0.01"]
+    assert rows["SM+LN+G, muon 0.01"]["change"] is None
+    assert list(rows["SM+R@Stable, muon 0.01"]["change"]["by_seed"].values()) == pytest.approx(
+        [100 * (80 / 91 - 1), 100 * (85 / 90 - 1)]
+    )
+    assert [(pair["first"], pair["second"]) for pair in summary["pairs"]] == [
+        ("SM+R@Stable, muon 0.01", "SM+G@Stable, muon 0.01")
+    ]
 
 
 def test_a_change_says_how_many_seeds_it_is_over(tmp_path):

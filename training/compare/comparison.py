@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import read_json, read_records, write_atomically
 from ..pages import check_docs, machine, write_table
 from ..plots import plot_curves, plot_heat_maps, run_title
-from ..runs import RESULTS, configuration, read_results, setting_of, why_unstable
+from ..runs import RESULTS, baseline_of, configuration, read_results, setting_of, why_unstable
 from .page import RANGES, build_html, cost_lines
 from .seeds import LEAST_SEEDS, summarise
 
@@ -99,10 +99,10 @@ def _differing(runs_of_groups: list[list[dict[str, Any]]]) -> list[list[str]]:
 def _compare_group(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows of one setting; changes are against SM+LN+G of the same seed."""
     perplexity = {(configuration(run), run["seed"]): run["perplexity"] for run in runs}
-    summary = summarise(runs)
+    summary, compared = summarise(runs), baseline_of(runs)
     rows = []
     for run in runs:
-        baseline = perplexity.get((BASELINE, run["seed"]))
+        baseline = perplexity.get((compared, run["seed"]))
         entropy = np.array(run["attention_entropy"]["entropy"])  # (layers, heads)
         config = json.dumps(read_json(run["folder"] / "model" / "config.json"))
         rows.append(
@@ -259,8 +259,7 @@ def _summary_row(row: dict[str, Any]) -> str:
     interval, change = row["perplexity_interval"], row["change"]
     cells = [row["configuration"], str(len(row["seeds"])), f"{row['perplexity']:.3f}"]
     cells.append("" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
-    baseline = row["configuration"] == BASELINE
-    cells.append("0" if baseline else "" if change is None else f"{change['mean']:+.2f} %")
+    cells.append("0" if row["is_baseline"] else "" if change is None else f"{change['mean']:+.2f} %")
     if change is not None and len(change["by_seed"]) < len(row["seeds"]):
         # the others have no run of SM+LN+G
         cells[-1] += f" ({len(change['by_seed'])} of the seeds)"

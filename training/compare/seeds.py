@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from modeling_lnfree.configuration_lnfree import BASELINE, RELU_AGAINST_GELU
+from modeling_lnfree.configuration_lnfree import RELU_AGAINST_GELU
 
 from ..errors import UserError
-from ..runs import configuration, evaluations
+from ..runs import baseline_of, configuration, evaluations
 
 
 LEAST_SEEDS = 3
@@ -21,9 +21,9 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `configurations`: perplexity (exp of the mean loss over seeds, and of its 95 % interval by Student's t), change
-        against SM+LN+G in percent (paired by seed), and the entropy by layer. `pairs`: the same paired change of ReLU
-        against GELU without and with LayerNorm, and by seed from how many tokens on which of them is ahead. An
-        interval is None with fewer than 3 seeds.
+        against SM+LN+G in percent (paired by seed; `baseline_of`), and the entropy by layer. `pairs`: the same paired
+        change of ReLU against GELU without and with LayerNorm, all else alike, and by seed from how many tokens on
+        which of them is ahead. An interval is None with fewer than 3 seeds.
 
     Raises:
         UserError: for two runs of one configuration and seed, of which one would hide the other.
@@ -36,7 +36,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 f"{earlier['folder']} and {run['folder']} are the same run, {configuration(run)} with seed "
                 f"{run['seed']}: move one of them away"
             )
-    baseline = by_configuration.get(BASELINE, {})
+    baseline = baseline_of(runs)
     configurations = []
     for name, seeds in by_configuration.items():
         losses = np.log([run["perplexity"] for run in seeds.values()])
@@ -47,10 +47,18 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 "seeds": sorted(seeds),
                 "perplexity": float(np.exp(np.mean(losses))),
                 "perplexity_interval": _map(np.exp, t_interval(losses)),
-                "change": paired_change(seeds, baseline) if name != BASELINE else None,
+                "is_baseline": name == baseline,
+                "change": paired_change(seeds, by_configuration.get(baseline, {})) if name != baseline else None,
                 "entropy_by_layer": np.mean(entropies, axis=0).tolist(),
             }
         )
+    # whatever follows the variant in a configuration is the same in both
+    named = [
+        (name, second + name.removeprefix(first))
+        for first, second in RELU_AGAINST_GELU
+        for name in by_configuration
+        if name.removeprefix(first)[:1] in ("", ",", "@")
+    ]
     pairs = [
         {
             "first": first,
@@ -58,8 +66,8 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "change": paired_change(by_configuration[first], by_configuration[second]),
             "ahead": ahead(by_configuration[first], by_configuration[second]),
         }
-        for first, second in RELU_AGAINST_GELU
-        if first in by_configuration and second in by_configuration
+        for first, second in named
+        if second in by_configuration
     ]
     return {"configurations": configurations, "pairs": [pair for pair in pairs if pair["change"] is not None]}
 
