@@ -28,7 +28,7 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .errors import UserError, explained
 from .recipe import DataArguments
@@ -298,6 +298,11 @@ def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: 
                 os.rename(aside, folder)
                 os.mkdir(aside)  # for the context manager to remove
     return AutoTokenizer.from_pretrained(folder)
+
+
+def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """False for what `AutoTokenizer` makes of a folder without a tokenizer: special tokens are all that it has."""
+    return len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) > 1
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast, wanted: int | None) -> int:

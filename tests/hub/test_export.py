@@ -61,6 +61,11 @@ assert head(inputs[:, :16]).logits.shape == (1, 3)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def f", max_new_tokens=5, do_sample=False)
 assert text[0]["generated_text"].startswith("def f")
+# by their defaults, pipelines would generate past the 16 positions, and truncation would not truncate
+for prompt in ("def f", "def f(x, y):"):
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt)
+    assert text[0]["generated_text"].startswith(prompt)
+assert tokenizer("def f(x, y): " * 99, truncation=True, return_tensors="pt")["input_ids"].shape == (1, 16)
 model.save_pretrained(sys.argv[2])
 again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
 assert "modeling_lnfree" not in sys.modules and "training" not in sys.modules

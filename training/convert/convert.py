@@ -15,6 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import has_file
@@ -22,7 +23,8 @@ from transformers.utils.hub import has_file
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
-from ..errors import UserError, one_line
+from ..data import has_vocabulary
+from ..errors import UserError, explained
 from ..recipe import check_model_id
 
 
@@ -57,12 +59,21 @@ _SAME_FIELDS = [
 ]
 _ACTIVATIONS = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_accurate": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
     "relu": "relu",
     "leaky_relu": "leaky_relu",
 }
 _PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + ["mlp.up_proj", "mlp.down_proj"]  # of a block
+# one of them comes with every tokenizer, those that are written in Python too
+_TOKENIZER_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"),
+    "sentencepiece.bpe.model",
+)
 # An epsilon that no variance of a residual stream reaches: the published models without LayerNorm have 1e12.
 _LN_FREE_EPS = 1e9
 # largest difference of a logit, as a share of the largest logit
@@ -107,47 +118,78 @@ def convert(
     except OSError as error:
         raise UserError(f"{out_dir} cannot be written: {error.strerror}") from None
     source = _load(model_id, ("lnfree",) if to_stock else tuple(_NAMES), revision)
+    tokenizer = _load_tokenizer(model_id, revision)
     probe = _probe(source.config)
     with torch.no_grad():
         expected = source(probe).logits
-    generation_config = source.generation_config
+    if not expected.isfinite().all():
+        raise UserError(f"model {model_id!r} cannot be converted: its own logits are NaN or infinite")
+    generation_config, positions = source.generation_config, source.config.max_position_embeddings
     target = _to_stock(source) if to_stock else _from_stock(source)
     del source
+    # pipelines would generate 256 tokens
+    if generation_config.max_length is None and generation_config.max_new_tokens is None:
+        generation_config.max_length = positions
     target.generation_config = generation_config
     name = out_dir.resolve().name
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{name}.") as aside:
         folder = Path(aside) / name
-        target.save_pretrained(folder, max_shard_size=shard_size)
+        with explained(f"{out_dir} cannot be written"):
+            target.save_pretrained(folder, max_shard_size=shard_size)
+            if tokenizer is not None:
+                tokenizer.model_max_length = positions
+                tokenizer.save_pretrained(folder)
         model_class, summary = type(target), _summary(target)
         del target
-        # AutoTokenizer makes an empty one of a folder without
-        has_tokenizer = any(has_file(model_id, file, revision=revision) for file in ("tokenizer.json", "vocab.json"))
-        if has_tokenizer:
-            AutoTokenizer.from_pretrained(model_id, revision=revision).save_pretrained(folder)
         difference = _compare(model_class.from_pretrained(folder, dtype="auto").eval(), probe, expected)
         os.replace(folder, out_dir)
-    tokenizer = "with its tokenizer" if has_tokenizer else "no tokenizer came with it"
-    print(f"{out_dir}: {summary}, {tokenizer}; largest difference of a logit {difference:.2g}")
+    told = "no tokenizer came with it" if tokenizer is None else "with its tokenizer"
+    print(f"{out_dir}: {summary}, {told}; largest difference of a logit {difference:.2g}")
     return out_dir
 
 
 def _load(model_id: str | Path, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
     check_model_id(model_id)
-    try:
+    with explained(f"model {model_id!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(model_id, revision=revision)
         if config.model_type not in model_types:
             raise UserError(f"model {model_id!r} must be of type {' or '.join(model_types)}, got {config.model_type}")
+        if (quantized := getattr(config, "quantization_config", None)) is not None:
+            method = dict(quantized).get("quant_method", "an unknown method")
+            raise UserError(f"model {model_id!r} must have weights that are not quantized, got those of {method}")
         model_class = {"gpt2": GPT2LMHeadModel, "gpt_neox": GPTNeoXForCausalLM, "lnfree": LNFreeForCausalLM}
         model, report = model_class[config.model_type].from_pretrained(
-            model_id, revision=revision, dtype="auto", output_loading_info=True
+            model_id, revision=revision, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"model {model_id!r} cannot be loaded: {one_line(error)}") from error
-    if report["missing_keys"]:
-        raise UserError(f"model {model_id!r} lacks weights: {', '.join(sorted(report['missing_keys']))}")
+    report["mismatched_keys"] = [
+        f"{name} {tuple(found)}, not {tuple(size)}" for name, found, size in report["mismatched_keys"]
+    ]
+    for kind, what in (
+        ("mismatched_keys", "has weights of other sizes than its config.json says"),
+        ("missing_keys", "lacks weights"),
+        ("unexpected_keys", f"has weights for which {model_class[config.model_type].__name__} has no place"),
+    ):
+        if names := sorted(report[kind]):
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise UserError(f"model {model_id!r} {what}: {', '.join(names[:5])}{more}")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"model {model_id!r} cannot be converted: its weight {name} has NaN or infinite entries")
     return model.eval()
+
+
+def _load_tokenizer(model_id: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None if none came with it."""
+    found = [name for name in _TOKENIZER_FILES if has_file(model_id, name, revision=revision)]
+    if not found:
+        return None
+    with explained(f"the tokenizer of {model_id!r} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
+        if not has_vocabulary(tokenizer):
+            raise UserError(
+                f"the tokenizer of {model_id!r} has no tokens when transformers reads it from {', '.join(found)}"
+            )
+    return tokenizer
 
 
 def _probe(config) -> Tensor:
@@ -173,7 +215,11 @@ def _summary(model: PreTrainedModel) -> str:
 
 def _from_stock(stock: PreTrainedModel) -> LNFreeForCausalLM:
     """Moves the weights of a stock model, which is left empty."""
-    config = _config_from_gpt2(stock.config) if stock.config.model_type == "gpt2" else _config_from_neox(stock.config)
+    # as the weights are: a configuration that says otherwise is corrected
+    stock.config.tie_word_embeddings = _is_tied(stock)
+    with explained("the model's configuration cannot be expressed"):
+        convert_config = _config_from_gpt2 if stock.config.model_type == "gpt2" else _config_from_neox
+        config = convert_config(stock.config)
     state = {}
     for name, module in _stock_modules(stock, config):
         for kind in ("weight", "bias"):
@@ -203,6 +249,7 @@ def _from_stock(stock: PreTrainedModel) -> LNFreeForCausalLM:
 
 def _to_stock(ours: LNFreeForCausalLM) -> PreTrainedModel:
     """Moves the weights of a model of this family, which is left empty."""
+    ours.config.tie_word_embeddings = _is_tied(ours)
     config = _stock_config(ours.config)
     state = {name: _take(parameter) for name, parameter in ours.named_parameters()}
     with torch.device("meta"):
@@ -226,6 +273,10 @@ def _to_stock(ours: LNFreeForCausalLM) -> PreTrainedModel:
     stock.config.dtype = ours.config.dtype
     stock.tie_weights()
     return stock
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _stock_modules(stock: PreTrainedModel, config: LNFreeConfig) -> Iterator[tuple[str, nn.Module]]:

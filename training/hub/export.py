@@ -5,8 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from model_cards.diagram import draw_block
 from modeling_lnfree import LNFreeForCausalLM
 
 from ..encryption.counting import describe_forward
-from ..errors import UserError
+from ..errors import UserError, explained
 from ..plots import plot_curves, plot_heat_maps, run_title
 from ..runs import read_results
 
@@ -72,14 +71,17 @@ def export(
             if recipe.get(key) and Path(recipe[key]).exists():
                 recipe[key] = Path(recipe[key]).name
     weights = checkpoint or run_dir / "model"
-    with _reading(weights, "config.json or model.safetensors"):
+    with explained(f"{weights}: its config.json or model.safetensors cannot be read"):
         model = LNFreeForCausalLM.from_pretrained(weights, dtype="auto").eval()
     model.config.use_cache = True  # the Trainer switches it off for training
+    # pipelines would generate 256 tokens, and truncation would not truncate
+    model.generation_config.max_length = model.config.max_position_embeddings
     for parameter_name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{run_dir} is not exported: its weight {parameter_name} has NaN or infinite entries")
-    with _reading(run_dir / "model", "tokenizer.json or tokenizer_config.json"):
+    with explained(f"{run_dir / 'model'}: its tokenizer.json or tokenizer_config.json cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    tokenizer.model_max_length = model.config.max_position_embeddings
     name = out_dir.resolve().name
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,7 @@ def export(
         plot_curves([{"folder": run_dir, **results}]).savefig(folder / "curves.png")
         draw_block(model.config, folder / "block.png")
         for measured in (run_dir / "log_history.json", *run_dir.glob("*.jsonl")):
-            with _reading(run_dir, measured.name):
+            with explained(f"{run_dir}: its {measured.name} cannot be read"):
                 (folder / measured.name).write_text(measured.read_text(encoding="utf-8"), encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
@@ -112,17 +114,6 @@ def export(
     print(f"{shown}: loaded back in a clean process, logits equal bit by bit; it generates")
     print(f"  {tokenizer.decode(generated[0])!r}")
     return out_dir
-
-
-@contextmanager
-def _reading(folder: Path, files: str) -> Iterator[None]:
-    """Makes what is raised for a file that is damaged or missing one line that names it."""
-    try:
-        yield
-    # tokenizers raises no narrower class
-    except Exception as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{folder}: its {files} cannot be read ({type(error).__name__}: {said})") from error
 
 
 def _write_probe(path: Path, model: LNFreeForCausalLM):

@@ -303,6 +303,7 @@ def _finish(
 ):
     """Writes the model, the log and, last, the results that mark the run as finished."""
     model, state, arguments = trainer.model, trainer.state, trainer.args
+    trainer.processing_class.model_max_length = model.config.max_position_embeddings
     trainer.processing_class.save_pretrained(run_dir / ASIDE / "model")
     flush(run_dir / ASIDE / "model")
     shutil.rmtree(run_dir / "model", ignore_errors=True)
