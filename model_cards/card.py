@@ -17,12 +17,6 @@ CORPORA = {"stdlib": "Python source of the interpreter's standard library"}
 PYTHON_SOURCE = ("stdlib", "huggingface-course/codeparrot-ds-train")
 
 
-def model_name(results: dict[str, Any]) -> str:
-    """The name of a variant's repository, from its results: `lnfree-gpt2-sm-r-t128`."""
-    variant = results["variant"].lower().replace("+", "-")
-    return f"lnfree-{results['backbone']}-{variant}-t{results['block_size']}"
-
-
 def build_card(
     name: str,
     config,
@@ -44,7 +38,9 @@ def build_card(
         folder: the export, whose `.py` files are listed with their hashes.
         private_cost: Markdown, what a forward pass costs under encryption.
         namespace: user or organisation of the Hub, where it goes there.
-        siblings: results of the published variants that it is compared with, itself among them.
+        siblings: rows of the published variants that it is compared with, itself among them: `name` of the
+            repository, `variant`, `seed`, `perplexity`, `change` (percent, None without a baseline), mean `entropy`
+            in nats, `parameters`.
         step: the training step of the weights, where they are not those at the end.
     """
     entropy = np.array(results["attention_entropy"]["entropy"])  # (layers, heads)
@@ -86,7 +82,7 @@ def build_card(
         config=config,
         activation=describe_activation(config),
         results=results,
-        siblings=[_sibling(sibling, siblings) for sibling in siblings],
+        siblings=siblings,
         step=step,
         corpus=corpus,
         is_code=is_code,
@@ -95,18 +91,3 @@ def build_card(
         hashes=hashes,
         private_cost=private_cost,
     )
-
-
-def _sibling(results: dict[str, Any], siblings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A row of the comparison; the change is against SM+LN+G of the same seed."""
-    same_seed = [other for other in siblings if other["seed"] == results["seed"]]
-    baseline = next((other["perplexity"] for other in same_seed if other["variant"] == "SM+LN+G"), None)
-    return {
-        "name": model_name(results),
-        "variant": results["variant"],
-        "seed": results["seed"],
-        "perplexity": results["perplexity"],
-        "change": None if baseline is None else 100 * (results["perplexity"] / baseline - 1),
-        "entropy": float(np.mean(results["attention_entropy"]["entropy"])),
-        "parameters": results["parameters"],
-    }

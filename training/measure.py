@@ -25,13 +25,15 @@ from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
     summarize,
 )
 
-from .encryption.counting import comparison, count_operations, table
+from .encryption.counting import count_operations
 from .encryption.fixed_point import check_model, measure_fixed_point
+from .encryption.tables import compare_costs, tabulate
 from .errors import UserError, one_line
 from .files import write_atomically
 from .plots import plot_heat_maps
 from .recipe import check_model_id
 from .runs import library_versions
+from .tables import to_markdown
 from .texts import _batches, _check_device, _negative_log_likelihoods, _open, _read, _text, perplexity
 
 
@@ -308,5 +310,5 @@ def _print_private_cost(counts: dict[str, Any]):
             named.insert(0, (baseline["variant"], baseline[phase]))
         places = [*((str(i), layer) for i, layer in enumerate(counts[phase]["layers"]))]
         print(f"\nprivate cost of {title}:\n")
-        print("\n".join(table([*places, ("outside", counts[phase]["outside"])], "layer")), end="\n\n")
-        print("\n".join(comparison(named, baseline and baseline[phase])))
+        blocks = [tabulate([*places, ("outside", counts[phase]["outside"])], "layer")]
+        print(to_markdown([*blocks, *compare_costs(named, baseline and baseline[phase])]))

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from .errors import UserError
 from .files import read_json, read_records
-from .runs import configuration, evaluations
+from .runs import Run
 
 
 class _PlainLogFormatter(LogFormatter):
@@ -20,12 +20,6 @@ class _PlainLogFormatter(LogFormatter):
 
     def __call__(self, x, pos=None):
         return f"{x:g}" if super().__call__(x, pos) else ""
-
-
-def run_title(run: dict[str, Any]) -> str:
-    """Configuration and setting of a run, in two lines; three where `compare` found settings that differ in more."""
-    title = f"{configuration(run)}\n{run['backbone']}, T={run['block_size']}, seed {run['seed']}"
-    return "\n".join([title, *run.get("differing", [])])
 
 
 def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Figure:
@@ -53,15 +47,18 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Fig
         axis.yaxis.set_major_locator(MaxNLocator(12, integer=True))
         if entropy.size <= 64:
             for (layer, head), value in np.ndenumerate(entropy):
-                colour = "black" if value > 0.6 * limit else "white"
-                axis.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+                color = "black" if value > 0.6 * limit else "white"
+                axis.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(image, ax=axes, label="attention entropy (nats)", shrink=0.9)
     return figure
 
 
-def plot_curves(runs: list[dict[str, Any]]) -> Figure:
+def plot_curves(runs: list[Run], titles: list[str]) -> Figure:
     """
     Training loss of all runs in one panel, then the mean entropy of each layer over the steps, a panel a run.
+
+    Args:
+        titles: of the runs; what differs in the seed alone has one color.
 
     Raises:
         UserError: if a run's log or its record of the entropy cannot be read.
@@ -72,14 +69,14 @@ def plot_curves(runs: list[dict[str, Any]]) -> Figure:
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.3] + [1] * rows)
     loss_axis = figure.add_subplot(grid[0, :])
     finite = []
-    colours, seeds = defaultdict(_colours().__next__), {}
-    for run in runs:
-        colour = colours[run_title({**run, "seed": None})]
-        style = ("-", "--", ":", "-.")[seeds.setdefault(run["seed"], len(seeds)) % 4]
-        logged = [entry for entry in read_json(run["folder"] / "log_history.json") if "loss" in entry]
+    colors, seeds = defaultdict(_colors().__next__), {}
+    for run, title in zip(runs, titles, strict=True):
+        color = colors[run.configuration, run.setting]
+        style = ("-", "--", ":", "-.")[seeds.setdefault(run.seed, len(seeds)) % 4]
+        logged = [entry for entry in read_json(run.folder / "log_history.json") if "loss" in entry]
         losses = [entry["loss"] for entry in logged]
-        steps, label = [entry["step"] for entry in logged], run_title(run).replace("\n", ", ")
-        loss_axis.plot(steps, losses, color=colour, linestyle=style, label=label, linewidth=1.2)
+        steps, label = [entry["step"] for entry in logged], title.replace("\n", ", ")
+        loss_axis.plot(steps, losses, color=color, linestyle=style, label=label, linewidth=1.2)
         finite += [loss for loss in losses if np.isfinite(loss)]
     if finite:
         # the first steps, from a uniform prediction, would squeeze the rest
@@ -87,45 +84,45 @@ def plot_curves(runs: list[dict[str, Any]]) -> Figure:
     loss_axis.set(xlabel="step", ylabel="training loss (nats per token)", title="Training loss")
     loss_axis.legend(fontsize=8, ncols=2)
     loss_axis.grid(alpha=0.3)
-    limit = max(np.max(run["attention_entropy"]["max_entropy"]) for run in runs)
-    for index, run in enumerate(runs):
+    limit = max(np.max(run.attention_entropy["max_entropy"]) for run in runs)
+    for index, (run, title) in enumerate(zip(runs, titles, strict=True)):
         axis = figure.add_subplot(grid[1 + index // columns, index % columns])
-        path = run["folder"] / "attention_entropy.jsonl"
+        path = run.folder / "attention_entropy.jsonl"
         if not (records := read_records(path)):
             raise UserError(f"{path} cannot be read: it has no record")
         by_layer = np.array([np.mean(record["entropy"], axis=1) for record in records])  # (records, layers)
         shades = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, by_layer.shape[1]))
-        for layer, colour in enumerate(shades):
-            axis.plot([r["step"] for r in records], by_layer[:, layer], color=colour, label=f"layer {layer}", lw=1.2)
+        for layer, color in enumerate(shades):
+            axis.plot([r["step"] for r in records], by_layer[:, layer], color=color, label=f"layer {layer}", lw=1.2)
         axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
         axis.set(ylim=(0, 1.05 * limit), xlabel="step", ylabel="entropy (nats)")
-        axis.set_title(run_title(run), fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         if index == 0:
             axis.legend(fontsize=7)
     return figure
 
 
-def _by_configuration(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def _by_configuration(runs: list[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(configuration(run), []).append(run)
+        found.setdefault(run.configuration, []).append(run)
     return found
 
 
-def plot_evaluations(runs: list[dict[str, Any]]) -> Figure | None:
+def plot_evaluations(runs: list[Run]) -> Figure | None:
     """Perplexity over training tokens: a line a configuration (mean over seeds), and a band from least to largest."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    for colour, (name, seeds) in zip(_colours(), _by_configuration(runs).items(), strict=False):
-        curves = [evaluations(run) for run in seeds]
+    for color, (name, seeds) in zip(_colors(), _by_configuration(runs).items(), strict=False):
+        curves = [run.read_evaluations() for run in seeds]
         length = min(map(len, curves))
         if length == 0:
             continue
         tokens = [count / 1e6 for count, _ in curves[0][:length]]
         values = np.array([[value for _, value in curve[:length]] for curve in curves])  # (seeds, evaluations)
-        axis.plot(tokens, np.exp(np.log(values).mean(0)), color=colour, label=f"{name} ({len(seeds)})", linewidth=1.4)
-        axis.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+        axis.plot(tokens, np.exp(np.log(values).mean(0)), color=color, label=f"{name} ({len(seeds)})", linewidth=1.4)
+        axis.fill_between(tokens, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
     if not axis.lines:
         return None
     axis.set(xlabel="million training tokens", ylabel="perplexity")
@@ -134,19 +131,19 @@ def plot_evaluations(runs: list[dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def plot_gradient_norms(runs: list[dict[str, Any]]) -> Figure | None:
+def plot_gradient_norms(runs: list[Run]) -> Figure | None:
     """Gradient norm over steps: the median of every 10 steps, a line a run."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    for colour, (name, seeds) in zip(_colours(), _by_configuration(runs).items(), strict=False):
+    for color, (name, seeds) in zip(_colors(), _by_configuration(runs).items(), strict=False):
         for index, run in enumerate(seeds):
-            records = read_records(run["folder"] / "gradient_norm.jsonl")
+            records = read_records(run.folder / "gradient_norm.jsonl")
             norms = np.array([norm for record in records for norm in record["norms"]])
             medians = [np.median(norms[start : start + 10]) for start in range(0, len(norms), 10)]
             if medians:
                 # the last one may be of fewer
                 steps = np.minimum(10 * np.arange(1, len(medians) + 1), len(norms))
-                axis.plot(steps, medians, color=colour, linewidth=1, label=name if index == 0 else None)
+                axis.plot(steps, medians, color=color, linewidth=1, label=name if index == 0 else None)
     if not axis.lines:
         return None
     axis.set(xlabel="step", ylabel="gradient norm")
@@ -156,7 +153,7 @@ def plot_gradient_norms(runs: list[dict[str, Any]]) -> Figure | None:
 
 
 def plot_layers(
-    runs: list[dict[str, Any]],
+    runs: list[Run],
     name: str,
     read: Callable[[dict[str, Any]], Any],
     label: str,
@@ -174,7 +171,7 @@ def plot_layers(
     """
     panels = {}
     for title, seeds in _by_configuration(runs).items():
-        series = [read_records(run["folder"] / f"{name}.jsonl") for run in seeds]
+        series = [read_records(run.folder / f"{name}.jsonl") for run in seeds]
         length = min(map(len, series))
         if length:
             values = np.array([[read(record) for record in records[:length]] for records in series])
@@ -188,9 +185,9 @@ def plot_layers(
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, (steps, values)) in zip(axes.flat, panels.items(), strict=False):
-        colours = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, values.shape[1]))
-        for layer, colour in enumerate(colours):
-            axis.plot(steps, values[:, layer], color=colour, label=f"layer {layer}", linewidth=1.2)
+        colors = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, values.shape[1]))
+        for layer, color in enumerate(colors):
+            axis.plot(steps, values[:, layer], color=color, label=f"layer {layer}", linewidth=1.2)
         if limit is not None:
             axis.axhline(limit, color="grey", linestyle=":", linewidth=1)
             axis.set_ylim(0, 1.05 * limit)
@@ -213,6 +210,6 @@ def _make_logarithmic(axis):
     axis.grid(alpha=0.3, which="both")
 
 
-def _colours() -> Iterator[tuple[float, float, float]]:
-    """18 colours, and then those again: no configuration is left out."""
+def _colors() -> Iterator[tuple[float, float, float]]:
+    """18 colors, and then those again: no configuration is left out."""
     return itertools.cycle([*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["Dark2"].colors])

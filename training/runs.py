@@ -1,4 +1,4 @@
-"""A run's folder: its results, its name, its setting, and what decides whether two runs may be compared."""
+"""A run's folder: its results, its names, and what decides whether two runs may be compared."""
 
 import importlib.metadata
 import json
@@ -7,20 +7,22 @@ import platform
 import re
 import statistics
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from modeling_lnfree.configuration_lnfree import BASELINE, variant_order
+from modeling_lnfree import LNFreeConfig
+from modeling_lnfree.configuration_lnfree import BASELINE, variant_order, variant_slug
 
 from .errors import UserError, one_line
 from .files import read_json
 from .recipe import LAYER_FIELDS, MODEL_FIELDS, MUON_DEFAULTS, DataArguments, Recipe, read_values
 
 
-RESULTS, LOCK, ASIDE = "results.json", ".lock", ".incomplete"
+RESULTS, REPORT, LOCK, INCOMPLETE = "results.json", "instability.json", ".lock", ".incomplete"
 
 
 def read_results(run_dir: str | Path) -> dict[str, Any]:
@@ -85,10 +87,7 @@ def find_commit() -> str | None:
     return run.stdout.strip()
 
 
-REPORT = "instability.json"
-
-
-def describe(report: dict[str, Any]) -> str:
+def describe_instability(report: dict[str, Any]) -> str:
     """A report in one line."""
     layer = "" if report["layer"] is None else f", layer {report['layer']}"
     last = report["last_checkpoint"]
@@ -106,15 +105,22 @@ def describe(report: dict[str, Any]) -> str:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The training step of a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-# fields of a recipe that decide a run's result, but for the seed and what `configuration` tells
-DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "norm_type", "final_norm_type"} | {
+# fields of a recipe that decide a run's result, but for the seed and what `Run.configuration` tells
+SETTING_FIELDS = MODEL_FIELDS - {
+    "slope_sharing",
+    "negative_slope",
+    "hidden_act",
+    "norm_type",
+    "final_norm_type",
+} | {
     *("dataset_config", "eval_dataset", "eval_fraction", "text_column", "tokenizer"),
     *("streaming", "separate_documents"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
@@ -122,72 +128,144 @@ DECISIVE = MODEL_FIELDS - {"slope_sharing", "negative_slope", "hidden_act", "nor
 }
 
 
-def setting_of(run: dict[str, Any]) -> tuple:
-    """Runs are compared within one setting: all that decides the result but the configuration and the seed."""
-    # a field that the run did not know yet had its default's effect
-    recipe = {**asdict(DataArguments()), **run["recipe"]}
-    decisive = {key: recipe[key] for key in sorted(recipe.keys() & DECISIVE) if recipe[key] is not None}
-    return run["backbone"], run["block_size"], run["dataset"], run["train_tokens"], json.dumps(decisive)
+class Setting(NamedTuple):
+    """All that decides a run's result but configuration and seed; `fields` are those of its recipe, as JSON."""
+
+    backbone: str
+    block_size: int
+    dataset: str
+    train_tokens: int
+    fields: str
 
 
-def why_unstable(folder: Path) -> str:
-    """What a run that is unstable says of it, in one line; nothing for any other."""
-    path = folder / REPORT
-    return describe(read_json(path)) if path.is_file() else ""
+@dataclass(frozen=True)
+class Run:
+    """
+    A finished run.
+
+    Args:
+        folder: of the run.
+        results: what its `results.json` holds.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Run":
+        """Raises UserError for a folder that holds no finished run (`read_results`)."""
+        return cls(Path(folder), read_results(folder))
+
+    @property
+    def name(self) -> str:
+        """That of its folder."""
+        return self.folder.name
+
+    @property
+    def model_name(self) -> str:
+        """The name of its variant's repository on the Hub: `lnfree-gpt2-sm-r-t128`."""
+        return f"lnfree-{self.results['backbone']}-{variant_slug(self.variant)}-t{self.results['block_size']}"
+
+    @property
+    def variant(self) -> str:
+        """In the paper's notation."""
+        return self.results["variant"]
+
+    @property
+    def configuration(self) -> str:
+        """The variant, and what else sets runs of one setting apart: `SM+R, muon 0.006` trains its layers by Muon."""
+        parts = [self.variant, *["slopes decayed"] * bool(self.recipe.get("decay_slopes"))]
+        given = {name: self.recipe[name] for name in LAYER_FIELDS if self.recipe.get(name) is not None}
+        optimizer, rate = given.pop("layer_optimizer", "adamw"), given.pop("layer_learning_rate", None)
+        if (optimizer, rate, given) != ("adamw", None, {}):
+            parts.append(optimizer if rate is None else f"{optimizer} {rate:g}")
+            parts += [f"{name}={value}" for name, value in given.items() if value != MUON_DEFAULTS.get(name)]
+        return ", ".join(parts)
+
+    @property
+    def seed(self) -> int:
+        return self.results["seed"]
+
+    @property
+    def perplexity(self) -> float:
+        """Over the whole evaluation part."""
+        return self.results["perplexity"]
+
+    @property
+    def attention_entropy(self) -> dict[str, Any]:
+        """Over the whole evaluation part: `entropy` and `max_entropy`, each `(layers, heads)` in nats, and counts."""
+        return self.results["attention_entropy"]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The flat recipe that it was trained by."""
+        return self.results["recipe"]
+
+    @cached_property
+    def config(self) -> LNFreeConfig:
+        """That of its model. Raises UserError if it cannot be read."""
+        return LNFreeConfig.from_dict(read_json(self.folder / "model" / "config.json"))
+
+    @cached_property
+    def setting(self) -> Setting:
+        """Runs are compared with each other within one setting."""
+        # a field that the run did not know yet had its default's effect
+        recipe = {**asdict(DataArguments()), **self.recipe}
+        fields = {key: recipe[key] for key in sorted(recipe.keys() & SETTING_FIELDS) if recipe[key] is not None}
+        named = (self.results[name] for name in ("backbone", "block_size", "dataset", "train_tokens"))
+        return Setting(*named, json.dumps(fields))
+
+    def describe(self, *more: str) -> str:
+        """A title for pictures, in lines: configuration, setting and seed, and whatever else is to be said."""
+        setting = f"{self.results['backbone']}, T={self.results['block_size']}, seed {self.seed}"
+        return "\n".join([self.configuration, setting, *more])
+
+    def read_evaluations(self) -> list[tuple[int, float]]:
+        """Training tokens and perplexity of the evaluations on the way. Raises UserError if they cannot be read."""
+        log = read_json(self.folder / "log_history.json")
+        tokens_per_step = self.results["train_tokens"] // self.results["train_steps"]
+        evaluated = [
+            (entry["step"] * tokens_per_step, entry["eval_perplexity"]) for entry in log if "eval_perplexity" in entry
+        ]
+        # the last one, over the whole evaluation part, is the result itself
+        return evaluated[:-1]
 
 
-def configuration(run: dict[str, Any]) -> str:
-    """The variant, and what else sets runs of one setting apart: `SM+R, muon 0.006` trains its layers by Muon."""
-    recipe = run["recipe"]
-    decay = ", slopes decayed" if recipe.get("decay_slopes") else ""
-    given = {name: recipe[name] for name in LAYER_FIELDS if recipe.get(name) is not None}
-    optimizer, rate = given.pop("layer_optimizer", "adamw"), given.pop("layer_learning_rate", None)
-    if optimizer == "adamw" and rate is None and not given:
-        return run["variant"] + decay
-    layers = f", {optimizer}" if rate is None else f", {optimizer} {rate:g}"
-    others = {name: value for name, value in given.items() if value != MUON_DEFAULTS.get(name)}
-    return run["variant"] + decay + layers + "".join(f", {name}={value}" for name, value in others.items())
-
-
-def baseline_of(runs: list[dict[str, Any]]) -> str | None:
+def find_baseline(runs: list[Run]) -> str | None:
     """
     The configuration that changes are against: that of SM+LN+G. If it was trained in several ways, the best of those
     with the most seeds.
     """
     losses: dict[str, list[float]] = {}
     for run in runs:
-        if run["variant"] == BASELINE:
-            losses.setdefault(configuration(run), []).append(math.log(run["perplexity"]))
+        if run.variant == BASELINE:
+            losses.setdefault(run.configuration, []).append(math.log(run.perplexity))
     return min(losses, key=lambda name: (-len(losses[name]), statistics.mean(losses[name])), default=None)
 
 
-def evaluations(run: dict[str, Any]) -> list[tuple[int, float]]:
-    """Training tokens and perplexity of a run's evaluations on the way."""
-    log = read_json(run["folder"] / "log_history.json")
-    tokens_per_step = run["train_tokens"] // run["train_steps"]
-    evaluated = [
-        (entry["step"] * tokens_per_step, entry["eval_perplexity"]) for entry in log if "eval_perplexity" in entry
-    ]
-    # the last one, over the whole evaluation part, is the result itself
-    return evaluated[:-1]
-
-
-def find_runs(runs_dir: Path) -> list[dict[str, Any]]:
+def find_runs(runs_dir: str | Path) -> tuple[list[Run], dict[str, str]]:
     """
-    Results of all finished runs, in the paper's order, with their folders; tells which runs are left out.
+    The runs below a folder.
+
+    Returns:
+        The finished runs by setting, within it in the paper's order, and by seed; and of each other run its name and
+        why it is unstable, if it is.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such folder or no finished run, or a file of one cannot be read.
     """
+    runs_dir = Path(runs_dir)
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir} is not a folder")
-    runs = []
+    finished, unfinished = [], {}
     for folder in sorted(path.parent for path in runs_dir.glob("*/recipe.yaml")):
         if not (folder / RESULTS).is_file():
-            print(f"left out: {folder.name} {why_unstable(folder) or 'is not finished'}")
+            report = folder / REPORT
+            unfinished[folder.name] = describe_instability(read_json(report)) if report.is_file() else ""
         # an export has results too, but its weights beside them
         elif (folder / "model").is_dir():
-            runs.append({"folder": folder, **read_results(folder)})
-    if not runs:
+            finished.append(Run.load(folder))
+    if not finished:
         raise UserError(f"no finished run in {runs_dir}: none of its subfolders has a model and a {RESULTS}")
-    return sorted(runs, key=lambda run: (setting_of(run), variant_order(run["variant"]), run["seed"]))
+    finished.sort(key=lambda run: (run.setting, variant_order(run.variant), run.configuration, run.seed))
+    return finished, unfinished

@@ -11,7 +11,7 @@ from training import cli, runs
 from training.compare import comparison
 from training.plots import plot_gradient_norms, plot_heat_maps
 from training.recipe import build_recipe
-from training.runs import setting_of
+from training.runs import Run
 from training.train import loop
 
 from ..conftest import PAPERS_VARIANTS
@@ -120,7 +120,7 @@ def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path
 
 def test_logarithmic_axes_have_plain_numbers(tmp_path):
     runs = [fake_run(tmp_path, "SM+R", 1, 10.0)]
-    (runs[0]["folder"] / "gradient_norm.jsonl").write_text(json.dumps({"norms": [0.35] * 10 + [0.65] * 10}))
+    (runs[0].folder / "gradient_norm.jsonl").write_text(json.dumps({"norms": [0.35] * 10 + [0.65] * 10}))
     figure = plot_gradient_norms(runs)
     figure.canvas.draw()
     axis = figure.axes[0].yaxis
@@ -128,8 +128,13 @@ def test_logarithmic_axes_have_plain_numbers(tmp_path):
     assert {"0.4", "0.5", "0.6"} <= set(labels) and not any("e" in label for label in labels)
 
 
-def test_runs_of_other_data_are_not_compared_and_those_of_an_older_recipe_are():
-    run = {"backbone": "gpt2", "block_size": 16, "dataset": "stdlib", "train_tokens": 64, "recipe": {"hidden_size": 8}}
-    assert setting_of({**run, "recipe": {"hidden_size": 8, "streaming": False, "seed": 3}}) == setting_of(run)
+def test_runs_of_other_data_are_not_compared_and_those_of_an_older_recipe_are(tmp_path):
+    named = {"backbone": "gpt2", "block_size": 16, "dataset": "stdlib", "train_tokens": 64}
+
+    def setting_of(**recipe):
+        return Run(tmp_path, {**named, "recipe": recipe}).setting
+
+    setting = setting_of(hidden_size=8)
+    assert setting_of(hidden_size=8, streaming=False, seed=3) == setting
     for other in ({"separate_documents": True}, {"streaming": True}, {"hidden_size": 16}):
-        assert setting_of({**run, "recipe": {**run["recipe"], **other}}) != setting_of(run)
+        assert setting_of(**{"hidden_size": 8, **other}) != setting

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from training.compare import seeds
-from training.compare.comparison import _summary_row
+from training.compare.report import summary_row
 from training.errors import UserError
-from training.runs import setting_of
+from training.runs import Run
 
 
 def fake_run(tmp_path, variant, seed, perplexity, evaluated=(), **recipe):
@@ -19,11 +19,12 @@ def fake_run(tmp_path, variant, seed, perplexity, evaluated=(), **recipe):
     folder.mkdir()
     log = [{"step": step, "eval_perplexity": value} for step, value in evaluated]
     (folder / "log_history.json").write_text(json.dumps([*log, {"step": 40, "eval_perplexity": perplexity}]))
-    return {
-        **{"folder": folder, "variant": variant, "seed": seed, "perplexity": perplexity, "recipe": recipe},
+    results = {
+        **{"variant": variant, "seed": seed, "perplexity": perplexity, "recipe": recipe},
         **{"train_tokens": 4000, "train_steps": 40},
         "attention_entropy": {"entropy": [[1.0, 2.0], [seed, seed]]},
     }
+    return Run(folder, results)
 
 
 def test_intervals_and_paired_changes_over_seeds(tmp_path):
@@ -33,7 +34,7 @@ def test_intervals_and_paired_changes_over_seeds(tmp_path):
         for variant, values in perplexities.items()
         for seed, value in zip((1, 2, 3), values, strict=True)
     ]
-    summary = seeds.summarise(runs)
+    summary = seeds.summarize(runs)
     by_name = {row["configuration"]: row for row in summary["configurations"]}
     # Student's t with 2 degrees of freedom: 4.3027
     losses = [math.log(value) for value in (130, 140, 150)]
@@ -73,9 +74,9 @@ def test_ways_to_train_the_layers_are_configurations_of_one_setting(tmp_path):
         (tmp_path / str(index)).mkdir()
         for seed, value in enumerate(perplexities):
             run = fake_run(tmp_path / str(index), name.split(",")[0], seed, value, **recipe)
-            seen.append({**run, "backbone": "gpt2", "block_size": 8, "dataset": "x"})
-    assert len({setting_of(run) for run in seen}) == 1
-    summary = seeds.summarise(seen)
+            seen.append(Run(run.folder, {**run.results, "backbone": "gpt2", "block_size": 8, "dataset": "x"}))
+    assert len({run.setting for run in seen}) == 1
+    summary = seeds.summarize(seen)
     rows = {row["configuration"]: row for row in summary["configurations"]}
     assert list(rows) == list(ways)
     assert [name for name, row in rows.items() if row["is_baseline"]] == ["SM+LN+G, muon 0.01"]
@@ -91,20 +92,20 @@ def test_ways_to_train_the_layers_are_configurations_of_one_setting(tmp_path):
 def test_a_change_says_how_many_seeds_it_is_over(tmp_path):
     runs = [fake_run(tmp_path, "SM+LN+G", seed, 10.0) for seed in (1, 2)]
     runs += [fake_run(tmp_path, "SM+R", seed, 9.0) for seed in (1, 2, 3)]
-    baseline, row = seeds.summarise(runs)["configurations"]
-    assert _summary_row(row).startswith("| SM+R | 3 | 9.000 | 9.000 to 9.000 | -10.00 % (2 of the seeds) |")
-    assert _summary_row(baseline) == "| SM+LN+G | 2 | 10.000 |  | 0 |  |  |"
+    baseline, row = seeds.summarize(runs)["configurations"]
+    assert summary_row(row)[:5] == ["SM+R", "3", "9.000", "9.000 to 9.000", "-10.00 % (2 of the seeds)"]
+    assert summary_row(baseline) == ["SM+LN+G", "2", "10.000", "", "0", "", ""]
 
 
 def test_the_same_run_twice_is_an_error(tmp_path):
     run = fake_run(tmp_path, "SM+R", 1, 10.0)
     with pytest.raises(UserError, match="SM\\+R-1 and .*copy are the same run, SM\\+R with seed 1"):
-        seeds.summarise([run, {**run, "folder": tmp_path / "copy"}])
+        seeds.summarize([run, Run(tmp_path / "copy", run.results)])
 
 
 def test_fewer_than_three_seeds_give_no_interval(tmp_path):
     runs = [fake_run(tmp_path, variant, seed, 10.0 + seed) for variant in ("SM+R", "SM+G") for seed in (1, 2)]
-    summary = seeds.summarise(runs)
+    summary = seeds.summarize(runs)
     assert all(row["perplexity_interval"] is None for row in summary["configurations"])
     assert summary["pairs"][0]["change"]["t_interval"] is summary["pairs"][0]["change"]["bootstrap_interval"] is None
     # only seeds that both have are paired

@@ -6,7 +6,9 @@ import pytest
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from modeling_lnfree import LNFreeForCausalLM
-from training.encryption.counting import comparison, count_operations, difference, table
+from training.encryption.counting import count_operations
+from training.encryption.tables import compare_costs, difference, tabulate
+from training.tables import to_markdown
 
 from ..conftest import every_backbone, every_variant, tiny_config
 
@@ -188,11 +190,13 @@ def test_the_estimate_is_arithmetic_on_the_stated_kernels():
 
 def test_tables_name_lengths_and_what_has_no_figure():
     counts = count_operations(LNFreeForCausalLM, tiny_config("SM+R"), length=5, new_tokens=3)
-    lines = table([("SM+R", counts["forward"]["total"]), ("new", counts["generation"]["total"])], "x")
-    assert "| 60 x 5 |" in lines[2] and "| 84 x 5 to 7 |" in lines[3]
-    text = "\n".join(comparison([("SM+R", counts["forward"])], counts["baseline"]["forward"]))
+    table = tabulate([("SM+R", counts["forward"]["total"]), ("new", counts["generation"]["total"])], "x")
+    assert [row[1] for row in table.rows] == ["60 x 5", "84 x 5 to 7"]
+    text = to_markdown(compare_costs([("SM+R", counts["forward"])], counts["baseline"]["forward"]))
     assert "5 LayerNorm rows, 60 softmax rows | -30 LayerNorm rows, -1,920 GELU" in text
-    assert "LayerNorm (all of it" in text and "against" not in "\n".join(comparison([("x", counts["forward"])], None))
+    assert "LayerNorm (all of it" in text and "against" not in to_markdown(
+        compare_costs([("x", counts["forward"])], None)
+    )
 
 
 @pytest.mark.parametrize(

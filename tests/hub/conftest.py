@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from training import data, runs
-from training.hub import publish
+from training.hub import publish, push
+from training.hub.publication import Publication
 from training.recipe import build_recipe
 from training.train import loop
 
@@ -42,7 +43,7 @@ def runs_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(runs_dir, tmp_path_factory):
-    return publish.build(runs.find_runs(runs_dir), "me", tmp_path_factory.mktemp("built"), checkpoints=True)
+    return publish.build(runs.find_runs(runs_dir)[0], "me", tmp_path_factory.mktemp("built"), checkpoints=True)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def family(built, tmp_path):
         folder = shutil.copytree(
             publication.folder, tmp_path / "family" / publication.branch / publication.folder.name
         )
-        copies.append(publish.Publication(publication.repo_id, publication.kind, folder, publication.branch))
+        copies.append(Publication(publication.repo_id, publication.kind, folder, publication.branch))
     return copies
 
 
@@ -80,12 +81,12 @@ def environment(server) -> dict[str, str]:
 
 def refresh(publications):
     """As a new process would start."""
-    return [publish.Publication(p.repo_id, p.kind, p.folder, p.branch) for p in publications]
+    return [Publication(p.repo_id, p.kind, p.folder, p.branch) for p in publications]
 
 
 def release(publications, **options):
     publications = refresh(publications)
-    publish.release(HfApi(), publications, **options)
+    push.release(HfApi(), publications, **options)
     return publications
 
 

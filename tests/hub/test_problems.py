@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.hub import publish
+from training.hub.problems import find_problems
 
 from ..hub_server import TOKEN
 from .conftest import MODELS
@@ -79,12 +79,12 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_folder_is_refused(server, family, what):
     tamper, message = REFUSED[what]
-    assert publish.find_problems(family[1], ["j.doe-smith"]) == []
+    assert find_problems(family[1], ["j.doe-smith"]) == []
     tamper(family[1].folder)
-    problems = publish.find_problems(family[1], ["j.doe-smith"])
+    problems = find_problems(family[1], ["j.doe-smith"])
     assert any(message in problem and f"me/{MODELS[1]}" in problem for problem in problems), problems
 
 
 def test_ids_of_the_hub_are_no_secrets(server, family):
     edit("results.json", lambda text: text.replace("{", '{"dataset": "j.doe-smith/code",', 1))(family[1].folder)
-    assert publish.find_problems(family[1], ["j.doe-smith"]) == []
+    assert find_problems(family[1], ["j.doe-smith"]) == []

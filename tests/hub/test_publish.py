@@ -16,11 +16,13 @@ from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file
 
-from model_cards.card import build_card, model_name
+from model_cards.card import build_card
 from modeling_lnfree import LNFreeConfig
 from training import cli, data, runs
 from training.errors import UserError
-from training.hub import export, publish
+from training.hub import client, export, publish
+from training.hub.publication import Publication
+from training.hub.verify import verify
 from training.recipe import DataArguments, build_recipe
 from training.train import loop, stability
 
@@ -63,7 +65,7 @@ def test_family_arrives_whole_and_loads_by_id(server, family, capsys):
     finished, step = (load_file(p.folder / "model.safetensors") for p in published[1:3])
     assert not finished["model.embed_tokens.weight"].equal(step["model.embed_tokens.weight"])
     capsys.readouterr()
-    publish.verify(HfApi(), published)
+    verify(HfApi(), published)
     checked = capsys.readouterr().out.splitlines()[1:]
     assert len(checked) == 5
     assert sum("logits differ by 0; every Auto class; generates" in line for line in checked) == 3
@@ -152,7 +154,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_outlived_and_leaves_one_commit(server, small, fault, monkeypatch):
-    monkeypatch.setattr(publish, "WAITS", (0.05, 0.05))
+    monkeypatch.setattr(client, "WAITS", (0.05, 0.05))
     method, path, what = FAULTS[fault]
     server.fail(method, path, **what)
     release(small)
@@ -178,7 +180,7 @@ def test_rate_limit_is_waited_for_as_long_as_the_server_asks(server, small, caps
 
 
 def test_interrupted_release_goes_on_where_it_stopped(server, family, monkeypatch):
-    monkeypatch.setattr(publish, "WAITS", (0.05,))
+    monkeypatch.setattr(client, "WAITS", (0.05,))
     server.fail("POST", f"{MODELS[1]}/commit/", times=99, status=503)
     with pytest.raises(UserError) as caught:
         release(family)
@@ -216,7 +218,7 @@ def test_second_writer_is_noticed_and_not_overwritten(server, small, monkeypatch
 
 
 def test_hub_that_cannot_be_reached_is_one_line(server, runs_dir, monkeypatch, capsys):
-    monkeypatch.setattr(publish, "WAITS", (0.05,))
+    monkeypatch.setattr(client, "WAITS", (0.05,))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert cli.main(["publish", str(runs_dir), "--namespace", "me"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -228,7 +230,7 @@ def test_clean_process_that_fails_says_why_without_the_token(server, small):
     said = {"X-Error-Message": f"{TOKEN} may not read this"}
     server.fail("GET", "^/api/datasets/", times=99, status=403, headers=said)
     with pytest.raises(UserError) as caught:
-        publish.verify(HfApi(), published)
+        verify(HfApi(), published)
     assert str(caught.value).startswith("published, but not as it should be: me/lnfree-results at ")
     assert "*** may not read this" in str(caught.value) and TOKEN not in str(caught.value)
 
@@ -288,7 +290,7 @@ def test_run_that_is_not_finished_is_told_and_left_out(runs_dir, tmp_path, capsy
     with pytest.raises(stability.UnstableRunError):
         loop.train(build_recipe(values))
     capsys.readouterr()
-    assert [run["folder"].name for run in runs.find_runs(tmp_path)] == ["SM+R-5"]
+    assert [run.name for run in publish.find_finished(tmp_path)] == ["SM+R-5"]
     unstable, unfinished = capsys.readouterr().out.splitlines()
     assert unstable.startswith("left out: diverged is unstable at step 2, layer 0: the gradient norm is nan; ")
     assert unfinished == "left out: interrupted is not finished"
@@ -320,16 +322,16 @@ def test_damaged_file_of_a_run_is_one_line_that_names_it(server, runs_dir, tmp_p
 
 
 def test_one_seed_of_a_variant_is_published_and_all_are_in_the_results(runs_dir, built, capsys):
-    found = runs.find_runs(runs_dir)
-    assert [run["folder"].name for run in publish._choose(found, None)] == ["SM+LN+G-5", "SM+R-5"]
+    found, _ = runs.find_runs(runs_dir)
+    assert [run.name for run in publish.choose(found, None)] == ["SM+LN+G-5", "SM+R-5"]
     assert f"{MODELS[1]}: the run of seed 5 is published; also in the results: 7" in capsys.readouterr().out
     with pytest.raises(UserError, match="seed=7 is not among the finished runs of lnfree-gpt2-sm-ln-g-t16 .seed 5"):
-        publish._choose(found, 7)
+        publish.choose(found, 7)
     rows = load_dataset("parquet", data_files=str(built[3].folder / "data" / "*.parquet"), split="train").to_pandas()
     for run in found:
-        mine = rows[(rows.variant == run["variant"]) & (rows.seed == run["seed"])].sort_values(["layer", "head"])
-        assert mine.entropy.to_numpy().reshape(2, 2).tolist() == run["attention_entropy"]["entropy"]
-        assert set(mine.model) == {model_name(run)} and set(mine.perplexity) == {run["perplexity"]}
+        mine = rows[(rows.variant == run.variant) & (rows.seed == run.seed)].sort_values(["layer", "head"])
+        assert mine.entropy.to_numpy().reshape(2, 2).tolist() == run.attention_entropy["entropy"]
+        assert set(mine.model) == {run.model_name} and set(mine.perplexity) == {run.perplexity}
 
 
 @pytest.mark.slow
@@ -351,7 +353,7 @@ def test_runs_of_two_settings_do_not_share_a_name(runs_dir, tmp_path):
     path = tmp_path / "runs" / "SM+R-7" / "results.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "train_tokens": 1}))
     with pytest.raises(UserError, match="SM.R-. and SM.R-. would both be lnfree-gpt2-sm-r-t16; publish runs of one"):
-        publish._choose(runs.find_runs(tmp_path / "runs"), None)
+        publish.choose(runs.find_runs(tmp_path / "runs")[0], None)
 
 
 # ------------------------------------------------------------------------------------------ the card
@@ -385,10 +387,10 @@ def test_card_tells_what_was_measured(built, runs_dir):
 
 
 def test_same_run_is_the_same_bytes_again(built, runs_dir, tmp_path):
-    siblings = publish._choose(runs.find_runs(runs_dir), None)
+    siblings = publish.choose(runs.find_runs(runs_dir)[0], None)
     again = export.export(runs_dir / "SM+R-5", tmp_path / MODELS[1], namespace="me", siblings=siblings)
-    files = publish._files(again)
-    assert files.keys() == publish._files(built[1].folder).keys()
+    files = Publication(built[1].repo_id, "model", again).files
+    assert files.keys() == built[1].files.keys()
     for name, path in files.items():
         assert path.read_bytes() == (built[1].folder / name).read_bytes(), name
 

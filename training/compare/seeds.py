@@ -9,44 +9,44 @@ import scipy.stats
 from modeling_lnfree.configuration_lnfree import RELU_AGAINST_GELU
 
 from ..errors import UserError
-from ..runs import baseline_of, configuration, evaluations
+from ..runs import Run, find_baseline
 
 
 LEAST_SEEDS = 3
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(runs: list[Run]) -> dict[str, Any]:
     """
     Statistics of the runs of one setting, as JSON has them.
 
     Returns:
         `configurations`: perplexity (exp of the mean loss over seeds, and of its 95 % interval by Student's t), change
-        against SM+LN+G in percent (paired by seed; `baseline_of`), and the entropy by layer. `pairs`: the same paired
-        change of ReLU against GELU without and with LayerNorm, all else alike, and by seed from how many tokens on
-        which of them is ahead. An interval is None with fewer than 3 seeds.
+        against SM+LN+G in percent (paired by seed; `find_baseline`), and the entropy by layer. `pairs`: the same
+        paired change of ReLU against GELU without and with LayerNorm, all else alike, and by seed from how many tokens
+        on which of them is ahead. An interval is None with fewer than 3 seeds.
 
     Raises:
         UserError: for two runs of one configuration and seed, of which one would hide the other.
     """
-    by_configuration: dict[str, dict[int, dict[str, Any]]] = {}
+    by_configuration: dict[str, dict[int, Run]] = {}
     for run in runs:
-        earlier = by_configuration.setdefault(configuration(run), {}).setdefault(run["seed"], run)
+        earlier = by_configuration.setdefault(run.configuration, {}).setdefault(run.seed, run)
         if earlier is not run:
             raise UserError(
-                f"{earlier['folder']} and {run['folder']} are the same run, {configuration(run)} with seed "
-                f"{run['seed']}: move one of them away"
+                f"{earlier.folder} and {run.folder} are the same run, {run.configuration} with seed {run.seed}: move "
+                "one of them away"
             )
-    baseline = baseline_of(runs)
+    baseline = find_baseline(runs)
     configurations = []
     for name, seeds in by_configuration.items():
-        losses = np.log([run["perplexity"] for run in seeds.values()])
-        entropies = [np.mean(run["attention_entropy"]["entropy"], axis=1) for run in seeds.values()]
+        losses = np.log([run.perplexity for run in seeds.values()])
+        entropies = [np.mean(run.attention_entropy["entropy"], axis=1) for run in seeds.values()]
         configurations.append(
             {
                 "configuration": name,
                 "seeds": sorted(seeds),
                 "perplexity": float(np.exp(np.mean(losses))),
-                "perplexity_interval": _map(np.exp, t_interval(losses)),
+                "perplexity_interval": _transform_ends(np.exp, t_interval(losses)),
                 "is_baseline": name == baseline,
                 "change": paired_change(seeds, by_configuration.get(baseline, {})) if name != baseline else None,
                 "entropy_by_layer": np.mean(entropies, axis=0).tolist(),
@@ -72,7 +72,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"configurations": configurations, "pairs": [pair for pair in pairs if pair["change"] is not None]}
 
 
-def paired_change(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, Any] | None:
+def paired_change(ours: dict[int, Run], theirs: dict[int, Run]) -> dict[str, Any] | None:
     """
     Change of the perplexity from `theirs` to `ours` in percent, by seed, and that of the mean loss with two 95 %
     intervals; None if they share no seed.
@@ -81,20 +81,25 @@ def paired_change(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, A
     if not seeds:
         return None
     # in nats, where changes add up and no interval reaches a perplexity below 0
-    changes = np.log([ours[seed]["perplexity"] / theirs[seed]["perplexity"] for seed in seeds])
+    changes = np.log([ours[seed].perplexity / theirs[seed].perplexity for seed in seeds])
     return {
-        "by_seed": dict(zip(map(str, seeds), map(_percent, changes), strict=True)),
-        "mean": _percent(np.mean(changes)),
-        "t_interval": _map(_percent, t_interval(changes)),
-        "bootstrap_interval": _map(_percent, bootstrap_interval(changes)),
+        "by_seed": dict(zip(map(str, seeds), map(_to_percent, changes), strict=True)),
+        "mean": _to_percent(np.mean(changes)),
+        "t_interval": _transform_ends(_to_percent, t_interval(changes)),
+        "bootstrap_interval": _transform_ends(_to_percent, bootstrap_interval(changes)),
     }
 
 
-def _percent(nats: float) -> float:
+def format_interval(percent: list[float]) -> str:
+    """The two ends of an interval of changes: `-1.20 to +0.34 %`."""
+    return f"{percent[0]:+.2f} to {percent[1]:+.2f} %"
+
+
+def _to_percent(nats: float) -> float:
     return float(100 * np.expm1(nats))
 
 
-def _map(function: Callable[[float], float], interval: list[float] | None) -> list[float] | None:
+def _transform_ends(function: Callable[[float], float], interval: list[float] | None) -> list[float] | None:
     return None if interval is None else [float(function(end)) for end in interval]
 
 
@@ -116,14 +121,14 @@ def bootstrap_interval(values: Sequence[float]) -> list[float] | None:
     return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
 
 
-def ahead(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, Any]:
+def ahead(ours: dict[int, Run], theirs: dict[int, Run]) -> dict[str, Any]:
     """
     By seed, who has the lower perplexity at the last common evaluation on the way, and the training tokens of the
     first evaluation from which on that stays so; seeds without two common evaluations are left out.
     """
     found = {}
     for seed in sorted(ours.keys() & theirs.keys()):
-        first, second = dict(evaluations(ours[seed])), dict(evaluations(theirs[seed]))
+        first, second = dict(ours[seed].read_evaluations()), dict(theirs[seed].read_evaluations())
         tokens = sorted(first.keys() & second.keys())
         if len(tokens) < 2:
             continue

@@ -1,5 +1,5 @@
 """
-What a model costs under encryption: its operations on private data, counted by running it, and a partial estimate.
+What a model costs under encryption: its operations on private data, counted by running it.
 
 The model runs on torch's meta device, which computes shapes and no numbers, with eager attention, so that every
 operation passes by a dispatch mode as the model asks for it; hooks on the blocks say whose it is. Any causal language
@@ -38,49 +38,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modeling_lnfree.configuration_lnfree import BASELINE
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
+from .prices import estimate
+
 
 OUTSIDE = "outside"  # of the blocks: embeddings, final norm, head
 
 
-@dataclass(frozen=True)
-class Price:
-    """What one element (`bits` that each of two parties sends) and one call (`rounds`) of an operation cost."""
-
-    rounds: int
-    bits: int
-    composition: str
-
-
-# Ring elements of K = 64 bits, N = 2 parties, log2(64) = 6. Online phase only.
-PROTOCOL = "SEMI2K of SPU, 2 parties, 64-bit ring, online phase; rounds and bits, so of no particular network"
-SOURCES = {
-    "kernels": "the cost that SPU's source states for each kernel: github.com/secretflow/spu, "
-    "libspu/mpc/semi2k/conversion.h at 086ec9bc62ed and arithmetic.h at 15b63f65f4a3",
-    "gelu": "PUMA's piecewise polynomial (arXiv 2307.12533) as its benchmark computes it: "
-    "github.com/AntCPLab/puma_benchmarks, bench_gpt2/bench_gpt2.py at b2e1cd4bb441",
-}
-PRICES = {
-    "comparison": Price(
-        rounds=(6 + 1) + 1 + 1,
-        bits=(5 + 1 + 2) * 64,
-        composition="msb_a2b (log K + 1 rounds, 5 K bits), b2a (1, K), and mul_aa (1, 2 K) to select by the bit",
-    ),
-    "gelu": Price(
-        # the powers of x (7 rounds with their truncations) are ready before the comparisons
-        rounds=(6 + 1) + 1 + 1,
-        bits=(3 * (5 + 1 + 2) + 4 * (2 + 1) + 7 * 1) * 64,
-        composition="3 comparisons with their selections, 4 products for the powers of x (mul_aa, trunc_a), "
-        "7 products with coefficients (trunc_a)",
-    ),
-    "opening": Price(rounds=1, bits=64, composition="mmul_aa, mul_aa (1 round, K bits an element of either factor)"),
-    "truncation": Price(rounds=1, bits=64, composition="trunc_a, probabilistic (1 round, K bits)"),
-}
-# What has no published figure that could be checked. The comparisons of a softmax are priced; this is what remains.
-UNPRICED = {
-    "softmax": "the exponentials and the reciprocal of its sums",
-    "layer_norm": "all of it: squares, inverse root, products",
-    "rms_norm": "all of it: squares, inverse root, products",
-}
 # modules that may compute by several operations of torch what counts as one here
 _MODULES = {"GELU": "gelu", "RMSNorm": "rms_norm"}
 # by a constant or by a private tensor
@@ -304,136 +267,5 @@ class _OperationCounter(PrivateDispatchMode):
         self.counts[self.place].setdefault(name, Tally()).add(Tally(calls, elements, rows))
 
 
-def estimate(total: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """
-    From `PRICES`: what the operations with a published figure cost, one after the other.
-
-    Returns:
-        `rounds`, `bytes_per_party` (sent by each of two parties), `by_operation` with both, `without_figure` (what is
-        left out, by operation), `protocol` and `sources`.
-    """
-    by_operation = {
-        name: {
-            "rounds": price.rounds * total[name]["calls"],
-            "bytes_per_party": price.bits * total[name]["elements"] // 8,
-            "composition": price.composition,
-        }
-        for name, price in PRICES.items()
-        if name in total
-    }
-    priced = {*PRICES, "matmul", "relu", "leaky_relu"}
-    return {
-        "rounds": sum(cost["rounds"] for cost in by_operation.values()),
-        "bytes_per_party": sum(cost["bytes_per_party"] for cost in by_operation.values()),
-        "by_operation": by_operation,
-        "without_figure": {
-            name: {**count, "what": UNPRICED.get(name, "all of it")}
-            for name, count in total.items()
-            if name not in priced
-        },
-        "protocol": PROTOCOL,
-        "sources": SOURCES,
-    }
-
-
 def _totals(phase: dict[str, Any]) -> dict[str, Any]:
     return {name: phase[name] for name in ("total", "estimate")}
-
-
-_ROWS = ("softmax", "layer_norm", "rms_norm")
-_FIRST = (*_ROWS, "gelu", "relu", "leaky_relu")
-_LAST = ("comparison", "opening", "truncation")
-# as the field writes them; an operation that is not here is called what torch calls it
-_TITLES = {
-    **{"layer_norm": "LayerNorm", "rms_norm": "RMSNorm", "gelu": "GELU", "relu": "ReLU", "leaky_relu": "leaky ReLU"},
-    **{"comparison": "comparisons", "opening": "openings", "truncation": "truncations"},
-}
-
-
-def table(counts: list[tuple[str, dict[str, Any]]], heading: str) -> list[str]:
-    """
-    Lines of a Markdown table with a row for each of the named `counts` (dictionaries by operation): rows of softmax
-    and norms with their lengths, elements of all else that occurs.
-    """
-    found = {name for _, count in counts for name in count} - {"matmul"}
-    others = sorted(found - {*_FIRST, *_LAST})
-    columns = [name for name in (*_FIRST, *others, *_LAST) if name in found]
-    titles = [f"{_title(name)} x length" if name in _ROWS else _title(name) for name in columns]
-    lines = [f"| {heading} | " + " | ".join(titles) + " |", "|---" * (1 + len(columns)) + "|"]
-    for title, count in counts:
-        lines.append(f"| {title} | " + " | ".join(_cell(count.get(name)) for name in columns) + " |")
-    return lines
-
-
-def _cell(count: dict[str, Any] | None) -> str:
-    if count is None:
-        return "0"
-    if "rows" not in count:
-        return f"{count['elements']:,}"
-    rows = list(count["rows"].items())
-    if len(rows) == 1:
-        return f"{rows[0][1]:,} x {rows[0][0]}"
-    return f"{sum(number for _, number in rows):,} x {rows[0][0]} to {rows[-1][0]}"
-
-
-def comparison(named: list[tuple[str, dict[str, Any]]], baseline: dict[str, Any] | None) -> list[str]:
-    """
-    Lines of Markdown: the totals of each of the named phases (`total` and `estimate`), the estimate, and what each has
-    more or fewer of than `baseline`, the phase of SM+LN+G.
-    """
-    lines = table([(name, phase["total"]) for name, phase in named], "configuration")
-    last = "" if baseline is None else f" against {BASELINE} |"
-    lines += [
-        "",
-        f"| configuration | rounds | MB sent by each party | without a figure |{last}",
-        "|---" * (4 + (baseline is not None)) + "|",
-    ]
-    for name, phase in named:
-        cost = phase["estimate"]
-        missing = ", ".join(_amount_of(name, count) for name, count in cost["without_figure"].items()) or "nothing"
-        line = f"| {name} | {cost['rounds']:,} | {cost['bytes_per_party'] / 1e6:.2f} | {missing} |"
-        if baseline is not None:
-            line += f" {', '.join(difference(phase['total'], baseline['total'])) or 'the same'} |"
-        lines.append(line)
-    kinds = {name: count["what"] for _, phase in named for name, count in phase["estimate"]["without_figure"].items()}
-    lines += [
-        "",
-        f"Rounds (one operation after the other) and MB are those of one protocol ({PROTOCOL}), composed of "
-        f"{SOURCES['kernels']}; GELU as {SOURCES['gelu']}. What has no published figure that could be checked is not "
-        "in them: " + "; ".join(f"{_TITLES.get(name, name)} ({what})" for name, what in kinds.items()) + ".",
-    ]
-    return lines
-
-
-def describe_forward(model_class: type[PreTrainedModel], config: PreTrainedConfig, length: int) -> str:
-    """Markdown: what one forward pass over `length` tokens costs, beside SM+LN+G for a model of another variant."""
-    counts = count_operations(model_class, config, length=length)
-    named, baseline = [(counts["variant"], counts["forward"])], counts["forward"]
-    if "baseline" in counts:
-        baseline = counts["baseline"]["forward"]
-        named.insert(0, (BASELINE, baseline))
-    return "\n".join(comparison(named, baseline))
-
-
-def _amount_of(name: str, count: dict[str, Any]) -> str:
-    return f"{_amount(name, count):,} {_title(name)}"
-
-
-def _title(name: str) -> str:
-    return f"{_TITLES.get(name, name)}{' rows' if name in _ROWS else ''}"
-
-
-def difference(total: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
-    """What a total has more or fewer of than another: `-1,536 LayerNorm rows`, `+65,536 ReLU`."""
-    changes = []
-    for name in (*_FIRST, *_LAST):
-        ours, theirs = (_amount(name, counts.get(name)) for counts in (total, baseline))
-        if ours != theirs:
-            changes.append(f"{ours - theirs:+,} {_title(name)}")
-    return changes
-
-
-def _amount(name: str, count: dict[str, Any] | None) -> int:
-    if count is None:
-        return 0
-    return sum(count["rows"].values()) if name in _ROWS else count["elements"]

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -17,11 +16,13 @@ from transformers import AutoTokenizer
 from model_cards.card import build_card
 from model_cards.diagram import draw_block
 from modeling_lnfree import LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import BASELINE
 
-from ..encryption.counting import describe_forward
+from ..encryption.tables import describe_forward
 from ..errors import UserError, explained
-from ..plots import plot_curves, plot_heat_maps, run_title
-from ..runs import read_results
+from ..plots import plot_curves, plot_heat_maps
+from ..runs import Run, step_of
+from .clean_process import find_failure
 
 
 LOAD_CHECK = Path(__file__).with_name("load_check.py")
@@ -35,7 +36,7 @@ def export(
     out_dir: str | Path,
     *,
     namespace: str | None = None,
-    siblings: Sequence[dict[str, Any]] = (),
+    siblings: Sequence[Run] = (),
     checkpoint: Path | None = None,
 ) -> Path:
     """
@@ -48,7 +49,7 @@ def export(
         run_dir: folder of the run.
         out_dir: new folder, or one that an earlier export wrote. Its name is the model's.
         namespace: user or organisation of the Hub that the card speaks of.
-        siblings: results of the runs that the card compares this one with, itself among them, in the paper's order.
+        siblings: the runs that the card compares this one with, itself among them, in the paper's order.
         checkpoint: folder with other weights of the same run, and nothing else different.
 
     Returns:
@@ -59,17 +60,12 @@ def export(
             `out_dir` holds anything else, or if the check fails.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
-    results = read_results(run_dir)
+    run = Run.load(run_dir)
     if out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "heat_map.png").is_file():
         raise UserError(f"{out_dir} exists and is not an export; name a new folder")
     if out_dir.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
         raise UserError(f"{out_dir} holds the run itself; name a new folder")
-    # a local path is nobody else's business
-    del results["recipe"]["output_dir"]
-    for recipe in (results, results["recipe"]):
-        for key in ("dataset", "eval_dataset", "tokenizer"):
-            if recipe.get(key) and Path(recipe[key]).exists():
-                recipe[key] = Path(recipe[key]).name
+    results = _without_local_paths(run.results)
     weights = checkpoint or run_dir / "model"
     with explained(f"{weights}: its config.json or model.safetensors cannot be read"):
         model = LNFreeForCausalLM.from_pretrained(weights, dtype="auto").eval()
@@ -91,17 +87,19 @@ def export(
         folder = Path(aside) / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        plot_heat_maps([results["attention_entropy"]], [run_title(results)]).savefig(folder / "heat_map.png")
-        plot_curves([{"folder": run_dir, **results}]).savefig(folder / "curves.png")
+        title = run.describe()
+        plot_heat_maps([run.attention_entropy], [title]).savefig(folder / "heat_map.png")
+        plot_curves([run], [title]).savefig(folder / "curves.png")
         draw_block(model.config, folder / "block.png")
         for measured in (run_dir / "log_history.json", *run_dir.glob("*.jsonl")):
             with explained(f"{run_dir}: its {measured.name} cannot be read"):
                 (folder / measured.name).write_text(measured.read_text(encoding="utf-8"), encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
-        step = int(checkpoint.name.split("-")[-1]) if checkpoint else None
+        step = step_of(checkpoint) if checkpoint else None
         cost = describe_forward(type(model), model.config, results["block_size"])
-        card = build_card(name, model.config, results, folder, cost, namespace=namespace, siblings=siblings, step=step)
+        rows = _compare(siblings)
+        card = build_card(name, model.config, results, folder, cost, namespace=namespace, siblings=rows, step=step)
         card.save(folder / "README.md")
         _write_probe(folder / PROBE, model)
         prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
@@ -114,6 +112,35 @@ def export(
     print(f"{shown}: loaded back in a clean process, logits equal bit by bit; it generates")
     print(f"  {tokenizer.decode(generated[0])!r}")
     return out_dir
+
+
+def _without_local_paths(results: dict[str, Any]) -> dict[str, Any]:
+    """A local path is nobody else's business; of data and tokenizers on this machine only the name is told."""
+    recipe = {key: value for key, value in results["recipe"].items() if key != "output_dir"}
+
+    def names_only(values: dict[str, Any]) -> dict[str, Any]:
+        local = ("dataset", "eval_dataset", "tokenizer")
+        found = {key: values[key] for key in local if values.get(key) and Path(values[key]).exists()}
+        return {**values, **{key: Path(path).name for key, path in found.items()}}
+
+    return names_only({**results, "recipe": names_only(recipe)})
+
+
+def _compare(siblings: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows of the card's comparison; the change is against the baseline of the same seed."""
+    baselines = {run.seed: run.perplexity for run in siblings if run.variant == BASELINE}
+    return [
+        {
+            "name": run.model_name,
+            "variant": run.variant,
+            "seed": run.seed,
+            "perplexity": run.perplexity,
+            "change": 100 * (run.perplexity / baselines[run.seed] - 1) if run.seed in baselines else None,
+            "entropy": float(np.mean(run.attention_entropy["entropy"])),
+            "parameters": run.results["parameters"],
+        }
+        for run in siblings
+    ]
 
 
 def _write_probe(path: Path, model: LNFreeForCausalLM):
@@ -139,19 +166,11 @@ def _check(folder: Path, prompt: torch.Tensor) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as outside:
         inputs, outputs = Path(outside) / "inputs.safetensors", Path(outside) / "outputs.safetensors"
         save_file({"input_ids": probe["input_ids"], "prompt": prompt}, inputs)
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
-        environment |= {"HF_HOME": outside, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-I", LOAD_CHECK, folder.resolve(), inputs, outputs]
-        run = subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True)
-        if run.returncode:
-            raise UserError(f"the export does not load in a clean process: {last_words(run)}")
+        failure = find_failure(LOAD_CHECK, [folder.resolve(), inputs, outputs], Path(outside), HF_HUB_OFFLINE="1")
+        if failure is not None:
+            raise UserError(f"the export does not load in a clean process: {failure}")
         found = load_file(outputs)
     if not found["logits"].equal(probe["logits"]):
         difference = (found["logits"] - probe["logits"]).abs().max().item()
         raise UserError(f"the exported model's logits differ from the trained model's by up to {difference:.3g}")
     return found["generated"]
-
-
-def last_words(run: subprocess.CompletedProcess) -> str:
-    """The last line of what a process said went wrong; one that was killed says nothing."""
-    return (run.stderr.strip().splitlines() or [f"it ended with status {run.returncode}"])[-1]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import flush
-from ..runs import _step, list_checkpoints
+from ..runs import list_checkpoints, step_of
 
 
 MANIFEST = "manifest.json"
@@ -66,7 +66,7 @@ def remove_old_checkpoints(run_dir: Path, kept: int | None, milestones: Sequence
     """
     if kept is None or kept < 1:
         return
-    checkpoints = [path for path in list_checkpoints(run_dir) if _step(path) not in milestones]
+    checkpoints = [path for path in list_checkpoints(run_dir) if step_of(path) not in milestones]
     for checkpoint in checkpoints[:-kept]:
         shutil.rmtree(checkpoint)
 

@@ -42,7 +42,7 @@ from ..files import flush, write_atomically
 from ..quantities import AttentionEntropy, NegativeSlope, ResidualStream, ZeroActivations
 from ..recipe import Recipe
 from ..runs import (
-    ASIDE,
+    INCOMPLETE,
     LOCK,
     REPORT,
     RESULTS,
@@ -170,7 +170,7 @@ def train(recipe: Recipe) -> Path:
         model.config.use_cache = True  # the Trainer switches it off for training
         # a sharded model is gathered by all together
         if trainer.is_world_process_zero() or recipe.data.fsdp_size > 1:
-            model.save_pretrained(run_dir / ASIDE / "model", is_main_process=trainer.is_world_process_zero())
+            model.save_pretrained(run_dir / INCOMPLETE / "model", is_main_process=trainer.is_world_process_zero())
         if trainer.is_world_process_zero():
             # a resumed run has forgotten how long it took before
             metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
@@ -269,7 +269,7 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
         raise UserError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
     check_same_recipe(run_dir, recipe)
     with _disk_errors_explained(run_dir):
-        shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+        shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
         (run_dir / REPORT).unlink(missing_ok=True)
         write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     return lock
@@ -283,7 +283,7 @@ def _disk_errors_explained(run_dir: Path):
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
             raise
-        shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+        shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
         free = shutil.disk_usage(run_dir).free / 1e6
         last = next((path.name for path in reversed(list_checkpoints(run_dir))), "none")
         raise UserError(
@@ -304,11 +304,11 @@ def _finish(
     """Writes the model, the log and, last, the results that mark the run as finished."""
     model, state, arguments = trainer.model, trainer.state, trainer.args
     trainer.processing_class.model_max_length = model.config.max_position_embeddings
-    trainer.processing_class.save_pretrained(run_dir / ASIDE / "model")
-    flush(run_dir / ASIDE / "model")
+    trainer.processing_class.save_pretrained(run_dir / INCOMPLETE / "model")
+    flush(run_dir / INCOMPLETE / "model")
     shutil.rmtree(run_dir / "model", ignore_errors=True)
-    os.replace(run_dir / ASIDE / "model", run_dir / "model")
-    shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+    os.replace(run_dir / INCOMPLETE / "model", run_dir / "model")
+    shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
     write_atomically(run_dir / "log_history.json", json.dumps(state.log_history, indent=1))
 
     results = {

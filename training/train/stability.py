@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from ..errors import UserError
 from ..files import append_record, drop_records_after, read_records, write_atomically
-from ..runs import REPORT, describe, list_checkpoints
+from ..runs import REPORT, describe_instability, list_checkpoints
 
 
 RECENT, BEFORE, FACTOR = 10, 100, 20
@@ -151,7 +151,7 @@ class StabilityCallback(TrainerCallback):
         }
         if self.writes:
             write_atomically(self.run_dir / REPORT, json.dumps(report, indent=1))
-        raise UnstableRunError(f"{self.run_dir} {describe(report)}")
+        raise UnstableRunError(f"{self.run_dir} {describe_instability(report)}")
 
 
 def locate(model: torch.nn.Module, batch: dict[str, torch.Tensor] | None = None) -> tuple[int | None, str]:

@@ -26,7 +26,7 @@ from transformers.trainer import SCHEDULER_NAME
 from modeling_lnfree import LNFreeForCausalLM, build_optimizer
 
 from ..errors import UserError, one_line
-from ..runs import ASIDE
+from ..runs import INCOMPLETE
 from ..texts import perplexity
 from .checkpoints import remove_old_checkpoints, write_manifest
 from .stability import StabilityCallback
@@ -161,7 +161,7 @@ class LNFreeTrainer(Trainer):
         return norm
 
     def _get_output_dir(self, trial):
-        return os.path.join(super()._get_output_dir(trial), ASIDE)
+        return os.path.join(super()._get_output_dir(trial), INCOMPLETE)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.sharded:

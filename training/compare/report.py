@@ -1,0 +1,128 @@
+"""What a comparison shows, as blocks that Markdown and HTML are made of alike."""
+
+from typing import Any
+
+from modeling_lnfree.configuration_lnfree import BASELINE
+
+from ..encryption.tables import compare_costs
+from ..tables import Block, Heading, Table
+from .group import Group
+from .seeds import format_interval
+
+
+QUARTERS = ["[0, max/4)", "[max/4, max/2)", "[max/2, 3max/4)", "[3max/4, max]"]
+
+
+def build_report(groups: list[Group], unfinished: dict[str, str]) -> list[Block]:
+    """The whole report, with the pictures that stand beside it."""
+    blocks: list[Block] = [Heading(1, "LNFree: comparison of the variants")]
+    for group in groups:
+        blocks += [Heading(2, group.title), *describe_group(group)]
+    blocks += ["![attention entropy by layer and head](heat_maps.png)", "![curves over training](curves.png)"]
+    if unfinished:
+        named = ", ".join(f"{name} {why}".strip() for name, why in unfinished.items())
+        blocks.append(f"Not finished, and left out: {named}.")
+    return blocks
+
+
+def describe_group(group: Group) -> list[Block]:
+    """The tables of one setting, and the sentences that go with them."""
+    setting, configurations = group.runs[0].setting, group.summary["configurations"]
+    blocks: list[Block] = []
+    if any(len(row["seeds"]) > 1 for row in configurations):
+        blocks += [
+            _over_seeds(configurations),
+            "Means and intervals over seeds are those of the loss; a perplexity is the exponential of it.",
+        ]
+    return [
+        *blocks,
+        *group.notes,
+        Heading(3, "Every run"),
+        _every_run(group.rows),
+        Heading(3, "Mean attention entropy by layer"),
+        "Over the evaluation part and over seeds, in nats; the largest of a causal head at "
+        f"T={setting.block_size} is {group.rows[0]['max_entropy']:.3f}.",
+        _entropy_by_layer(configurations),
+        Heading(3, "Under encryption"),
+        f"Operations on private data in one forward pass over {setting.block_size} tokens, counted by running it, "
+        f"beside {BASELINE} of the same sizes.",
+        *describe_costs(group.rows),
+    ]
+
+
+def describe_costs(rows: list[dict[str, Any]]) -> list[Block]:
+    """What the variants among the rows of a setting cost under encryption."""
+    costs = {row["variant"]: row["private_cost"] for row in rows}
+    named = [(variant, cost["forward"]) for variant, cost in costs.items()]
+    return compare_costs(named, rows[0]["private_cost"]["baseline"])
+
+
+def _over_seeds(configurations: list[dict[str, Any]]) -> Table:
+    interval = "95 % interval (t)"
+    heads = ["configuration", "seeds", "perplexity", interval, f"change against {BASELINE}", interval, "bootstrap"]
+    return Table(heads, [summary_row(row) for row in configurations])
+
+
+def summary_row(row: dict[str, Any]) -> list[str]:
+    """The cells of one configuration over its seeds."""
+    interval, change = row["perplexity_interval"], row["change"]
+    cells = [row["configuration"], str(len(row["seeds"])), f"{row['perplexity']:.3f}"]
+    cells.append("" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
+    cells.append("0" if row["is_baseline"] else "" if change is None else f"{change['mean']:+.2f} %")
+    if change is not None and len(change["by_seed"]) < len(row["seeds"]):
+        # the others have no run of the baseline
+        cells[-1] += f" ({len(change['by_seed'])} of the seeds)"
+    for name in ("t_interval", "bootstrap_interval"):
+        cells.append("" if change is None or change[name] is None else format_interval(change[name]))
+    return cells
+
+
+def _every_run(rows: list[dict[str, Any]]) -> Table:
+    heads = ["configuration", "seed", "perplexity", "change", "evaluation tokens", "parameters", "NaNs"]
+    cells = [
+        [
+            row["configuration"],
+            str(row["seed"]),
+            f"{row['perplexity']:.3f}",
+            "" if row["change_percent"] is None else f"{row['change_percent']:+.2f} %",
+            f"{row['eval_tokens']:,}",
+            f"{row['parameters']:,}",
+            str(row["nan_count"]),
+            *(f"{100 * share:.0f} %" for share in row["head_distribution"]),
+        ]
+        for row in rows
+    ]
+    return Table([*heads, *(f"heads in {quarter}" for quarter in QUARTERS)], cells)
+
+
+def _entropy_by_layer(configurations: list[dict[str, Any]]) -> Table:
+    layers = max(len(row["entropy_by_layer"]) for row in configurations)
+    rows = [[row["configuration"], *(f"{value:.2f}" for value in row["entropy_by_layer"])] for row in configurations]
+    return Table(["configuration", *(f"layer {layer}" for layer in range(layers))], rows)
+
+
+def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]], dict[str, str]]]:
+    """Rows and formats of the tables for the docs: what every configuration reaches, pairs, entropies by layer."""
+    results, pairs, entropies = [], [], []
+    for group in groups:
+        setting = {"setting": group.title} if len(groups) > 1 else {}
+        for row in group.summary["configurations"]:
+            named = {**setting, "configuration": row["configuration"]}
+            reached = [run.perplexity for run in group.runs if run.configuration == row["configuration"]]
+            seeds = ", ".join(map(str, row["seeds"]))
+            results.append({**named, "seeds": seeds, "perplexity": reached, **_change(row["change"])})
+            layers = enumerate(row["entropy_by_layer"])
+            entropies.append({**named, **{f"layer {layer}": entropy for layer, entropy in layers}})
+        for pair in group.summary["pairs"]:
+            named = {"first": pair["first"], "against": pair["second"], "pairs": len(pair["change"]["by_seed"])}
+            pairs.append({**setting, **named, **_change(pair["change"])})
+    formats = {"perplexity": "{:.3f}", "change": "{:+.2f} %", "95 % interval": "{:+.2f} to {:+.2f} %"}
+    tables = {"perplexity": (results, formats), "pairs": (pairs, formats), "entropy": (entropies, {})}
+    return {name: table for name, table in tables.items() if table[0]}
+
+
+def _change(change: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "change": None if change is None else change["mean"],
+        "95 % interval": None if change is None else change["t_interval"],
+    }
