@@ -68,17 +68,17 @@ def build_optimizer(
             raise ValueError(f"layer_base_width must be at least 1, got {layer_base_width}")
         layer_learning_rate *= layer_base_width / model.config.hidden_size
 
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = _layer_matrices(model)
-    if not matrices & trained.keys():
-        raise ValueError(f"{type(model).__name__} has no linear layers to train in its base model")
+    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    matrices = _matrices(base, nn.Linear)
     if decayed is None:
-        decayed = matrices | {
-            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
-        }
+        weights = _matrices(model, (nn.Linear, nn.Embedding))
+        decayed = [name for name, parameter in model.named_parameters() if id(parameter) in weights]
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in trained.items():
-        groups.setdefault((name in matrices, name in decayed), []).append(parameter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in matrices, name in decayed), []).append(parameter)
+    if not any(is_matrix for is_matrix, _ in groups):
+        raise ValueError(f"{type(model).__name__} has no linear layers to train in its base model")
     # the rate that the Trainer logs as its own is the first group's: that of AdamW
     layers, others = (
         [
@@ -98,18 +98,10 @@ def build_optimizer(
     )
 
 
-def _layer_matrices(model: nn.Module) -> set[str]:
-    """Names of the matrices of the linear layers in the base model; of a parametrized weight, of what it is made."""
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, model)
-    prefix = f"{prefix}." if base is not model else ""
-    return {
-        f"{prefix}{name}.{weight}"
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear)
-        for weight, parameter in module.named_parameters()
-        if parameter.ndim == 2
-    }
+def _matrices(model: nn.Module, kinds: type | tuple[type, ...]) -> set[int]:
+    """Ids of the matrices of modules of these kinds; of a parametrized weight, of what it is made of."""
+    modules = [module for module in model.modules() if isinstance(module, kinds)]
+    return {id(parameter) for module in modules for parameter in module.parameters() if parameter.ndim == 2}
 
 
 class AdamWAndMuon(torch.optim.Optimizer):

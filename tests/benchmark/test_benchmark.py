@@ -21,7 +21,7 @@ from ..conftest import ROOT
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "section must be one of step, entropy, .*, got 'speed'"),
+        (["speed"], "section must be one of step, optimizer, entropy, .*, got 'speed'"),
         (["step", "--sizes", "huge"], "size must be one of quick, gpt2, pythia70m, got 'huge'"),
         (["--rounds", "0"], "rounds and lengths must be at least 1, got 0"),
     ],
@@ -71,6 +71,8 @@ def test_every_section_prints_a_table_and_writes_its_figures(tmp_path):
         assert f"## {title}\n" in run.stdout
         rows = document["sections"][section]
         assert rows and all(row.keys() == rows[0].keys() for row in rows)
+    adamw, muon = document["sections"]["optimizer"]
+    assert adamw["of adamw"] == 1 and muon["of adamw"] > 0 and muon["peak MiB"] > 1
     for row in document["sections"]["entropy"]:
         assert row["plain ms"] > 0 and row["plain MiB"] > 1
     steps = {(row["model"], row["fast CPU"]): row for row in document["sections"]["step"]}

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, record_attention_entropy, use_fast_cpu
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, build_optimizer, record_attention_entropy, use_fast_cpu
 
 from ..train.plan import ATTENTION_FLOPS
 from .timing import Action, medians, take_turns
@@ -49,10 +49,18 @@ def build_stock(size: str, length: int, device: str, relu: bool = False, **kwarg
     return GPT2LMHeadModel._from_config(config, **kwargs).to(device)
 
 
-def training_step(model: nn.Module, input_ids: Tensor, measure: str | None = None) -> Action:
-    """Forward, backward, clip, AdamW; with `measure`, also the entropy of every head by `record` or by `maps`."""
+def training_step(
+    model: nn.Module, input_ids: Tensor, measure: str | None = None, layer_optimizer: str = "adamw"
+) -> Action:
+    """
+    Forward, backward, clip, AdamW (or Muon for the matrices of the layers); with `measure`, also the entropy of every
+    head by `record` or by `maps`.
+    """
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if layer_optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    else:
+        optimizer = build_optimizer(model, learning_rate=1e-4, layer_optimizer=layer_optimizer, fused=True)
 
     def step():
         if measure == "record":

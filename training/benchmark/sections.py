@@ -116,6 +116,33 @@ def benchmark_step(settings: Settings) -> Iterator[Row]:
                 del models, steps
 
 
+def benchmark_optimizer(settings: Settings) -> Iterator[Row]:
+    """Training steps of SM+R at T=128 by AdamW alone, and by Muon for the matrices of the layers."""
+    device = settings.device
+    for size in settings.sizes:
+        input_ids = torch.randint(SIZES[size]["vocab_size"], (16 if size == "quick" else 8, 128), device=device)
+
+        def prepare(name, size=size, input_ids=input_ids):
+            model = build_lnfree("SM+R", size, 128, device)
+            step = training_step(model, input_ids, layer_optimizer=name)
+            return step, step
+
+        names = ("adamw", "muon")
+        mib = {name: peak_memory(lambda name=name: prepare(name), device) for name in names}
+        seconds = medians(take_turns({name: prepare(name)[0] for name in names}, settings.rounds, device))
+        yield from [
+            {
+                "size": size,
+                "tokens": input_ids.numel(),
+                "layer optimizer": name,
+                "ms": 1e3 * seconds[name],
+                "of adamw": seconds[name] / seconds["adamw"],
+                "peak MiB": mib[name],
+            }
+            for name in names
+        ]
+
+
 def benchmark_entropy(settings: Settings) -> Iterator[Row]:
     """
     What measuring adds to a forward pass without gradients: `record` to one with sdpa, and the maps that everybody
@@ -411,6 +438,7 @@ def benchmark_growth(settings: Settings) -> Iterator[Row]:
 # the title of each, and what gives its rows
 SECTIONS: dict[str, tuple[str, Callable[[Settings], Iterable[Row]]]] = {
     "step": ("A training step", benchmark_step),
+    "optimizer": ("Muon for the layers' matrices", benchmark_optimizer),
     "entropy": ("What measuring attention entropy adds to a forward pass", benchmark_entropy),
     "training-entropy": ("Entropy measured in every training step", benchmark_entropy_in_training),
     "callback": ("What is measured on the way, at the recipe's cadence", benchmark_callback),
