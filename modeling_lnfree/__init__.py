@@ -10,7 +10,8 @@ from transformers import (
 
 from .configuration_lnfree import LNFreeConfig
 from .cpu import use_fast_cpu
-from .metrics.attention_entropy.entropy import compute_attention_entropy, record_attention_entropy
+from .metrics.attention_entropy.entropy import compute_attention_entropy
+from .metrics.attention_entropy.recorder import record_attention_entropy
 from .modeling_lnfree import (
     LNFreeForCausalLM,
     LNFreeForSequenceClassification,

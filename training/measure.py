@@ -24,6 +24,7 @@ from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
     side,
     summarize,
 )
+from modeling_lnfree.metrics.attention_entropy.recorder import LayerEntropy
 
 from .encryption.counting import count_operations
 from .encryption.fixed_point import check_model, measure_fixed_point
@@ -143,10 +144,14 @@ def measure(
     started = time.perf_counter()
     counts = dict.fromkeys(("num_texts", "skipped_texts", "truncated_texts", "num_tokens", "predicted_tokens"), 0)
     total_nll = 0.0
-    layers: dict[int, Tensor] = {}  # of the last batch: row of the layer -> (batch, heads, T)
+    layers: dict[str, Tensor] = {}  # of the last batch: name of the layer -> (batch, heads, T)
+
+    def keep(measured: LayerEntropy):
+        layers[measured.layer] = measured.entropy
+
     with ExitStack() as stack:
         writer = stack.enter_context(_figures_writer(parquet_path)) if parquet_path is not None else None
-        on_layer = layers.__setitem__ if writer is not None else None
+        on_layer = keep if writer is not None else None
         stack.enter_context(torch.no_grad())
         # the towers of other modalities read no text
         decoder = model.base_model.get_decoder()
@@ -170,11 +175,13 @@ def measure(
                     counts["predicted_tokens"] += len(nll)
                     total_nll += nll.cpu().double().sum().item()
                     if writer is not None:
-                        entropies = [layers[row][position, :, : len(ids)] for row in range(len(layers))]
+                        entropies = [layers[name][position, :, : len(ids)] for name in record.layer_names]
                         writer.write(_figures(index, nll, entropies))
             progress.update(len(batch))
         if counts["predicted_tokens"] == 0:
             raise UserError(f"dataset {dataset!r} has no text of two tokens in the column {text_column!r}")
+    if record.num_queries == 0:
+        raise UserError(f"model {model_id!r} cannot be measured: {'; '.join(record.unmeasured)}")
 
     if fixed_point:
 
@@ -214,6 +221,7 @@ def measure(
         "nll": nll,
         **counts,
         "attention_entropy": summarize(record),
+        "unmeasured": record.unmeasured,
         **({} if private_cost is None else {"private_cost": operations}),
         **({"fixed_point": bits} if fixed_point else {}),
         "seconds": time.perf_counter() - started,

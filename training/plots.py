@@ -32,13 +32,15 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Fig
     """
     columns = min(len(measurements), 4)
     rows = -(-len(measurements) // columns)
-    limit = max(np.max(measurement["max_entropy"]) for measurement in measurements)
+    limit = max(max(map(max, measurement["max_entropy"])) for measurement in measurements)
     figure = Figure(figsize=(3.1 * columns + 1, 3.4 * rows), layout="constrained", dpi=150)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(measurements) :]:
         axis.set_visible(False)
     for axis, measurement, title in zip(axes.flat, measurements, titles, strict=False):
-        entropy = np.array(measurement["entropy"])
+        # layers may have different numbers of heads
+        heads = max(map(len, measurement["entropy"]))
+        entropy = np.array([[*row, *[np.nan] * (heads - len(row))] for row in measurement["entropy"]])
         image = axis.imshow(entropy, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("head")

@@ -25,13 +25,15 @@ the top of the scale where it looks at all alike. Exact, before dropout, on as m
 
 def draw_heat_map(result: dict[str, Any]) -> Figure:
     """Layers x heads, on a scale from 0 to the largest entropy that the text allows."""
-    entropy = np.array(result["entropy"])  # (layers, heads)
+    # (layers, heads); layers may have different numbers of them
+    heads = max(map(len, result["entropy"]))
+    entropy = np.array([[*row, *[np.nan] * (heads - len(row))] for row in result["entropy"]])
     # of one size, as the page fits it to its column: a larger one would have smaller letters
     figure = Figure(figsize=(5, 4.5), layout="constrained", dpi=200)
     axis = figure.subplots()
     # a broken head is NaN, and nothing is drawn over the grey
     axis.set_facecolor("lightgrey")
-    image = axis.imshow(entropy, vmin=0, vmax=np.max(result["max_entropy"]), cmap="viridis", aspect="auto")
+    image = axis.imshow(entropy, vmin=0, vmax=max(map(max, result["max_entropy"])), cmap="viridis", aspect="auto")
     axis.set(xlabel="head", ylabel="layer")
     for direction in (axis.xaxis, axis.yaxis):
         direction.set_major_locator(MaxNLocator(12, integer=True))
@@ -41,17 +43,16 @@ def draw_heat_map(result: dict[str, Any]) -> Figure:
 
 def tabulate(result: dict[str, Any]) -> list[list[int | str]]:
     """A row a layer, under `HEADER`."""
-    entropy, largest = np.array(result["entropy"]), np.array(result["max_entropy"])
     return [
         [
             layer,
-            f"{heads.mean():.3f}",
-            f"{100 * heads.mean() / largest[layer].mean():.0f} %",
-            f"{heads.min():.3f}",
-            f"{heads.max():.3f}",
+            f"{np.mean(heads):.3f}",
+            f"{100 * np.mean(heads) / np.mean(result['max_entropy'][layer]):.0f} %",
+            f"{np.min(heads):.3f}",
+            f"{np.max(heads):.3f}",
             int(np.sum(result["nan_count"][layer])),
         ]
-        for layer, heads in enumerate(entropy)
+        for layer, heads in enumerate(result["entropy"])
     ]
 
 
@@ -73,7 +74,7 @@ def build_page(trust_remote_code: bool) -> gr.Blocks:
             f"**{result['mean_entropy']:.3f} nats** on average over {result['num_queries']} tokens. "
             f"Heads in the four quarters of their largest entropy, from the lowest: {shares}."
         )
-        broken = np.isnan(result["entropy"])
+        broken = np.isnan(np.concatenate(result["entropy"]))
         if broken.any():
             summary += f" Broken, and grey in the map: {broken.sum()} of {broken.size} heads."
         return summary, draw_heat_map(result), tabulate(result)

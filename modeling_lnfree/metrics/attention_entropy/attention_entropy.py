@@ -16,11 +16,18 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Features, List, Value
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .entropy import AttentionEntropyRecord, record_attention_entropy
+from .entropy import compute_attention_entropy
+from .record import AttentionEntropyRecord
+from .recorder import record_attention_entropy
+from .visibility import Visibility
+
+
+# `evaluate` brings along the files that this one imports, and not those that they import
+__all__ = ["AttentionEntropy", "AttentionEntropyRecord", "Visibility", "compute_attention_entropy"]
 
 
 _CITATION = """\
@@ -50,6 +57,7 @@ class AttentionEntropy(evaluate.Metric):
         predictions (`list`): texts (`str`, none empty), each measured by itself; or measurements: records of
             `metric.record`, results of `compute`, or dictionaries with their keys `entropy`, `max_entropy`,
             `nan_count`, `inf_count` and `num_queries`.
+        references (*optional*): not looked at; `evaluate.combine` passes them to all of its metrics.
         model_id (`str`, *optional*): Hub id or folder of a causal language model, for texts.
         model (`transformers.PreTrainedModel`, *optional*): a model at hand, instead of `model_id`. It is measured
             where it is, in evaluation mode.
@@ -66,7 +74,8 @@ class AttentionEntropy(evaluate.Metric):
     Returns:
         `dict`, with NaN, and never 0, where a head is broken:
 
-        - **entropy** (`list` of shape `(layers, heads)`): mean over the queries, in nats.
+        - **entropy** (`list` of shape `(layers, heads)`): mean over the queries, in nats. Where layers have different
+          numbers of heads, rows have different lengths.
         - **max_entropy** (`list` of shape `(layers, heads)`): largest value that the same queries can reach, in nats:
           the mean of the logarithm of the number of keys that each sees.
         - **normalized_entropy** (`list` of shape `(layers, heads)`): `entropy / max_entropy`, in [0, 1].
@@ -116,30 +125,47 @@ class AttentionEntropy(evaluate.Metric):
     # for those who have only the metric: `with metric.record(model) as record: model(**batch)`
     record = staticmethod(record_attention_entropy)
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._texts: list[str] = []
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=__doc__,
             citation=_CITATION,
             inputs_description=self.__doc__,
-            features=[Features({"predictions": Value("string")}), Features({"predictions": _MEASUREMENT})],
+            features=Features({"predictions": _MEASUREMENT}),
             reference_urls=["https://arxiv.org/abs/2410.09637"],
         )
 
-    def add(self, *, prediction: str | Mapping[str, Any] | AttentionEntropyRecord) -> None:
-        """Add one text or one measurement."""
-        self.add_batch(predictions=[prediction])
+    def add(
+        self,
+        *,
+        prediction: str | Mapping[str, Any] | AttentionEntropyRecord | None = None,
+        predictions: str | Mapping[str, Any] | AttentionEntropyRecord | None = None,
+    ) -> None:
+        """Add one text or one measurement, by either name: `evaluate.combine` takes the second."""
+        self.add_batch(predictions=[predictions if prediction is None else prediction])
 
     def add_batch(self, *, predictions: Sequence[str | Mapping[str, Any] | AttentionEntropyRecord]) -> None:
         """Add texts or measurements."""
         texts = _are_texts(predictions)
-        if self.writer is not None and texts != self._holds_texts():
+        self._check_kind(texts)
+        if texts:
+            # measured by `compute`, and until then safe from its errors
+            self._texts += predictions
+        else:
+            super().add_batch(predictions=[_measurement(prediction) for prediction in predictions])
+
+    def _check_kind(self, texts: bool) -> None:
+        if self.writer is not None if texts else self._texts:
             raise ValueError("predictions must be texts or measurements, not both")
-        super().add_batch(predictions=[text if texts else _measurement(text) for text in predictions])
 
     def compute(
         self,
         *,
         predictions: Sequence[str | Mapping[str, Any] | AttentionEntropyRecord] | None = None,
+        references: Sequence[Any] | None = None,
         model_id: str | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
@@ -151,10 +177,14 @@ class AttentionEntropy(evaluate.Metric):
         dtype: str | torch.dtype | None = None,
     ) -> dict[str, Any] | None:
         """Attention entropy over all predictions, those given here and those added before."""
-        # checked and loaded before anything is added, so that a corrected call finds what was there
-        if predictions is None and self.writer is None:
+        # all is measured before anything is added, so that a corrected call finds what was there
+        if predictions is None and self.writer is None and not self._texts:
             raise ValueError("there is nothing to compute: pass predictions=, or add them first by add or add_batch")
-        if not (self._holds_texts() if predictions is None else _are_texts(predictions)):
+        texts = bool(self._texts)
+        if predictions is not None:
+            texts = _are_texts(predictions)
+            self._check_kind(texts)
+        if not texts:
             if model_id is not None or model is not None:
                 raise ValueError("measurements are put together without a model; model_id= and model= are for texts")
             return super().compute(predictions=predictions)
@@ -175,16 +205,12 @@ class AttentionEntropy(evaluate.Metric):
         elif isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         max_length = check_max_length(model, tokenizer, max_length)
-        return super().compute(
-            predictions=predictions, model=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
-        )
+        texts = [*self._texts, *(predictions or ())]
+        record = _measure(texts, model, tokenizer, batch_size=batch_size, max_length=max_length)
+        self._texts = []
+        return super().compute(predictions=[record])
 
-    def _holds_texts(self) -> bool:
-        return isinstance(self.selected_feature_format["predictions"], Value)
-
-    def _compute(self, *, predictions: list, model: PreTrainedModel | None = None, **kwargs) -> dict[str, Any]:
-        if model is not None:
-            predictions = [_measurement(_measure(predictions, model, **kwargs))]
+    def _compute(self, *, predictions: list[dict[str, Any]]) -> dict[str, Any]:
         return _summarize(predictions)
 
 
@@ -240,7 +266,8 @@ def check_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         ValueError: if `max_length` is no integer, below 1, or more than the model has positions.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+    config = _inner_model(model).config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - _virtual_tokens(model)
     if max_length is None:
         return min(tokenizer.model_max_length, positions)
     if not isinstance(max_length, Integral) or not 1 <= max_length <= positions:
@@ -292,7 +319,7 @@ def _are_texts(predictions: Sequence[Any]) -> bool:
 
 
 def _measurement(prediction: Mapping[str, Any] | AttentionEntropyRecord) -> dict[str, Any]:
-    """The fields of a measurement as Python numbers."""
+    """The fields of a measurement as Python numbers; a row has as many as the layer has heads."""
     if isinstance(prediction, Mapping):
         found = {name: prediction[name] for name in _MEASUREMENT if name in prediction}
     else:
@@ -303,7 +330,32 @@ def _measurement(prediction: Mapping[str, Any] | AttentionEntropyRecord) -> dict
             "a prediction must be a text, a record or a result of this metric, got "
             f"{type(prediction).__name__} without {', '.join(missing)}"
         )
-    return {name: np.asarray(value).tolist() for name, value in found.items()}
+    heads = getattr(prediction, "num_heads", None)
+    measurement: dict[str, Any] = {"num_queries": int(found.pop("num_queries"))}
+    for name, rows in found.items():
+        rows = [np.asarray(row).tolist() for row in rows]
+        measurement[name] = rows if heads is None else [row[:number] for row, number in zip(rows, heads, strict=True)]
+    return measurement
+
+
+def _inner_model(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers in a wrapper, as PEFT's or `DataParallel`."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"model must be a model of transformers or hold one, got {type(model).__name__}")
+
+
+def _adapted_model(model: nn.Module) -> nn.Module | None:
+    """PEFT's model, if there is one: it puts tokens or keys before those of the model in it."""
+    found = (module for module in model.modules() if hasattr(module, "peft_config"))
+    return next(found, None)
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    adapted = _adapted_model(model)
+    adapter = None if adapted is None else getattr(adapted, "active_peft_config", None)
+    return getattr(adapter, "num_virtual_tokens", None) or 0
 
 
 def _measure(
@@ -315,50 +367,67 @@ def _measure(
             raise ValueError(f"the text {text!r} has no tokens")
     # little padding
     sequences.sort(key=len)
-    alike = [list(group) for _, group in groupby(sequences, key=lambda sequence: side(model, len(sequence)))]
+    inner, adapted = _inner_model(model), _adapted_model(model)
+    alike = [list(group) for _, group in groupby(sequences, key=lambda sequence: side(inner, len(sequence)))]
     batches = [group[i : i + batch_size] for group in alike for i in range(0, len(group), batch_size)]
     # the model without its head: the logits of all tokens would take the most memory
-    backbone = model.base_model
-    was_training = model.training
+    backbone = inner.base_model if adapted is None else adapted
+    device = inner.device
+    if device.type == "meta":
+        # the weights are elsewhere until they are needed, as accelerate's offload has it
+        device = torch.device(getattr(getattr(inner, "_hf_hook", None), "execution_device", None) or "cpu")
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         # not reduced: other processes may measure other texts, or none
         # nor are the towers of other modalities, which read no text
-        with torch.no_grad(), record_attention_entropy(backbone.get_decoder(), reduce=False) as record:
+        with torch.no_grad(), record_attention_entropy(inner.base_model.get_decoder(), reduce=False) as record:
             for batch in evaluate.logging.tqdm(batches):
-                backbone(**pad(batch, model.device), use_cache=False)
+                backbone(**pad(batch, device), use_cache=False)
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
+    if record.num_queries == 0:
+        raise ValueError("no query was measured: " + "; ".join(record.unmeasured))
     return record
 
 
 def _summarize(measurements: list[dict[str, Any]]) -> dict[str, Any]:
     measurements = [measurement for measurement in measurements if measurement["num_queries"] > 0]
     if not measurements:
-        raise ValueError(
-            "no query was measured: the model read nothing while it was recorded, or ran a graph that "
-            "torch.compile had made before"
-        )
-    shapes = {np.shape(measurement["entropy"]) for measurement in measurements}
+        raise ValueError("no query was measured: the model read nothing while it was recorded, or could not be seen")
+    lengths = [len(row) for row in measurements[0]["entropy"]]
+    shapes = {_shape(measurement["entropy"]) for measurement in measurements}
     if len(shapes) > 1:
-        raise ValueError(f"the measurements are of models of different (layers, heads): {sorted(shapes)}")
+        raise ValueError(f"the measurements are of models of different (layers, heads): {sorted(shapes, key=str)}")
+    # (measurements, cells): all heads of all layers
     sums = {
-        name: torch.tensor([measurement[name] for measurement in measurements], dtype=torch.float64)
+        name: torch.tensor([sum(measurement[name], []) for measurement in measurements], dtype=torch.float64)
         for name in _MEASUREMENT
+        if name != "num_queries"
     }
-    queries = sums["num_queries"]
-    weights = (queries / queries.sum())[:, None, None]
-    entropy, max_entropy = ((weights * sums[name]).sum(0) for name in ("entropy", "max_entropy"))  # (layers, heads)
+    queries = torch.tensor([measurement["num_queries"] for measurement in measurements], dtype=torch.float64)
+    weights = (queries / queries.sum())[:, None]
+    entropy, max_entropy = ((weights * sums[name]).sum(0) for name in ("entropy", "max_entropy"))
     normalized = (entropy / max_entropy).clamp(max=1.0)
     quarters = (4 * normalized).floor().clamp(max=3)
+
+    def rows(cells: Tensor) -> list[list[float]]:
+        return [row.tolist() for row in cells.split(lengths)]
+
     return {
-        "entropy": entropy.tolist(),
-        "max_entropy": max_entropy.tolist(),
-        "normalized_entropy": normalized.tolist(),
-        "layer_entropy": entropy.mean(1).tolist(),
+        "entropy": rows(entropy),
+        "max_entropy": rows(max_entropy),
+        "normalized_entropy": rows(normalized),
+        "layer_entropy": [row.mean().item() for row in entropy.split(lengths)],
         "mean_entropy": entropy.mean().item(),
         "head_distribution": [(quarters == quarter).double().mean().item() for quarter in range(4)],
-        "nan_count": sums["nan_count"].sum(0).long().tolist(),
-        "inf_count": sums["inf_count"].sum(0).long().tolist(),
+        "nan_count": rows(sums["nan_count"].sum(0).long()),
+        "inf_count": rows(sums["inf_count"].sum(0).long()),
         "num_queries": int(queries.sum()),
     }
+
+
+def _shape(rows: list[list[float]]) -> tuple:
+    heads = [len(row) for row in rows]
+    return (len(heads), heads[0] if len(set(heads)) == 1 else tuple(heads))

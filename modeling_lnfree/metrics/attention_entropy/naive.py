@@ -26,7 +26,7 @@ def naive_attention_entropy(
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         visible = visible & attention_mask
     elif attention_mask is not None:
-        visible = visible & ~(attention_mask <= torch.finfo(attention_mask.dtype).min)
+        visible = visible & ~(attention_mask <= -1e4)
         scores = scores + attention_mask
     no_key = ~visible.any(-1)
     scores = scores.masked_fill(~visible, -torch.inf)

@@ -1,4 +1,4 @@
-"""Attention entropy against float64 references: the definition for the function, eager attention maps for models."""
+"""The recorder against eager attention maps of the same models in float64."""
 
 import inspect
 import math
@@ -11,12 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
@@ -26,351 +21,25 @@ from transformers import (
     StaticCache,
     T5EncoderModel,
 )
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    create_causal_mask,
-    eager_mask,
-    flash_attention_mask,
-)
+from transformers.masking_utils import create_causal_mask, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from modeling_lnfree import record_attention_entropy
 from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module
-from modeling_lnfree.metrics.attention_entropy.entropy import compute_attention_entropy, record_attention_entropy
 from modeling_lnfree.metrics.attention_entropy.naive import naive_attention_entropy
 
-
-VOCAB_SIZE = 61
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2}
-FAMILIES = {
-    "gpt2": {**SIZES, "attn_pdrop": 0.2},
-    "gpt_neox": SIZES,
-    "llama": GROUPED,
-    "mistral": {**GROUPED, "sliding_window": 5},
-    "gemma2": {**GROUPED, "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 2.0},
-    "qwen3": {**GROUPED, "head_dim": 8},
-    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
-    "phi": {**GROUPED, "num_key_value_heads": 4},
-    "gpt_oss": {**GROUPED, "head_dim": 8, "sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1},
-    "bert": SIZES,
-}
-# models whose softcap or sinks sdpa cannot apply
-EAGER_ONLY = {"gemma2", "gpt_oss"}
-
-
-def supports_sdpa(model_type):
-    """Of models that it cannot compute: transformers before 5.24 takes Gemma 2, and leaves the softcap out."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]._supports_sdpa
-
-
-def make_model(model_type, implementation="sdpa", **overrides):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**FAMILIES[model_type], **overrides})
-    factory = AutoModel if model_type == "bert" else AutoModelForCausalLM
-    model = factory.from_config(config, attn_implementation=implementation).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # scores of ordinary size: heads that are neither uniform nor one-hot
-            if parameter.ndim == 2 and "embed" not in name:
-                parameter.normal_(std=0.4)
-            elif "sinks" in name or "bias" in name:
-                parameter.normal_(std=0.5)
-    return model
-
-
-def make_batch(padding, batch=3, length=13):
-    generator = torch.Generator().manual_seed(1)
-    input_ids = torch.randint(1, VOCAB_SIZE, (batch, length), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    if padding == "left":
-        attention_mask[0, :4], attention_mask[1, :9] = 0, 0
-    elif padding == "right":
-        attention_mask[0, -4:], attention_mask[1, -9:] = 0, 0
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def float64_maps(model, batch):
-    """Attention maps `(layers, batch, heads, T, S)` of the same weights in float64, by eager attention."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    if model.config._attn_implementation == "sdpa" and hasattr(config, "attn_logit_softcapping"):
-        config.attn_logit_softcapping = None
-    options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float64}
-    reference = type(model)._from_config(config, **options).eval()
-    reference.load_state_dict(model.state_dict())
-    # eager softmax is in float32, where the lowest float64 is minus infinity and a padded query becomes NaN
-    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = lambda **arguments: eager_mask(**{**arguments, "dtype": torch.float32})
-    with torch.no_grad():
-        maps = torch.stack(reference(**batch, output_attentions=True).attentions).double()
-    del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
-    if model.config.model_type == "gpt_oss":
-        # eager leaves out the sink, which is a key as well
-        maps = torch.cat([maps, (1 - maps.sum(-1, keepdim=True)).clamp(min=1e-30)], -1)
-    return maps
-
-
-def mean_of_queries(values, attention_mask):
-    """`(layers, batch, heads, T)` -> `(layers, heads)` over the queries that are not padding."""
-    real = attention_mask.bool()[None, :, None]
-    return torch.where(real, values, 0.0).sum((1, 3)) / real.sum()
-
-
-def random_states(batch, heads, kv_heads, num_queries, num_keys, head_dim, dtype=torch.float32, scale=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(batch, heads, num_queries, head_dim, generator=generator, dtype=torch.float64)
-    key = torch.randn(batch, kv_heads, num_keys, head_dim, generator=generator, dtype=torch.float64)
-    return (scale * query).to(dtype), key.to(dtype)
-
-
-def random_mask(shape, seed=0):
-    """Bool mask in which every query sees some key."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(shape, generator=generator) < 0.5
-    mask[..., 0] = True
-    return mask
-
-
-# ---- compute_attention_entropy
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    batch=st.integers(1, 3),
-    kv_heads=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    num_queries=st.integers(1, 40),
-    num_past=st.integers(0, 20),
-    head_dim=st.sampled_from([1, 3, 8, 16, 17, 64]),
-    mask=st.sampled_from(["none", "causal", "bool", "bool per head", "causal and bool", "additive"]),
-    seed=st.integers(0, 2**16),
+from .models import (
+    EAGER_ONLY,
+    FAMILIES,
+    VOCAB_SIZE,
+    float64_maps,
+    make_batch,
+    make_model,
+    mean_of_queries,
+    random_mask,
+    random_states,
+    supports_sdpa,
 )
-def test_entropy_matches_definition(batch, kv_heads, groups, num_queries, num_past, head_dim, mask, seed):
-    heads, num_keys = kv_heads * groups, num_queries + num_past
-    query, key = random_states(batch, heads, kv_heads, num_queries, num_keys, head_dim, seed=seed)
-    attention_mask = None
-    if "bool" in mask:
-        attention_mask = random_mask((batch, heads if "head" in mask else 1, num_queries, num_keys), seed)
-    elif mask == "additive":
-        attention_mask = torch.randn(1, heads, num_queries, num_keys, generator=torch.Generator().manual_seed(seed))
-        attention_mask[..., 1::3] = -torch.inf
-    arguments = {"scaling": head_dim**-0.5, "attention_mask": attention_mask, "is_causal": "causal" in mask}
-    entropy = compute_attention_entropy(query, key, **arguments)
-    assert entropy.shape == (batch, heads, num_queries) and entropy.dtype == torch.float32
-    assert (entropy >= 0).all()
-    # float32, scores of ordinary size
-    torch.testing.assert_close(entropy.double(), naive_attention_entropy(query, key, **arguments), atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("length", [1, 2, 63, 127, 131, 257, 512])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (5, 1)], ids=["full", "grouped", "multi-query"])
-def test_causal_lengths_match_definition(length, heads, kv_heads):
-    query, key = random_states(2, heads, kv_heads, length, length, 32)
-    ours = compute_attention_entropy(query, key, scaling=32**-0.5, is_causal=True)
-    theirs = naive_attention_entropy(query, key, scaling=32**-0.5, is_causal=True)
-    torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("scale", [10.0, 100.0, 1e4, 1e6])
-@pytest.mark.parametrize("masked", [False, True])
-def test_large_scores_match_definition(scale, masked):
-    query, key = (state.requires_grad_() for state in random_states(2, 4, 4, 131, 131, 64, scale=scale))
-    mask = random_mask((2, 1, 131, 131)) if masked else None
-    arguments = {"scaling": 64**-0.5, "attention_mask": mask, "is_causal": True}
-    ours = compute_attention_entropy(query, key, **arguments)
-    theirs = naive_attention_entropy(query, key, **arguments)
-    # the difference of two terms as large as the scores
-    torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=0)
-    gradients = (torch.autograd.grad(entropy.sum(), query)[0] for entropy in (ours, theirs))
-    torch.testing.assert_close(*gradients, atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_common_offset_of_keys_costs_no_precision(masked):
-    query, key = random_states(2, 4, 2, 61, 61, 32)
-    # exactly representable, so that float32 itself loses nothing but the low bits of the keys
-    key = key.round(decimals=2) + 30.0
-    mask = None
-    if masked:
-        # hidden keys, such as the empty slots of a static cache, are not part of the mean
-        key[:, :, 20:] = 0.0
-        mask = (torch.arange(61) < 20).expand(1, 1, 61, 61)
-    arguments = {"scaling": 32**-0.5, "attention_mask": mask, "is_causal": not masked}
-    theirs = naive_attention_entropy(query, key, **arguments)
-    torch.testing.assert_close(compute_attention_entropy(query, key, **arguments).double(), theirs, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("block_elements", [1, 2000, 2**22])
-@pytest.mark.parametrize("options", ["softcap", "sinks", "both", "bool", "bias", "bias and causal"])
-def test_blocks_match_definition(options, block_elements, monkeypatch):
-    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", block_elements)
-    query, key = random_states(2, 4, 2, 23, 29, 16, scale=3.0)
-    arguments = {"scaling": 0.25, "is_causal": "causal" in options}
-    if options in ("softcap", "both"):
-        arguments["softcap"] = 1.5
-    if options in ("sinks", "both"):
-        arguments["sinks"] = torch.tensor([-2.0, 0.0, 1.0, 3.0])
-    if options == "bool":
-        arguments["attention_mask"] = random_mask((2, 1, 1, 29))
-    if "bias" in options:
-        arguments["attention_mask"] = -0.3 * torch.arange(29.0).expand(1, 4, 1, 29)
-    ours = compute_attention_entropy(query, key, **arguments)
-    torch.testing.assert_close(ours.double(), naive_attention_entropy(query, key, **arguments), atol=2e-5, rtol=0)
-
-
-def test_half_precision_inputs_are_computed_in_float32():
-    query, key = random_states(1, 4, 2, 37, 37, 32, dtype=torch.bfloat16, scale=3.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = compute_attention_entropy(query, key, scaling=32**-0.5, is_causal=True)
-    theirs = naive_attention_entropy(query, key, scaling=32**-0.5, is_causal=True)
-    assert ours.dtype == torch.float32
-    # against float64 of the same bfloat16 inputs
-    torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=0)
-
-
-def test_extreme_heads_stay_in_range():
-    query, key = random_states(1, 2, 2, 64, 64, 16, scale=300.0)
-    query[:, 1] = 0.0
-    entropy = compute_attention_entropy(query, key, scaling=1.0, is_causal=True)
-    assert (entropy >= 0).all() and not entropy.isnan().any()
-    torch.testing.assert_close(entropy[0, 1], torch.arange(1, 65).float().log(), atol=2e-6, rtol=0)
-
-
-@pytest.mark.parametrize("options", ["causal", "mask", "bias", "softcap and sinks"])
-def test_broken_keys_spoil_only_the_queries_that_see_them(options):
-    query, key = random_states(2, 4, 2, 17, 17, 16)
-    arguments = {"scaling": 0.25, "is_causal": True}
-    if options == "mask":
-        arguments["attention_mask"] = random_mask((2, 1, 17, 17))
-    elif options == "bias":
-        arguments["attention_mask"] = torch.randn(1, 4, 17, 17, generator=torch.Generator().manual_seed(0))
-    elif options == "softcap and sinks":
-        arguments |= {"softcap": 5.0, "sinks": torch.zeros(4)}
-    healthy = compute_attention_entropy(query, key, **arguments)
-    # a soft cap would turn the infinity of the definition into an ordinary score
-    key[0, 1, 11, 3], query[1, 0, 5, 2] = torch.nan, torch.nan if "softcap" in options else torch.inf
-    broken = naive_attention_entropy(query, key, **arguments).isnan()
-    assert broken[0, 2:].any() and not broken[0, :2].any() and not broken[:, :, :5].any() and broken[1, 0, 5]
-    expected = healthy.masked_fill(broken, torch.nan)
-    torch.testing.assert_close(
-        compute_attention_entropy(query, key, **arguments), expected, atol=2e-5, rtol=0, equal_nan=True
-    )
-
-
-def test_queries_that_see_no_key_are_nan():
-    query, key = random_states(1, 2, 2, 5, 5, 8)
-    mask = random_mask((1, 1, 5, 5))
-    mask[:, :, 2] = False
-    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    for attention_mask in (mask, additive):
-        entropy = compute_attention_entropy(query, key, scaling=1.0, attention_mask=attention_mask)
-        assert entropy[:, :, 2].isnan().all() and entropy.isnan().sum() == 2
-    # more queries than keys: the first ones come before every key
-    entropy = compute_attention_entropy(query, key[:, :, :3], scaling=1.0, is_causal=True)
-    assert entropy[:, :, :2].isnan().all() and entropy.isnan().sum() == 4
-
-
-@pytest.mark.parametrize(("batch", "num_queries", "num_keys"), [(2, 0, 4), (2, 3, 0), (2, 0, 0), (0, 3, 4)])
-def test_empty_inputs(batch, num_queries, num_keys):
-    query, key = random_states(batch, 4, 2, num_queries, num_keys, 8)
-    entropy = compute_attention_entropy(query, key, scaling=1.0)
-    assert entropy.shape == (batch, 4, num_queries) and entropy.isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("key_shape", "options", "message"),
-    [
-        ((2, 3, 5, 8), {}, "heads must be a multiple of kv_heads, got 4 and 3"),
-        ((2, 0, 5, 8), {}, "heads must be a multiple of kv_heads, got 4 and 0"),
-        # the kernel would read past the end of these
-        ((1, 2, 5, 8), {}, r"got \(2, 4, 5, 8\) and \(1, 2, 5, 8\)"),
-        ((2, 2, 5, 9), {}, r"got \(2, 4, 5, 8\) and \(2, 2, 5, 9\)"),
-        ((2, 5, 8), {}, r"got \(2, 4, 5, 8\) and \(2, 5, 8\)"),
-        ((2, 2, 5, 8), {"attention_mask": torch.ones(5, 5).bool()}, r"must be \(2 or 1, 4 .* got shape \(5, 5\)"),
-        ((2, 2, 5, 8), {"attention_mask": torch.ones(2, 1, 5, 7)}, r"5 or 1, 5\) here, got shape \(2, 1, 5, 7\)"),
-        ((2, 2, 5, 8), {"attention_mask": torch.ones(1, 2, 5, 5).bool()}, r"got shape \(1, 2, 5, 5\)"),
-        ((2, 2, 5, 8), {"attention_mask": torch.ones(1, 1, 5, 5).long()}, "bool or floating, got torch.int64"),
-        ((2, 2, 5, 8), {"sinks": torch.zeros(2)}, r"each of the 4 heads, got shape \(2,\)"),
-    ],
-)
-def test_wrong_shapes_are_refused(key_shape, options, message):
-    with pytest.raises(ValueError, match=message):
-        compute_attention_entropy(torch.randn(2, 4, 5, 8), torch.randn(key_shape), scaling=1.0, **options)
-
-
-GRADIENT_CASES = {
-    "causal": {"is_causal": True},
-    "mask": {"attention_mask": random_mask((2, 1, 7, 7))},
-    "no key": {"attention_mask": random_mask((2, 1, 7, 7)) & (torch.arange(7) != 3)[:, None]},
-    "bias": {"attention_mask": torch.linspace(-1, 1, 49).view(1, 1, 7, 7), "is_causal": True},
-    "softcap": {"is_causal": True, "softcap": 2.0},
-    "sinks": {"is_causal": True, "sinks": torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=torch.float64)},
-}
-
-
-@pytest.mark.parametrize("case", GRADIENT_CASES)
-def test_gradient_matches_definition(case):
-    arguments = {"scaling": 0.4, **GRADIENT_CASES[case]}
-    states = random_states(2, 4, 2, 7, 7, 8, dtype=torch.float64)
-    query, key = (state.requires_grad_() for state in states)
-    weights = torch.linspace(0.5, 1.5, 7, dtype=torch.float64)
-
-    def loss(function):
-        return (function(query, key, **arguments) * weights).nansum()
-
-    ours = torch.autograd.grad(loss(compute_attention_entropy), (query, key))
-    if case != "no key":
-        # the definition's own gradient is NaN beside a query that sees no key
-        theirs = torch.autograd.grad(loss(naive_attention_entropy), (query, key))
-        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
-    assert torch.autograd.gradcheck(
-        lambda query, key: compute_attention_entropy(query, key, **arguments).nan_to_num(), (query, key)
-    )
-
-
-def test_float32_gradient_matches_definition():
-    query, key = (state.requires_grad_() for state in random_states(2, 4, 2, 67, 67, 32))
-    ours = torch.autograd.grad(compute_attention_entropy(query, key, scaling=0.2, is_causal=True).sum(), (query, key))
-    theirs = torch.autograd.grad(naive_attention_entropy(query, key, scaling=0.2, is_causal=True).sum(), (query, key))
-    # float32 against float64
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-
-
-class LargestOutput(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple | list) else [output]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return output
-
-
-def test_memory_grows_linearly_with_length(monkeypatch):
-    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2**14)
-    query, key = random_states(1, 4, 2, 1024, 1024, 8)
-    for options in ({"is_causal": True}, {"softcap": 3.0}, {"attention_mask": torch.ones(1, 1, 1, 1024).bool()}):
-        with LargestOutput() as largest:
-            compute_attention_entropy(query, key, scaling=1.0, **options)
-        # `expand` gives the mask its queries without memory
-        limit = 1024**2 if "attention_mask" in options else query.numel()
-        assert largest.elements <= limit
-
-
-# ---- record_attention_entropy
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
@@ -416,7 +85,8 @@ def test_head_distribution_counts_heads_by_quarters_of_their_maximum():
     one = torch.ones(4)
     # normalised 0, 0.3, 0.5, 1 and 0.24, NaN, 0.76, 0.75
     entropy = torch.tensor([[0.0, 0.6, 1.0, 2.0], [0.48, torch.nan, 1.52, 1.5]]).double()
-    record._totals = [torch.stack([row, 2 * one, 0 * one, 0 * one, one], -1) for row in entropy]
+    for layer, row in enumerate(entropy):
+        record.add((layer, 0), str(layer), torch.stack([row, 2 * one, 0 * one, 0 * one, one], -1))
     assert record.head_distribution.tolist() == [2 / 8, 1 / 8, 1 / 8, 3 / 8]
 
 
@@ -895,7 +565,7 @@ LONG_CONTEXT = """
 import resource
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from modeling_lnfree.metrics.attention_entropy.entropy import record_attention_entropy
+from modeling_lnfree import record_attention_entropy
 
 torch.manual_seed(0)
 config = AutoConfig.for_model(
@@ -916,7 +586,7 @@ print(added, *record.normalized_entropy.flatten().tolist())
 
 @pytest.mark.slow
 def test_context_of_32k_adds_no_map():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", LONG_CONTEXT], cwd=root, capture_output=True, text=True, check=True, timeout=600
     )
