@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import runpy
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from training.errors import UserError
 from training.recipe import build_recipe
 from training.train import loop, plan
 
-from .conftest import random_ids, tiny_config, tiny_model
+from .conftest import ROOT, random_ids, tiny_config, tiny_model
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -335,3 +336,43 @@ def test_plan_knows_muons_state_and_products(recipe_values):
     # five iterations of X X', (X X')(X X') and (..) X on rows of 16, once for two micro-batches of 64 tokens
     products = 2 * 5 * sum(number * 16 * 16 * (2 * columns + 16) for number, columns in ((8, 16), (4, 64)))
     assert muon["flops_per_token"] - adamw["flops_per_token"] == pytest.approx(2 * products / 2 / 64 / 2)
+
+
+# ------------------------------------------------------------------------------------------ why a model stalls
+
+
+def test_steps_by_rule_and_the_cosine_of_tokens():
+    script = runpy.run_path(str(ROOT / "scripts" / "update_rank.py"))
+    left, right = torch.linalg.qr(torch.randn(5, 5))[0][:, :3], torch.linalg.qr(torch.randn(4, 4))[0][:3]
+    step = left * torch.tensor([8.0, 2.0, 1.0]) @ right
+    for rule, kept in {"adamw": (8, 2, 1), "clipped": (4, 2, 1), "scaled": (4, 1, 0.5)}.items():
+        limited, rank, norm = script["limit_step"](step, 4.0, rule)
+        torch.testing.assert_close(limited, left * torch.tensor(kept) @ right, atol=1e-5, rtol=0)
+        assert (rank, norm) == pytest.approx((sum(value**2 for value in kept) / kept[0] ** 2, kept[0]))
+    # a step that is small enough stays as it is
+    assert script["limit_step"](step, 9.0, "scaled")[0].equal(step)
+    states = torch.randn(2, 3, 7)
+    pairs = [
+        torch.cosine_similarity(row[i], row[j], dim=0) for row in states for i in range(3) for j in range(3) if i != j
+    ]
+    assert script["mean_cosine"](states) == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
+
+
+def test_script_of_the_mechanism_writes_a_table(recipe_values, monkeypatch, tmp_path, capsys):
+    (tmp_path / "docs" / "data").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("<!-- table update-rank -->\n<!-- end -->\n")
+    values = {name: value for name, value in recipe_values.items() if name not in ("max_steps", "warmup_steps")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "max_grad_norm": 1.0}))
+    given = [str(tmp_path / "recipe.yaml"), "max_steps=4", "--every", "2", "--docs", str(tmp_path / "docs")]
+    monkeypatch.setattr("sys.argv", ["update_rank.py", *given])
+    runpy.run_path(str(ROOT / "scripts" / "update_rank.py"), run_name="__main__")
+    rows = json.loads((tmp_path / "docs" / "data" / "update-rank.json").read_text())["rows"]
+    assert [(row["steps of"], row["step"]) for row in rows] == [
+        (rule, step) for rule in ("adamw", "clipped", "scaled") for step in (2, 4)
+    ]
+    assert "| clipped | 1,337 | 4 |" in (tmp_path / "README.md").read_text()
+    # of rate 0.01 / 10 at the second step of 20; the largest matrices have sides of 64
+    assert max(row["spectral norm"] for row in rows if row["steps of"] != "adamw") < 6 * 0.01 * 0.2 * 8
+    monkeypatch.setattr("sys.argv", ["update_rank.py", *given[:-1], str(tmp_path)])
+    with pytest.raises(SystemExit, match="update_rank: --docs must be the folder docs of a checkout"):
+        runpy.run_path(str(ROOT / "scripts" / "update_rank.py"), run_name="__main__")
