@@ -64,11 +64,12 @@ def train(recipe: Recipe, rule: str, every: int) -> Iterator[dict[str, Any]]:
     matrices = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     sequences = arguments.get("per_device_train_batch_size", 8)
-    losses = []
+    # the blocks of a document follow one another
+    order, losses = torch.randperm(len(blocks)), []
     for step in range(1, arguments["max_steps"] + 1):
         rate = arguments["learning_rate"] * min(1.0, step / arguments["warmup_steps"])
         optimizer.param_groups[0]["lr"] = rate
-        rows = blocks[(step - 1) * sequences : step * sequences]["input_ids"]
+        rows = blocks[order[(step - 1) * sequences : step * sequences]]["input_ids"]
         loss = model(rows, labels=rows, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), arguments["max_grad_norm"])
