@@ -20,7 +20,8 @@ with the largest score m of a query, l = sum_j exp(s_j - m) and e = sum_j exp(s_
 
 where neither term is negative, neither is above log n by more than rounding, and nothing cancels at any score. It is
 computed from the scores of one block of queries at a time: in float64 on the CPU, in float32 on an accelerator, where
-it is the usual way. It also takes scores that are not linear in the keys (additive biases, soft caps) and sinks.
+it is the usual way. It also takes scores that are not linear in the keys (additive biases, soft caps) and sinks. On a
+GPU with Triton, where no gradient is wanted, one kernel does all of it in one pass over the keys (`kernel.py`).
 
 Gradient: the log-sum-exp of a kernel carries none. But dH/ds_j = -p_j (s_j - sum_i p_i s_i) is also the gradient of
 -sum_j p_j c_j with constants c_j = s_j, so H = lse.detach() - scaling * q.detach() . Attention(q, k, v=k.detach())
@@ -28,6 +29,7 @@ has the right value and the right gradient, by the kernel's own backward. Blocks
 pass, so that no map is kept for it either.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -119,7 +121,7 @@ def entropy_of_visible(
         `(batch | 1, heads, T | 1, 1)`.
     """
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
-    query, key = query.to(dtype), key.to(dtype)
+    as_given, query, key = (query, key), query.to(dtype), key.to(dtype)
     number = visibility.number()
     if sinks is None:
         largest = number.log()
@@ -130,6 +132,8 @@ def entropy_of_visible(
     with torch.autocast(query.device.type, enabled=False):
         if query.numel() == 0 or key.numel() == 0:
             entropy = query.new_full(query.shape[:3], torch.nan)
+        elif query.device.type == "cuda" and _kernel_takes(*as_given, bias, sinks):
+            entropy, infinite = kernel_path(*as_given, *arguments)
         elif query.device.type != "cpu":
             entropy, infinite = _streamed_entropy(query, key, *arguments)
         else:
@@ -144,6 +148,59 @@ def entropy_of_visible(
     # what rounding leaves beside the range; `minimum` hands NaN on
     entropy = entropy.clamp(min=0.0).minimum(largest.to(dtype))
     return entropy.masked_fill(number == 0, torch.nan), largest, infinite
+
+
+@functools.cache
+def _load_kernel() -> Callable | None:
+    """The kernel for GPUs; None where Triton or its file is missing, without which all else works."""
+    try:
+        from .kernel import kernel_entropy
+    except ImportError:
+        return None
+    return kernel_entropy
+
+
+def _kernel_takes(query: Tensor, key: Tensor, bias: Tensor | None, sinks: Tensor | None) -> bool:
+    """Whether the kernel computes this: it has no gradient, and knows one sink a head."""
+    differentiable = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (query, key, bias, sinks)
+    )
+    known = query.dtype == key.dtype and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    one_a_head = sinks is None or sinks.shape[0] == sinks.shape[2] == 1
+    return not differentiable and known and one_a_head and query.shape[-1] <= 256 and _load_kernel() is not None
+
+
+def kernel_path(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    visibility: Visibility,
+    bias: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `_streamed_entropy`, by the kernel, of queries and keys as the model has them."""
+    mask = visibility.mask
+    if bias is not None:
+        # what it hides has no part in the kernel's sums
+        shown = bias > HIDDEN_BIAS
+        mask = shown if mask is None else mask & shown
+    entropy = _load_kernel()(
+        query,
+        key,
+        scaling=scaling,
+        is_causal=visibility.is_causal,
+        mask=mask,
+        bias=bias,
+        softcap=softcap,
+        sinks=None if sinks is None else sinks.flatten(),
+    ).entropy
+    query_size, key_size = query.abs().amax(-1), key.abs().amax(-1)
+    count = functools.partial(visibility.count, heads=query.shape[1])
+    # a kernel that multiplies half precision may turn what is infinite into a large number
+    broken = ~query_size.isfinite() | (count(~key_size.isfinite()) > 0)
+    infinite = torch.where(query_size.isinf(), visibility.number(), count(key_size.isinf()))
+    return entropy.masked_fill(broken, torch.nan), infinite
 
 
 def _terms_are_small(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None) -> bool:
