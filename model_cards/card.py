@@ -37,7 +37,7 @@ def build_card(
         results: of the run, as `results.json` holds them.
         folder: the export, whose `.py` files are listed with their hashes.
         private_cost: Markdown, what a forward pass costs under encryption.
-        namespace: user or organisation of the Hub, where it goes there.
+        namespace: user or organization of the Hub, where it goes there.
         siblings: rows of the published variants that it is compared with, itself among them: `name` of the
             repository, `variant`, `seed`, `perplexity`, `change` (percent, None without a baseline), mean `entropy`
             in nats, `parameters`.

@@ -45,8 +45,8 @@ def _branch(axis, x: float, y: float, parts: list[tuple[str, str]], top: float):
     """Out of the residual stream at `y`, through the parts, and back into it at `top`."""
     _line(axis, (STREAM, y - 0.3), (x, y - 0.3))
     _line(axis, (x, y - 0.3), (x, top))
-    for index, (text, colour) in enumerate(parts):
-        box = {"boxstyle": "round,pad=0.45", "facecolor": colour, "edgecolor": LINE}
+    for index, (text, color) in enumerate(parts):
+        box = {"boxstyle": "round,pad=0.45", "facecolor": color, "edgecolor": LINE}
         axis.text(x, y + 0.7 + 1.4 * index, text, ha="center", va="center", fontsize=8, bbox=box)
     _line(axis, (x, top), (STREAM + 0.22, top), arrow=True)
     axis.text(STREAM, top, "+", ha="center", va="center", fontsize=10, bbox={"boxstyle": "circle,pad=0.15", "fc": "w"})

@@ -125,7 +125,7 @@ def random_ids(*shape: int, vocab_size: int = 99) -> torch.Tensor:
     return torch.randint(2, vocab_size, shape)
 
 
-def randomised(model):
+def randomized(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)

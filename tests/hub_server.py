@@ -81,7 +81,7 @@ class Fault:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves on a free port of 127.0.0.1. `me` owns `TOKEN` and belongs to the organisation `lab`."""
+    """Serves on a free port of 127.0.0.1. `me` owns `TOKEN` and belongs to the organization `lab`."""
 
     daemon_threads = True
 
@@ -195,8 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
     def owned(self) -> list[str]:
         """Namespaces that the token may write to."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        name, organisations = self.server.users.get(token, (None, []))
-        return [name, *organisations] if name else []
+        name, organizations = self.server.users.get(token, (None, []))
+        return [name, *organizations] if name else []
 
     def check_writable(self, namespace: str):
         if not self.owned:
@@ -221,8 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self):
         if not self.owned:
             raise _Answer(401, {"error": "Invalid user token."}, X_Error_Message="Invalid user token.")
-        name, *organisations = self.owned
-        raise _Answer(200, {"type": "user", "name": name, "orgs": [{"name": other} for other in organisations]})
+        name, *organizations = self.owned
+        raise _Answer(200, {"type": "user", "name": name, "orgs": [{"name": other} for other in organizations]})
 
     # ------------------------------------------------------------------------------------------ repositories
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from training import cli
+from training.recipe import DATA_FIELDS, MODEL_FIELDS, REFUSED, TRAINING_FIELDS, load_recipe
 
 from .conftest import ROOT
 
@@ -22,9 +23,11 @@ def test_every_verb_has_help_with_an_example(capsys):
         return capsys.readouterr().out
 
     verbs = re.findall(r"^    (\w+)(?: |$)", help_of(), re.MULTILINE)
-    assert {"train", "sweep", "compare", "export", "measure", "import", "publish", "benchmark"} == set(verbs)
+    assert {
+        *("train", "recipes", "sweep", "compare", "export", "measure", "cost", "import", "publish", "benchmark")
+    } == set(verbs)
     for verb in verbs:
-        assert f"example:\n  lnfree {verb} " in help_of(verb)
+        assert re.search(rf"example:\n  lnfree {verb}( |\n|$)", help_of(verb))
 
 
 def test_help_imports_nothing_heavy():
@@ -39,7 +42,7 @@ def test_users_error_is_one_line_and_no_traceback():
         "-m",
         "training.cli",
         "train",
-        str(ROOT / "training/recipes/quick.yaml"),
+        "quick",
         "learnin_rate=1",
     ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -73,3 +76,49 @@ def test_interrupted_training_says_that_it_may_go_on(recipe_values, tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == "lnfree train: interrupted; the same command goes on"
+
+
+def test_recipes_and_sweeps_are_listed_with_one_line_each(capsys):
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for kind in ("recipes", "sweeps"):
+        for path in (ROOT / "training" / kind).glob("*.yaml"):
+            first = path.read_text().splitlines()[0]
+            assert first.startswith("# ") and first.endswith((".", ":"))
+            assert [line.split(maxsplit=1) for line in lines].count([path.stem, first[2:]]) == 1
+
+
+def test_fields_are_listed_with_type_default_and_help(capsys):
+    assert cli.main(["train", "--fields"]) == 0
+    listed = dict(re.findall(r"^(\w+): (.+)\n    ", capsys.readouterr().out, re.MULTILINE))
+    assert listed.keys() == (DATA_FIELDS | MODEL_FIELDS | TRAINING_FIELDS) - REFUSED.keys()
+    assert listed["block_size"] == "int = 128" and listed["hidden_size"] == "int = 768"
+    assert listed["learning_rate"] == "float = 5e-05" and listed["milestones"] == "list[int] | None = None"
+    assert listed["lr_scheduler_type"].endswith("= linear")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "name a recipe: 'lnfree recipes' lists them"),
+        (
+            ["train", "quik"],
+            "recipe 'quik' is neither a file nor one that 'lnfree recipes' lists; the nearest: quick, ",
+        ),
+        (["sweep", "stud"], "sweep 'stud' is neither a file nor one that 'lnfree recipes' lists; the nearest: study"),
+        (["train", "quick.yaml"], "the recipe quick.yaml cannot be read: "),
+        (["train", "./quick"], "the recipe quick cannot be read: "),
+        (["train", "quick", "--processes", "2"], "--processes and --flops are of --plan; torchrun starts processes"),
+    ],
+)
+def test_wrong_name_is_one_line(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"lnfree {arguments[0]}: error: {message}") and error.count("\n") == 1
+
+
+def test_file_that_is_there_is_no_name(tmp_path, monkeypatch, recipe_values):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("quick").model["hidden_size"] == 128
+    (tmp_path / "quick").write_text(yaml.safe_dump({**recipe_values, "hidden_size": 64}))
+    assert load_recipe("quick").model["hidden_size"] == 64

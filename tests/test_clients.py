@@ -132,7 +132,7 @@ def test_trl_fine_tunes(lora, model, tokenizer, tmp_path):
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-# ------------------------------------------------------------------------------------------ generation, quantisation
+# ------------------------------------------------------------------------------------------ generation, quantization
 
 
 def test_pipeline_continues_each_text_as_generate_does(model, tokenizer):
@@ -161,17 +161,17 @@ def test_int8_weights_keep_the_perplexity(model, tokenizer, export_dir, tmp_path
 
     before = nats_per_token(model, tokenizer)
     config = TorchAoConfig(Int8WeightOnlyConfig())
-    quantised = AutoModelForCausalLM.from_pretrained(export_dir, quantization_config=config).eval()
-    after = nats_per_token(quantised, tokenizer)
+    quantized = AutoModelForCausalLM.from_pretrained(export_dir, quantization_config=config).eval()
+    after = nats_per_token(quantized, tokenizer)
     print(f"perplexity {math.exp(before):.4f} before, {math.exp(after):.4f} with int8 weights")
     assert after != before
     assert after == pytest.approx(before, abs=0.02)
-    assert type(quantised.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
-    assert quantised.lm_head.weight is quantised.model.embed_tokens.weight
-    quantised.save_pretrained(tmp_path / "int8")
+    assert type(quantized.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+    assert quantized.lm_head.weight is quantized.model.embed_tokens.weight
+    quantized.save_pretrained(tmp_path / "int8")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8").eval()
     input_ids = some_ids(model, 2, 20)
-    assert again(input_ids).logits.equal(quantised(input_ids).logits)
+    assert again(input_ids).logits.equal(quantized(input_ids).logits)
 
 
 # ------------------------------------------------------------------------------------------ graphs

@@ -78,7 +78,7 @@ def test_blocks_are_the_documents_again(jsonl):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=8), st.integers(1, 9))
-def test_tokenised_blocks_hold_every_token_once_but_the_tail(texts, block_size):
+def test_tokenized_blocks_hold_every_token_once_but_the_tail(texts, block_size):
     tokenizer = _byte_tokenizer()
     batch = {"content": texts}
     blocks = data._tokenize(batch, tokenizer.to_str(), 1000, block_size, "content")["input_ids"]

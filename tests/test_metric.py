@@ -443,37 +443,6 @@ def test_measure_matches_naive(tmp_path, model, folder, tokenizer, corpus, strea
         assert row["perplexity"] == pytest.approx(nll.mean().exp().item(), rel=1e-5, nan_ok=True)
 
 
-def test_measure_counts_what_costs_under_encryption(tmp_path, folder, tokenizer, corpus, capsys):
-    tiny_model("SM+R", vocab_size=256).save_pretrained(tmp_path / "sm-r")
-    tokenizer.save_pretrained(tmp_path / "sm-r")
-    sizes = ["--dataset", corpus, "--max-length", "9", "--batch-size", "2", "--json", str(tmp_path / "m.json")]
-    assert cli.main(["measure", str(tmp_path / "sm-r"), *sizes, "--private-cost", "3"]) == 0
-    counts = json.loads((tmp_path / "m.json").read_text())["private_cost"]
-    assert (counts["length"], counts["batch_size"], counts["new_tokens"], counts["variant"]) == (9, 2, 3, "SM+R")
-    assert counts["forward"]["total"]["relu"]["elements"] == 3 * 2 * 9 * 128
-    assert counts["baseline"]["generation"]["total"]["gelu"]["elements"] == 3 * 2 * (9 + 1 + 1) * 128
-    printed = capsys.readouterr().out
-    assert "one forward pass over 2 x 9 tokens" in printed and "generating 3 tokens after 2 x 9 tokens" in printed
-    assert "| SM+LN+G |" in printed and "-108 LayerNorm rows, -6,912 GELU" in printed
-    # a model of another kind has no baseline
-    assert cli.main(["measure", folder, *sizes, "--private-cost"]) == 0
-    assert "| GPT2LMHeadModel |" in capsys.readouterr().out
-    counts = json.loads((tmp_path / "m.json").read_text())["private_cost"]
-    assert counts["generation"] is None and "baseline" not in counts
-
-
-def test_measure_finds_the_fewest_bits_of_fixed_point(tmp_path, folder, corpus, capsys):
-    arguments = ["measure", folder, "--dataset", corpus, "--batch-size", "3", "--json", str(tmp_path / "m.json")]
-    assert cli.main([*arguments, "--fixed-point"]) == 0
-    results = json.loads((tmp_path / "m.json").read_text())
-    bits = results["fixed_point"]
-    assert bits["perplexity"] == pytest.approx(results["perplexity"], rel=1e-5)
-    assert bits["fixed_point_perplexity"] <= 1.01 * bits["perplexity"]
-    assert f"{bits['integer_bits']} integer and {bits['fraction_bits']} fractional bits" in capsys.readouterr().out
-    assert cli.main([*arguments, "--fixed-point", "--dtype", "bfloat16"]) == 1
-    assert "fixed point is simulated in float32, the model is in bfloat16" in capsys.readouterr().err
-
-
 def test_measure_of_some_rows_of_a_split(model, folder, tokenizer, corpus):
     results = measure(folder, dataset=str(Path(corpus).parent), split="train", max_samples=1, dtype="float64")
     assert results["nll"] == pytest.approx(naive(model, tokenizer, TEXTS[:1])[1][0].mean().item(), abs=1e-6)
@@ -514,9 +483,7 @@ def test_an_infinite_perplexity_is_a_number(tmp_path, tokenizer, corpus):
         ({"text_column": "text", "model_id": "no/model", "streaming": True}, "'text' is not a column of the dataset"),
         ({"text_column": "number"}, "text_column='number' must hold texts, got int"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"private_cost": -1}, "private_cost must be at least 0 new tokens, got -1"),
         ({"max_length": 41}, "in 1 to 40, the positions of the model, got 41"),
-        ({"private_cost": 2}, "length=40 and new_tokens=2 need 41 positions, the model has 40"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         ({"device": "nonsense"}, "device 'nonsense' cannot be used"),
         ({"json_path": "."}, "cannot be written"),

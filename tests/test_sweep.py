@@ -130,7 +130,7 @@ WRONG = [
     ({"grids": [{"max_steps": [5, -1]}]}, "needs a budget: max_steps or train_tokens"),
     ({"grids": [{"output_dir": "x"}]}, "output_dir is of the whole sweep"),
     ({"grids": [{"recipe": ["base.yaml", "none.yaml"]}]}, "recipe=none.yaml.*cannot be read"),
-    ({"grids": [{"recipe": 3}]}, "recipe must be a path from the sweep's folder, got 3"),
+    ({"grids": [{"recipe": 3}]}, "recipe must be a name, or a path from the sweep's folder, got 3"),
     ({"grids": ["SM+R"]}, "grids\\[0\\] .* got 'SM\\+R'"),
     ({"grids": [{"variant": []}]}, "has no runs"),
     ({"grids": {"variant": "SM+R"}}, "must have a list 'grids'"),

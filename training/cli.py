@@ -1,6 +1,10 @@
-"""`lnfree`: what a person does with the project, a verb each. Heavy imports wait until a verb runs."""
+"""
+`lnfree`: what a person does with the project, a function a verb, which declares its arguments and names what runs it.
+Nothing heavy is imported before a verb runs, and then only what it needs.
+"""
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -8,151 +12,37 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns 0 only on success, and prints one line for an error that a user can mend."""
+    options = _parse(argv)
+    verb, (module, function) = options.pop("verb"), options.pop("runs").split(":")
+    from .errors import UserError
+
+    try:
+        getattr(importlib.import_module(f".{module}", __package__), function)(**options)
+    except UserError as error:
+        print(f"lnfree {verb}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on" if verb in ("train", "sweep", "publish") else ""
+        print(f"lnfree {verb}: interrupted{goes_on}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; `runs` of its result is the function of a verb, whose arguments are the rest."""
     parser = argparse.ArgumentParser(
         prog="lnfree", description="Train, compare, export and measure GPT models without LayerNorm."
     )
     version = f"lnfree {importlib.metadata.version('lnfree')}"
     parser.add_argument("--version", action="version", version=version)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (_train, _recipes, _sweep, _compare, _export, _measure, _cost, _import, _publish, _benchmark):
+        add(verbs)
+    return parser
 
-    train = _add_verb(
-        verbs,
-        "train",
-        "train a recipe's model, or go on where it was interrupted",
-        "lnfree train training/recipes/quick.yaml variant=SM+R seed=1",
-    )
-    train.add_argument("recipe", metavar="RECIPE.yaml")
-    train.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="fields of the recipe, of LNFreeConfig, or of transformers' TrainingArguments",
-    )
-    train.add_argument("--plan", action="store_true", help="print memory, steps and time, and start nothing")
-    train.add_argument("--processes", type=int, metavar="N", help="of the plan: processes, one a GPU (default: 1)")
-    train.add_argument("--flops", type=float, metavar="F", help="of the plan: FLOP/s that a process sustains")
 
-    sweep = _add_verb(
-        verbs,
-        "sweep",
-        "train the runs of a sweep that are not finished, each in its own process",
-        "lnfree sweep training/sweeps/study.yaml --jobs 2",
-    )
-    sweep.add_argument("sweep", metavar="SWEEP.yaml")
-    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-
-    compare = _add_verb(
-        verbs,
-        "compare",
-        "the paper's table, heat maps and curves from finished runs",
-        "lnfree compare runs/quick",
-    )
-    compare.add_argument("runs_dir", metavar="RUNS_DIR", help="folder whose subfolders are runs")
-    compare.add_argument("--output", metavar="DIR", help="where to write the report (default: RUNS_DIR/report)")
-    compare.add_argument("--docs", metavar="DIR", help="of a checkout: put the tables into its pages too")
-
-    export = _add_verb(
-        verbs,
-        "export",
-        "a finished run as a folder for the Hub, loaded back in a clean process",
-        "lnfree export runs/quick/gpt2-sm-r-t128-seed1337 exports/lnfree-gpt2-sm-r-t128",
-    )
-    export.add_argument("run_dir", metavar="RUN_DIR")
-    export.add_argument("out_dir", metavar="OUT_DIR")
-
-    measure = _add_verb(
-        verbs,
-        "measure",
-        "perplexity and attention entropy of any causal language model on any texts",
-        "lnfree measure runs/quick/SM+R/model --dataset stdlib --json measured.json --heat-map measured.png",
-    )
-    measure.add_argument("model_id", metavar="MODEL_ID_OR_PATH", help="model of the Hub, or a folder")
-    measure.add_argument(
-        "--dataset",
-        required=True,
-        metavar="NAME_OR_FILE",
-        help="dataset of the Hub, a folder, a .json, .jsonl, .parquet, .csv or .txt file, or 'stdlib'",
-    )
-    measure.add_argument("--config", help="configuration (subset) of the dataset")
-    measure.add_argument("--split", help="default: validation, else test, else the first")
-    measure.add_argument("--text-column", default="content", metavar="NAME", help="default: content")
-    measure.add_argument("--max-samples", type=int, metavar="N", help="read the first N rows only")
-    measure.add_argument("--streaming", action="store_true", help="read the dataset while measuring")
-    measure.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens of a text (default: the model's positions)"
-    )
-    measure.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts in a forward pass (default: 8)")
-    measure.add_argument("--device", help="default: an accelerator, if there is one")
-    measure.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the weights")
-    measure.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
-    measure.add_argument("--revision", help="branch, tag or commit of the model")
-    measure.add_argument(
-        "--private-cost",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="N",
-        help="count what costs under encryption in one forward pass over BATCH_SIZE x MAX_LENGTH tokens, "
-        "and in generating N tokens after them",
-    )
-    measure.add_argument(
-        "--fixed-point",
-        action="store_true",
-        help="find the largest values, and the fewest bits of fixed point that keep perplexity within 1 %%",
-    )
-    measure.add_argument("--json", dest="json_path", metavar="FILE", help="write all results")
-    measure.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help="draw layers x heads")
-    measure.add_argument("--parquet", dest="parquet_path", metavar="FILE", help="write the figures of every text")
-
-    convert = _add_verb(
-        verbs,
-        "import",
-        "a GPT-2 or GPT-NeoX checkpoint as a model of this family, with equal logits, or the other way",
-        "lnfree import openai-community/gpt2 imported/gpt2",
-    )
-    convert.add_argument("model_id", metavar="MODEL_ID_OR_PATH", help="model of the Hub, or a folder")
-    convert.add_argument("out_dir", metavar="OUT_DIR")
-    convert.add_argument("--to-stock", action="store_true", help="write a model of this family as the stock class")
-    convert.add_argument("--revision", help="branch, tag or commit of the model")
-
-    publish = _add_verb(
-        verbs,
-        "publish",
-        "finished runs on the Hub: a repository a variant, metric, results and collection, loaded back from there",
-        "lnfree publish runs/quick --namespace YOUR_NAME --dry-run",
-    )
-    publish.add_argument("runs_dir", metavar="RUNS_DIR", help="folder whose subfolders are runs")
-    publish.add_argument("--namespace", required=True, metavar="NAME", help="user or organisation of the Hub")
-    publish.add_argument("--private", action="store_true", help="create private repositories")
-    publish.add_argument("--dry-run", action="store_true", help="build and check everything, list what would change")
-    publish.add_argument(
-        "--seed", type=int, metavar="N", help="publish the runs of this seed (default: the lowest finished one)"
-    )
-    publish.add_argument(
-        "--checkpoints", action="store_true", help="publish the runs' checkpoints too, as revisions step-N"
-    )
-
-    benchmark = _add_verb(
-        verbs,
-        "benchmark",
-        "what training, measuring, generating and starting cost beside stock models",
-        "lnfree benchmark step entropy --sizes quick gpt2 --json benchmark.json",
-    )
-    benchmark.add_argument("sections", nargs="*", metavar="SECTION", help="default: all; a wrong one lists them")
-    benchmark.add_argument("--sizes", nargs="+", default=["quick"], metavar="SIZE", help="quick, gpt2, pythia70m")
-    benchmark.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of a median (default: 7)")
-    benchmark.add_argument(
-        "--lengths",
-        type=int,
-        nargs="+",
-        default=[128, 512, 1024, 2048, 4096],
-        metavar="T",
-        help="of the section entropy",
-    )
-    benchmark.add_argument("--compiled", action="store_true", help="the section step also by torch.compile")
-    benchmark.add_argument("--json", dest="json_path", metavar="FILE", help="write all figures")
-    benchmark.add_argument("--docs", metavar="DIR", help="of a checkout: put the tables into its pages too")
-
+def _parse(argv: list[str] | None) -> dict:
+    parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks: eval "$(register-python-argcomplete lnfree)"
         import argcomplete
 
@@ -161,77 +51,214 @@ def main(argv: list[str] | None = None) -> int:
     # argparse gives `overrides` only what stands before the first option
     if rest and (arguments.verb != "train" or any(value.startswith("-") for value in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options = vars(arguments)
     if rest:
-        arguments.overrides += rest
-    if arguments.verb == "train" and not arguments.plan and (arguments.processes, arguments.flops) != (None, None):
-        train.error("--processes and --flops are of --plan; torchrun starts processes: see the README")
-    from .errors import UserError
-
-    try:
-        if arguments.verb == "train" and arguments.plan:
-            from .recipe import load_recipe
-            from .train.plan import print_plan
-
-            recipe = load_recipe(arguments.recipe, arguments.overrides)
-            print_plan(recipe, 1 if arguments.processes is None else arguments.processes, arguments.flops)
-        elif arguments.verb == "train":
-            from .recipe import load_recipe
-            from .train.loop import train
-
-            train(load_recipe(arguments.recipe, arguments.overrides))
-        elif arguments.verb == "sweep":
-            import signal
-
-            from .sweep import sweep as run_sweep
-
-            # as Ctrl-C: the runs end with the sweep
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            run_sweep(arguments.sweep, arguments.jobs)
-        elif arguments.verb == "compare":
-            from .compare.comparison import compare
-
-            compare(arguments.runs_dir, arguments.output, arguments.docs)
-        elif arguments.verb == "export":
-            from .hub.export import export
-
-            export(arguments.run_dir, arguments.out_dir)
-        elif arguments.verb == "measure":
-            from .measure import measure as run_measure
-
-            options = {name: value for name, value in vars(arguments).items() if name not in ("verb", "model_id")}
-            run_measure(arguments.model_id, **options)
-        elif arguments.verb == "import":
-            from .convert.convert import convert as run_convert
-
-            run_convert(
-                arguments.model_id, arguments.out_dir, to_stock=arguments.to_stock, revision=arguments.revision
-            )
-        elif arguments.verb == "publish":
-            from .hub.publish import publish as run_publish
-
-            run_publish(**{name: value for name, value in vars(arguments).items() if name != "verb"})
-        elif arguments.verb == "benchmark":
-            from .benchmark.benchmark import benchmark as run_benchmark
-
-            run_benchmark(**{name: value for name, value in vars(arguments).items() if name != "verb"})
-    except UserError as error:
-        print(f"lnfree {arguments.verb}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        goes_on = "; the same command goes on" if arguments.verb in ("train", "sweep", "publish") else ""
-        print(f"lnfree {arguments.verb}: interrupted{goes_on}", file=sys.stderr)
-        return 130
-    return 0
+        options["overrides"] += rest
+    return options
 
 
-def _add_verb(verbs, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    return verbs.add_parser(
+def _add_verb(verbs, name: str, runs: str, summary: str, example: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    verb.set_defaults(runs=runs)
+    return verb
+
+
+def _train(verbs):
+    verb = _add_verb(
+        verbs,
+        "train",
+        "train.command:run",
+        "train a recipe's model, or go on where it was interrupted",
+        "lnfree train quick variant=SM+R seed=1",
+    )
+    verb.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name (lnfree recipes lists them) or a .yaml file")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="fields, which --fields lists")
+    verb.add_argument("--fields", action="store_true", help="show every field with its help, type and default")
+    verb.add_argument("--plan", action="store_true", help="print memory, steps and time, and start nothing")
+    verb.add_argument("--processes", type=int, metavar="N", help="of the plan: processes, one a GPU (default: 1)")
+    verb.add_argument("--flops", type=float, metavar="F", help="of the plan: FLOP/s that a process sustains")
+
+
+def _recipes(verbs):
+    _add_verb(
+        verbs,
+        "recipes",
+        "catalog:print_recipes",
+        "the recipes and sweeps that may be named, with one line each",
+        "lnfree recipes",
+    )
+
+
+def _sweep(verbs):
+    verb = _add_verb(
+        verbs,
+        "sweep",
+        "sweep:sweep",
+        "train the runs of a sweep that are not finished, each in its own process",
+        "lnfree sweep study --jobs 2",
+    )
+    verb.add_argument("path", metavar="SWEEP", help="a name (lnfree recipes lists them) or a .yaml file")
+    verb.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+
+
+def _compare(verbs):
+    verb = _add_verb(
+        verbs,
+        "compare",
+        "compare.comparison:compare",
+        "the paper's table, heat maps and curves from finished runs",
+        "lnfree compare runs/quickstart",
+    )
+    verb.add_argument("runs_dir", metavar="RUNS_DIR", help="folder whose subfolders are runs")
+    verb.add_argument("--output", metavar="DIR", help="where to write the report (default: RUNS_DIR/report)")
+    verb.add_argument("--docs", metavar="DIR", help="of a checkout: put the tables into its pages too")
+
+
+def _export(verbs):
+    verb = _add_verb(
+        verbs,
+        "export",
+        "hub.export:export",
+        "a finished run as a folder for the Hub, loaded back in a clean process",
+        "lnfree export runs/quickstart/SM+R exports/lnfree-gpt2-sm-r-t128",
+    )
+    verb.add_argument("run_dir", metavar="RUN_DIR")
+    verb.add_argument("out_dir", metavar="OUT_DIR")
+
+
+def _measure(verbs):
+    verb = _add_verb(
+        verbs,
+        "measure",
+        "measure:measure",
+        "perplexity and attention entropy of any causal language model on any texts",
+        "lnfree measure runs/quickstart/SM+R/model --dataset stdlib --json measured.json --heat-map measured.png",
+    )
+    _add_model(verb)
+    _add_texts(verb, required=True)
+    verb.add_argument("--streaming", action="store_true", help="read the dataset while measuring")
+    verb.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: the model's positions)")
+    verb.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts in a forward pass (default: 8)")
+    verb.add_argument("--device", help="default: an accelerator, if there is one")
+    verb.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the weights")
+    verb.add_argument("--json", dest="json_path", metavar="FILE", help="write all results")
+    verb.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help="draw layers x heads")
+    verb.add_argument("--parquet", dest="parquet_path", metavar="FILE", help="write the figures of every text")
+    for option, now in (("--private-cost", "lnfree cost MODEL"), ("--fixed-point", "lnfree cost MODEL --fixed-point")):
+        verb.add_argument(option, nargs="?", action=_Moved, dest=argparse.SUPPRESS, const=now, help=argparse.SUPPRESS)
+
+
+class _Moved(argparse.Action):
+    """An option of an earlier version: names what does it now."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.exit(2, f"{parser.prog}: error: {option_string} is now '{self.const}'\n")
+
+
+def _cost(verbs):
+    verb = _add_verb(
+        verbs,
+        "cost",
+        "cost:cost",
+        "what a model costs under encryption, by its configuration alone; or the bits of fixed point that it needs",
+        "lnfree cost runs/quickstart/SM+R/model --length 128 --new-tokens 8\n"
+        "  lnfree cost runs/quickstart/SM+R/model --fixed-point --dataset stdlib",
+    )
+    _add_model(verb)
+    verb.add_argument("--length", type=int, metavar="N", help="tokens of the input (default: the model's positions)")
+    verb.add_argument("--batch-size", type=int, metavar="N", help="inputs (default: 1, with --fixed-point 8)")
+    verb.add_argument("--new-tokens", type=int, default=0, metavar="N", help="count also generating N tokens after it")
+    verb.add_argument(
+        "--fixed-point",
+        action="store_true",
+        help="find the largest values on texts, and the fewest bits that keep perplexity within 1 %%",
+    )
+    _add_texts(verb)
+    verb.add_argument("--device", help="of --fixed-point; default: an accelerator, if there is one")
+    verb.add_argument("--json", dest="json_path", metavar="FILE", help="write all results")
+
+
+def _add_model(verb: argparse.ArgumentParser):
+    verb.add_argument("model_id", metavar="MODEL", help="model of the Hub, or a folder")
+    verb.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
+    verb.add_argument("--revision", help="branch, tag or commit of the model")
+
+
+def _add_texts(verb: argparse.ArgumentParser, required: bool = False):
+    verb.add_argument(
+        "--dataset",
+        required=required,
+        metavar="NAME_OR_FILE",
+        help="dataset of the Hub, a folder, a .json, .jsonl, .parquet, .csv or .txt file, or 'stdlib'",
+    )
+    verb.add_argument("--config", help="configuration (subset) of the dataset")
+    verb.add_argument("--split", help="default: validation, else test, else the first")
+    verb.add_argument("--text-column", metavar="NAME", help="default: the only column that holds texts")
+    verb.add_argument("--max-samples", type=int, metavar="N", help="read the first N rows only")
+
+
+def _import(verbs):
+    verb = _add_verb(
+        verbs,
+        "import",
+        "convert.convert:convert",
+        "a GPT-2 or GPT-NeoX checkpoint as a model of this family, with equal logits, or the other way",
+        "lnfree import openai-community/gpt2 imported/gpt2",
+    )
+    verb.add_argument("model_id", metavar="MODEL", help="model of the Hub, or a folder")
+    verb.add_argument("out_dir", metavar="OUT_DIR")
+    verb.add_argument("--to-stock", action="store_true", help="write a model of this family as the stock class")
+    verb.add_argument("--revision", help="branch, tag or commit of the model")
+
+
+def _publish(verbs):
+    verb = _add_verb(
+        verbs,
+        "publish",
+        "hub.publish:publish",
+        "finished runs on the Hub: a repository a variant, metric, results and collection, loaded back from there",
+        "lnfree publish runs/quickstart --namespace YOUR_NAME --dry-run",
+    )
+    verb.add_argument("runs_dir", metavar="RUNS_DIR", help="folder whose subfolders are runs")
+    verb.add_argument("--namespace", required=True, metavar="NAME", help="user or organization of the Hub")
+    verb.add_argument("--private", action="store_true", help="create private repositories")
+    verb.add_argument("--dry-run", action="store_true", help="build and check everything, list what would change")
+    verb.add_argument(
+        "--seed", type=int, metavar="N", help="publish the runs of this seed (default: the lowest finished one)"
+    )
+    verb.add_argument(
+        "--checkpoints", action="store_true", help="publish the runs' checkpoints too, as revisions step-N"
+    )
+
+
+def _benchmark(verbs):
+    verb = _add_verb(
+        verbs,
+        "benchmark",
+        "benchmark.benchmark:benchmark",
+        "what training, measuring, generating and starting cost beside stock models",
+        "lnfree benchmark step entropy --sizes quick gpt2 --json benchmark.json",
+    )
+    verb.add_argument("sections", nargs="*", metavar="SECTION", help="default: all; a wrong one lists them")
+    verb.add_argument("--sizes", nargs="+", default=["quick"], metavar="SIZE", help="quick, gpt2, pythia70m")
+    verb.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of a median (default: 7)")
+    verb.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[128, 512, 1024, 2048, 4096],
+        metavar="T",
+        help="of the section entropy",
+    )
+    verb.add_argument("--compiled", action="store_true", help="the section step also by torch.compile")
+    verb.add_argument("--json", dest="json_path", metavar="FILE", help="write all figures")
+    verb.add_argument("--docs", metavar="DIR", help="of a checkout: put the tables into its pages too")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Documents -> tokens -> blocks of exactly T tokens; the embedded corpus and any dataset with a text column alike.
 
-A dataset is prepared once and cached, or with `streaming=true` read, shuffled and tokenised while training goes on.
+A dataset is prepared once and cached, or with `streaming=true` read, shuffled and tokenized while training goes on.
 """
 
 import functools
@@ -365,7 +365,7 @@ def tokenize_blocks(
             ).repeat(None)
             continue
         blocks[name] = part.map(
-            _tokenize, batched=True, remove_columns=part.column_names, fn_kwargs=tokenize, desc="tokenising"
+            _tokenize, batched=True, remove_columns=part.column_names, fn_kwargs=tokenize, desc="tokenizing"
         )
         if len(blocks[name]) == 0:
             raise UserError(f"the {name} part of the dataset has fewer than block_size={arguments.block_size} tokens")

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_lnfree import record_attention_entropy, use_fast_cpu
-from modeling_lnfree.metrics.attention_entropy.attention_entropy import (
-    check_max_length,
-    encode,
-    load_model,
-    side,
-    summarize,
-)
+from modeling_lnfree import record_attention_entropy
+from modeling_lnfree.metrics.attention_entropy.attention_entropy import encode, side, summarize
 from modeling_lnfree.metrics.attention_entropy.recorder import LayerEntropy
 
-from .encryption.counting import count_operations
-from .encryption.fixed_point import check_model, measure_fixed_point
-from .encryption.tables import compare_costs, tabulate
-from .errors import UserError, one_line
-from .files import write_atomically
+from .errors import UserError
+from .files import check_output, write_atomically
 from .plots import plot_heat_maps
-from .recipe import check_model_id
 from .runs import library_versions
-from .tables import to_markdown
-from .texts import _batches, _check_device, _negative_log_likelihoods, _open, _read, _text, perplexity
+from .texts import Texts, load_reader, negative_log_likelihoods, perplexity
 
 
 # a row a text; entropies in nats
@@ -57,7 +46,7 @@ def measure(
     dataset: str,
     config: str | None = None,
     split: str | None = None,
-    text_column: str = "content",
+    text_column: str | None = None,
     max_samples: int | None = None,
     streaming: bool = False,
     max_length: int | None = None,
@@ -66,8 +55,6 @@ def measure(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    private_cost: int | None = None,
-    fixed_point: bool = False,
     json_path: str | Path | None = None,
     heat_map_path: str | Path | None = None,
     parquet_path: str | Path | None = None,
@@ -80,12 +67,7 @@ def measure(
 
     Args:
         model_id: Hub id or folder of a causal language model with its tokenizer.
-        dataset: Hub id, folder or file of a dataset, or `"stdlib"`, the evaluation part of the embedded corpus.
-        config: configuration of the dataset.
-        split: of the dataset; by default `validation`, else `test`, else the first.
-        text_column: column that holds the texts.
-        max_samples: number of rows to read, from the first; None: all.
-        streaming: whether the dataset is read while it is measured instead of being prepared first.
+        dataset, config, split, text_column, max_samples, streaming: see `Texts`.
         max_length: only the first `max_length` tokens of a text are read; by default as many as the model has
             positions.
         batch_size: texts in a forward pass.
@@ -93,10 +75,6 @@ def measure(
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default that of the weights.
         trust_remote_code: whether the code that comes with the model may be run.
         revision: branch, tag or commit of the model.
-        private_cost: count also what costs under encryption, in a forward pass over `batch_size` texts of `max_length`
-            tokens and in generating so many tokens after them.
-        fixed_point: measure also the largest values, and the fewest bits at which perplexity stays within 1 %; takes
-            about ten further passes over the texts.
         json_path: where to write the results.
         heat_map_path: where to draw the entropy of every layer and head.
         parquet_path: where to write the figures of every text, a row each: the negative log-likelihood of its tokens,
@@ -112,36 +90,63 @@ def measure(
     for name, number in (("batch_size", batch_size), ("max_samples", max_samples), ("max_length", max_length)):
         if number is not None and number < 1:
             raise UserError(f"{name} must be at least 1, got {number}")
-    if private_cost is not None and private_cost < 0:
-        raise UserError(f"private_cost must be at least 0 new tokens, got {private_cost}")
-    json_path, heat_map_path, parquet_path = map(_check_output, (json_path, heat_map_path, parquet_path))
+    json_path, heat_map_path, parquet_path = map(check_output, (json_path, heat_map_path, parquet_path))
     if heat_map_path is not None and heat_map_path.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"{heat_map_path} must end in .png, .pdf or .svg")
-    check_model_id(model_id)
-    rows = _open(dataset, config, split, streaming)
-    if max_samples is not None:
-        # datasets 5.1 takes no more rows than there are
-        rows = rows.take(max_samples if streaming else min(max_samples, len(rows)))
-    # a wrong column is told before a model is loaded
-    for _, row in islice(_read(rows, dataset), 1):
-        _text(row, text_column)
-    _check_device(device)
-    try:
-        model = load_model(
-            model_id, device=device, trust_remote_code=trust_remote_code, revision=revision, dtype=dtype
-        )
-        use_fast_cpu(model)
-        tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
-        max_length = check_max_length(model, tokenizer, max_length)
-        if fixed_point:
-            check_model(model)
-        if private_cost is not None:
-            sizes = {"length": max_length, "batch_size": batch_size, "new_tokens": private_cost}
-            operations = count_operations(type(model), model.config, **sizes)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {model_id!r} cannot be measured: {one_line(error)}") from error
-
+    texts = Texts(
+        dataset,
+        config=config,
+        split=split,
+        text_column=text_column,
+        max_samples=max_samples,
+        streaming=streaming,
+    )
+    model, tokenizer, max_length = load_reader(
+        model_id,
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
     started = time.perf_counter()
+    measured = _measure(texts, model, tokenizer, max_length, batch_size, parquet_path)
+    results = {
+        "model": model_id,
+        "revision": revision,
+        "model_type": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
+        "dataset": dataset,
+        "config": config,
+        "split": texts.split,
+        "text_column": texts.column,
+        "max_samples": max_samples,
+        "max_length": max_length,
+        "batch_size": batch_size,
+        **measured,
+        "seconds": time.perf_counter() - started,
+        "versions": library_versions(),
+    }
+    if json_path is not None:
+        write_atomically(json_path, json.dumps(results, indent=1))
+    if heat_map_path is not None:
+        title = f"{Path(model_id).name}\n{Path(dataset).name}, {results['num_tokens']:,} tokens"
+        plot_heat_maps([results["attention_entropy"]], [title]).savefig(heat_map_path)
+    _print(results)
+    return results
+
+
+def _measure(
+    texts: Texts,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    batch_size: int,
+    parquet_path: Path | None,
+) -> dict[str, Any]:
+    """Perplexity, counts and attention entropy over all texts; each text's own figures go to `parquet_path`."""
     counts = dict.fromkeys(("num_texts", "skipped_texts", "truncated_texts", "num_tokens", "predicted_tokens"), 0)
     total_nll = 0.0
     layers: dict[str, Tensor] = {}  # of the last batch: name of the layer -> (batch, heads, T)
@@ -158,17 +163,16 @@ def measure(
         try:
             record = stack.enter_context(record_attention_entropy(decoder, reduce=False, on_layer=on_layer))
         except ValueError as error:
-            raise UserError(f"model {model_id!r} cannot be measured: {error}") from None
-        total = max_samples if streaming else len(rows)
-        progress = stack.enter_context(tqdm(total=total, desc="measuring", unit="text"))
-        for batch in _batches(_read(rows, dataset), batch_size):
-            token_ids = encode([_text(row, text_column) for _, row in batch], tokenizer)
+            raise UserError(f"model {model.name_or_path!r} cannot be measured: {error}") from None
+        progress = stack.enter_context(tqdm(total=texts.number, desc="measuring", unit="text"))
+        for batch in texts.batches(batch_size):
+            token_ids = encode([text for _, text in batch], tokenizer)
             kept = [(index, ids[:max_length]) for (index, _), ids in zip(batch, token_ids, strict=True) if ids]
             counts["skipped_texts"] += len(batch) - len(kept)
             counts["truncated_texts"] += sum(len(ids) > max_length for ids in token_ids)
             for _, alike in groupby(kept, key=lambda text: side(model, len(text[1]))):
                 alike = list(alike)
-                likelihoods = _negative_log_likelihoods(model, [ids for _, ids in alike])
+                likelihoods = negative_log_likelihoods(model, [ids for _, ids in alike])
                 for position, ((index, ids), nll) in enumerate(zip(alike, likelihoods, strict=True)):
                     counts["num_texts"] += 1
                     counts["num_tokens"] += len(ids)
@@ -179,75 +183,12 @@ def measure(
                         writer.write(_figures(index, nll, entropies))
             progress.update(len(batch))
         if counts["predicted_tokens"] == 0:
-            raise UserError(f"dataset {dataset!r} has no text of two tokens in the column {text_column!r}")
+            raise UserError(f"dataset {texts.dataset!r} has no text of two tokens in the column {texts.column!r}")
     if record.num_queries == 0:
-        raise UserError(f"model {model_id!r} cannot be measured: {'; '.join(record.unmeasured)}")
-
-    if fixed_point:
-
-        @torch.no_grad()
-        def evaluate() -> float:
-            likelihoods = []
-            for batch in tqdm(_batches(_read(rows, dataset), batch_size), desc="fixed point", unit="batch"):
-                token_ids = encode([_text(row, text_column) for _, row in batch], tokenizer)
-                kept = [ids[:max_length] for ids in token_ids if ids]
-                for _, alike in groupby(kept, key=lambda ids: side(model, len(ids))):
-                    likelihoods += _negative_log_likelihoods(model, list(alike))
-            return torch.cat(likelihoods).cpu().double().mean().item()
-
-        try:
-            bits = measure_fixed_point(model, evaluate)
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"model {model_id!r} cannot be measured: {error}; leave out --fixed-point") from None
-
+        raise UserError(f"model {model.name_or_path!r} cannot be measured: {'; '.join(record.unmeasured)}")
     nll = total_nll / counts["predicted_tokens"]
-    results = {
-        "model": model_id,
-        "revision": revision,
-        "model_type": model.config.model_type,
-        "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
-        "dataset": dataset,
-        "config": config,
-        "split": None if rows.split is None else str(rows.split),
-        "text_column": text_column,
-        "max_samples": max_samples,
-        "max_length": max_length,
-        "batch_size": batch_size,
-        "perplexity": perplexity(nll),
-        "nll": nll,
-        **counts,
-        "attention_entropy": summarize(record),
-        "unmeasured": record.unmeasured,
-        **({} if private_cost is None else {"private_cost": operations}),
-        **({"fixed_point": bits} if fixed_point else {}),
-        "seconds": time.perf_counter() - started,
-        "versions": library_versions(),
-    }
-    if json_path is not None:
-        write_atomically(json_path, json.dumps(results, indent=1))
-    if heat_map_path is not None:
-        title = f"{Path(model_id).name}\n{Path(dataset).name}, {counts['num_tokens']:,} tokens"
-        plot_heat_maps([results["attention_entropy"]], [title]).savefig(heat_map_path)
-    _print(results)
-    return results
-
-
-def _check_output(path: str | Path | None) -> Path | None:
-    """The path of a file to write, whose folder exists."""
-    if path is None:
-        return None
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path} cannot be written: it is a folder, or its folder is read-only")
-    return path
+    entropy = {"attention_entropy": summarize(record), "unmeasured": record.unmeasured}
+    return {"perplexity": perplexity(nll), "nll": nll, **counts, **entropy}
 
 
 @contextmanager
@@ -285,38 +226,3 @@ def _print(results: dict[str, Any]):
         + ", ".join(f"{value:.2f}" for value in entropy["layer_entropy"])
         + f"; heads in the quarters of their largest entropy: {shares}"
     )
-    if "fixed_point" in results:
-        bits = results["fixed_point"]
-        print(
-            f"largest residual {bits['largest_residual']:.3g}, attention score {bits['largest_score']:.3g}, value of "
-            f"any operation {bits['largest_value']:.3g}, which {bits['integer_bits_to_hold']} integer bits hold"
-        )
-        if bits["integer_bits"] is None:
-            print("fixed point: no number of bits that was tried keeps perplexity within 1 %")
-        else:
-            print(
-                f"fixed point that saturates keeps perplexity {bits['perplexity']:.3f} within 1 % with "
-                f"{bits['integer_bits']} integer and {bits['fraction_bits']} fractional bits "
-                f"({bits['fixed_point_perplexity']:.3f})"
-            )
-    if "private_cost" in results:
-        _print_private_cost(results["private_cost"])
-
-
-def _print_private_cost(counts: dict[str, Any]):
-    """A table by block and one of totals, for each phase."""
-    name, baseline = counts["variant"] or counts["model_class"], counts.get("baseline")
-    inputs = f"{counts['batch_size']} x {counts['length']} tokens"
-    for phase, title in (
-        ("forward", f"one forward pass over {inputs}"),
-        ("generation", f"generating {counts['new_tokens']} tokens after {inputs}, with a cache"),
-    ):
-        if counts[phase] is None:
-            continue
-        named = [(name, counts[phase])]
-        if baseline is not None:
-            named.insert(0, (baseline["variant"], baseline[phase]))
-        places = [*((str(i), layer) for i, layer in enumerate(counts[phase]["layers"]))]
-        print(f"\nprivate cost of {title}:\n")
-        blocks = [tabulate([*places, ("outside", counts[phase]["outside"])], "layer")]
-        print(to_markdown([*blocks, *compare_costs(named, baseline and baseline[phase])]))

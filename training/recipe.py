@@ -2,7 +2,7 @@
 A recipe: flat `key: value` lines of YAML, which `key=value` on the command line overrides.
 
 Its keys are the fields of `DataArguments` below, of `LNFreeConfig` (the model) and of transformers'
-`TrainingArguments` (everything about the optimisation), under the names that they have there.
+`TrainingArguments` (everything about the optimization), under the names that they have there.
 """
 
 import difflib
@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
@@ -19,6 +19,7 @@ from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from modeling_lnfree import LNFreeConfig
 from modeling_lnfree.configuration_lnfree import variant_slug
@@ -27,6 +28,7 @@ from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
 from .errors import UserError, explained, one_line
 
 
+RECIPES, SWEEPS = Path(__file__).with_name("recipes"), Path(__file__).with_name("sweeps")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -78,7 +80,7 @@ class DataArguments:
     eval_fraction: float = field(default=0.05, metadata={"help": "share of the documents held out by hash"})
     text_column: str = field(default="content", metadata={"help": "column of the dataset that holds the text"})
     streaming: bool = field(
-        default=False, metadata={"help": "read, shuffle and tokenise the train part while training; needs max_steps"}
+        default=False, metadata={"help": "read, shuffle and tokenize the train part while training; needs max_steps"}
     )
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "documents of a stream whose blocks are shuffled with each other"}
@@ -136,7 +138,7 @@ class DataArguments:
     fsdp_size: int = field(
         default=1,
         metadata={
-            "help": "processes that share one copy of weights, gradients and optimiser by FSDP2, the others being "
+            "help": "processes that share one copy of weights, gradients and optimizer by FSDP2, the others being "
             "replicas of theirs; 1: every process has its own (DDP)"
         },
     )
@@ -186,6 +188,23 @@ class Recipe:
         named = {"max_position_embeddings": self.data.block_size, **self.model, **overrides}
         return LNFreeConfig.from_variant(self.data.variant, **named)
 
+    def build_arguments(self) -> TrainingArguments:
+        """The Trainer's arguments; raises UserError for those that it refuses."""
+        # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
+        defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
+        if self.training.get("fp16") and (self.training.get("use_cpu") or not torch.accelerator.is_available()):
+            raise UserError("fp16=True needs an accelerator: a CPU would train in float32 silently; bf16=True works")
+        try:
+            arguments = TrainingArguments(**{**defaults, **self.training})
+            # refuses what is not known or not installed; the Trainer would after the data
+            for callback in get_reporting_integration_callbacks(arguments.report_to):
+                callback()
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise UserError(f"recipe: {one_line(error)}") from error
+        # one process, one GPU: the Trainer would give each that it sees a batch, and a step more tokens than we say
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        return arguments
+
     @property
     def name(self) -> str:
         """The run's name, from its configuration: `gpt2-sm-r-t128-seed1337`."""
@@ -216,14 +235,14 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Reads and checks a recipe.
 
     Args:
-        path: the YAML file.
+        path: a name of `RECIPES`, or a YAML file.
         overrides: `key=value` strings that replace its values; the value is read as YAML.
 
     Raises:
-        UserError: for an unknown key (it names the nearest known one), a value of the wrong type, a model that the
-            configuration refuses, and checkpoints that could not be resumed exactly.
+        UserError: for an unknown name or key (it names the nearest known ones), a value of the wrong type, a model
+            that the configuration refuses, and checkpoints that could not be resumed exactly.
     """
-    values = read_values(path, "recipe")
+    values = read_values(find_file(path, "recipe"), "recipe")
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator:
@@ -231,6 +250,25 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         with explained(f"the value of {override!r} is not YAML"):
             values[key] = yaml.load(value, _Loader)
     return build_recipe(values)
+
+
+def find_file(name: str | Path, kind: Literal["recipe", "sweep"], base: Path = Path()) -> Path:
+    """
+    The file of a recipe or a sweep: what has a folder or an ending in it, or exists, is a path from `base`; all else
+    is the name of one that comes with the project. Raises UserError for a name that is none of theirs.
+    """
+    path = base / name
+    if path.is_file() or Path(name).name != str(name) or path.suffix:
+        return path
+    folder = RECIPES if kind == "recipe" else SWEEPS
+    names = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if str(name) not in names:
+        nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
+        raise UserError(
+            f"{kind} {str(name)!r} is neither a file nor one that 'lnfree recipes' lists; the nearest: "
+            f"{', '.join(nearest)}"
+        )
+    return names[str(name)]
 
 
 def read_values(path: str | Path, kind: str) -> dict[str, Any]:

@@ -1,18 +1,21 @@
-"""The rows of any dataset, and what a causal language model makes of their texts."""
+"""The texts of any dataset, and what a causal language model makes of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_lnfree.metrics.attention_entropy.attention_entropy import pad
+from modeling_lnfree import use_fast_cpu
+from modeling_lnfree.metrics.attention_entropy.attention_entropy import check_max_length, load_model, pad
 
 from .data import evaluation_split, load_documents, load_splits, reading
-from .errors import UserError
-from .recipe import DataArguments
+from .errors import UserError, one_line
+from .recipe import DataArguments, check_model_id
 
 
 def perplexity(nll: float) -> float:
@@ -20,16 +23,89 @@ def perplexity(nll: float) -> float:
     return torch.tensor(nll, dtype=torch.float64).exp().item()
 
 
-def _check_device(device: str | None):
-    try:
-        torch.empty(0, device=device)
-    # torch without CUDA answers with an AssertionError
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+class Texts:
+    """
+    The texts of one split of a dataset, each with the number of its row; a row without one has an empty text.
+
+    Args:
+        dataset: Hub id, folder or file of a dataset, or `"stdlib"`, the evaluation part of the embedded corpus.
+        config: configuration of the dataset.
+        split: by default `validation`, else `test`, else the first.
+        text_column: by default the only column that holds texts.
+        max_samples: number of rows to read, from the first; None: all.
+        streaming: whether the dataset is read while it is iterated over instead of being prepared first.
+
+    Attributes:
+        column: that holds the texts.
+        split: its name, None where the dataset does not tell.
+        number: of rows; None where it is not known beforehand.
+
+    Raises:
+        UserError: for a dataset that cannot be loaded or read, and for one without such a column of texts.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        *,
+        config: str | None = None,
+        split: str | None = None,
+        text_column: str | None = None,
+        max_samples: int | None = None,
+        streaming: bool = False,
+    ):
+        self.dataset = dataset
+        rows = _load_rows(dataset, config, split, streaming)
+        if max_samples is not None:
+            # datasets 5.1 takes no more rows than there are
+            rows = rows.take(max_samples if streaming else min(max_samples, len(rows)))
+        self.rows = rows
+        self.split = None if rows.split is None else str(rows.split)
+        self.number = max_samples if streaming else len(rows)
+        # a wrong column is told before a model is loaded
+        first = next(islice(self._read(), 1), {})
+        self.column = self._find_column(first) if text_column is None else text_column
+        if first:
+            self._text(first)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return ((index, self._text(row)) for index, row in enumerate(self._read()))
+
+    def batches(self, size: int) -> Iterator[list[tuple[int, str]]]:
+        """So many texts at a time; the last batch may have fewer."""
+        texts = iter(self)
+        while batch := list(islice(texts, size)):
+            yield batch
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        with reading(f"dataset {self.dataset!r} cannot be read"):
+            yield from self.rows
+
+    def _find_column(self, row: dict[str, Any]) -> str:
+        features = self.rows.features or {}
+        # a stream may know no types before its first row
+        names = list(features) or list(row)
+        texts = [
+            name
+            for name in names
+            if features.get(name) in (Value("string"), Value("large_string")) or isinstance(row.get(name), str)
+        ]
+        if len(texts) == 1:
+            return texts[0]
+        if not texts:
+            raise UserError(f"dataset {self.dataset!r} has no column of texts among {', '.join(names) or 'its none'}")
+        raise UserError(f"text_column must name one of the columns of texts: {', '.join(texts)}")
+
+    def _text(self, row: dict[str, Any]) -> str:
+        if self.column not in row:
+            raise UserError(f"text_column={self.column!r} is not a column of the dataset, which has {', '.join(row)}")
+        text = row[self.column]
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"text_column={self.column!r} must hold texts, got {type(text).__name__}")
+        return text or ""
 
 
-def _open(name: str, config: str | None, split: str | None, streaming: bool):
-    """The rows of one split, a `Dataset` or an `IterableDataset`."""
+def _load_rows(name: str, config: str | None, split: str | None, streaming: bool) -> Dataset | IterableDataset:
     if name == "stdlib":
         parts = load_documents(DataArguments(), seed=0)
         if split not in (None, *parts):
@@ -40,33 +116,41 @@ def _open(name: str, config: str | None, split: str | None, streaming: bool):
     return evaluation_split(loaded) if split is None else loaded
 
 
-def _read(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows; what goes wrong in reading a stream is an error of the dataset."""
-    with reading(f"dataset {name!r} cannot be read"):
-        yield from enumerate(rows)
+def load_reader(
+    model_id: str,
+    *,
+    max_length: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+    """
+    A causal language model in evaluation mode, its tokenizer, and how many tokens of a text are read: `max_length`, by
+    default as many as both take. Raises UserError for what cannot be loaded.
+    """
+    check_model_id(model_id)
+    _check_device(device)
+    try:
+        model = load_model(
+            model_id, device=device, trust_remote_code=trust_remote_code, revision=revision, dtype=dtype
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
+        max_length = check_max_length(model, tokenizer, max_length)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model_id!r} cannot be measured: {one_line(error)}") from error
+    return use_fast_cpu(model), tokenizer, max_length
 
 
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _check_device(device: str | None):
+    try:
+        torch.empty(0, device=device)
+    # torch without CUDA answers with an AssertionError
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def _text(row: dict[str, Any], column: str) -> str:
-    if column not in row:
-        raise UserError(f"text_column={column!r} is not a column of the dataset, which has {', '.join(row)}")
-    text = row[column]
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"text_column={column!r} must hold texts, got {type(text).__name__}")
-    return text or ""
-
-
-def _negative_log_likelihoods(model: PreTrainedModel, sequences: list[list[int]]) -> list[Tensor]:
+def negative_log_likelihoods(model: PreTrainedModel, sequences: list[list[int]]) -> list[Tensor]:
     """Of every token but the first of each sequence, in nats."""
     if not sequences:
         return []

@@ -161,7 +161,7 @@ def test_published_ln_free_models_become_really_ln_free(build, tmp_path):
     input_ids = random_ids(2, 37)
     expected = theirs(input_ids).logits
     torch.testing.assert_close(ours(input_ids).logits, expected, atol=1e-5, rtol=1e-5)
-    # what the scaling trick means, in float64: without a variance there is nothing to normalise by
+    # what the scaling trick means, in float64: without a variance there is nothing to normalize by
     torch.testing.assert_close(ours.double()(input_ids).logits, theirs.double()(input_ids).logits, atol=1e-5, rtol=0)
     # the residual stream is centred up to the bias that went into the last block
     hidden_states = ours(input_ids, output_hidden_states=True).hidden_states
@@ -196,7 +196,7 @@ def test_ln_free_model_without_norm_biases_and_with_unit_weights(tmp_path):
     ours = LNFreeForCausalLM.from_pretrained(convert(tmp_path / "stock", tmp_path / "ours")).eval()
     input_ids = random_ids(2, 37)
     expected = theirs(input_ids).logits
-    # logits of about 40, from a stream that nothing normalises
+    # logits of about 40, from a stream that nothing normalizes
     torch.testing.assert_close(ours(input_ids).logits, expected, atol=1e-6 * expected.abs().max().item(), rtol=0)
 
 

@@ -242,7 +242,7 @@ def test_clean_process_that_fails_says_why_without_the_token(server, small):
     ("token", "namespace", "message"),
     [
         (None, "me", "no token of the Hub; log in by 'hf auth login', or set HF_TOKEN"),
-        (TOKEN, "a b/c", "namespace must be the name of a user or organisation of the Hub, got 'a b/c'"),
+        (TOKEN, "a b/c", "namespace must be the name of a user or organization of the Hub, got 'a b/c'"),
         (TOKEN, "google", "namespace=google is not yours; the token's are me, lab"),
         ("hf_nobody_has_this", "me", "the Hub does not know the token; log in by 'hf auth login', or set HF_TOKEN"),
         ("hf_\u00e9", "me", "the token of the Hub has characters that no token has"),

@@ -14,11 +14,11 @@ from modeling_lnfree import (
 )
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
-from ..conftest import every_backbone, every_variant, greedy, random_ids, randomised, tiny_config, tiny_model
+from ..conftest import every_backbone, every_variant, greedy, random_ids, randomized, tiny_config, tiny_model
 
 
 def test_sm_ln_g_logits_and_generation_match_gpt2():
-    theirs = randomised(
+    theirs = randomized(
         GPT2LMHeadModel(
             GPT2Config(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
         )
@@ -56,7 +56,7 @@ def test_sm_ln_g_logits_and_generation_match_gpt_neox():
         "intermediate_size": 128,
     }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-    theirs = randomised(
+    theirs = randomized(
         GPTNeoXForCausalLM(
             GPTNeoXConfig(**sizes, max_position_embeddings=64, rope_parameters=rope, bos_token_id=0, eos_token_id=0)
         )

@@ -12,7 +12,7 @@ from modeling_lnfree import (
 )
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
-from ..conftest import greedy, random_ids, randomised, tiny_model
+from ..conftest import greedy, random_ids, randomized, tiny_model
 
 
 def _tensor_parallel(rank, input_ids, folder):
@@ -40,7 +40,7 @@ def _tensor_parallel(rank, input_ids, folder):
 @pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-layer", "SM+LR-global"])
 @pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
 def test_two_tensor_parallel_processes_equal_one(variant, backbone, tmp_path):
-    model = randomised(tiny_model(variant, backbone, biased_projections=list(PROJECTIONS)))
+    model = randomized(tiny_model(variant, backbone, biased_projections=list(PROJECTIONS)))
     model.save_pretrained(tmp_path / "model")
     input_ids = random_ids(2, 9)
     torch.multiprocessing.spawn(_tensor_parallel, args=(input_ids, tmp_path), nprocs=2)

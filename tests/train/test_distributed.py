@@ -299,7 +299,7 @@ def test_activation_checkpointing_changes_no_weight_and_bfloat16_little(values, 
     torch.testing.assert_close(checkpointed, weights, atol=1e-6, rtol=0)
     half, half_log = trained(values, tmp_path, "half", bf16=True)
     with pytest.raises(UserError, match="fp16=True needs an accelerator"):
-        loop.build_arguments(build_recipe({**values, "fp16": True}))
+        build_recipe({**values, "fp16": True}).build_arguments()
     assert half_log == pytest.approx(log, rel=0.02) and half_log != log
     assert all(tensor.dtype == torch.float32 for tensor in half.values())
 

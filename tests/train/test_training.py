@@ -233,7 +233,7 @@ def test_one_process_trains_on_one_gpu(recipe_values, monkeypatch):
         self._n_gpu = 4
 
     monkeypatch.setattr(loop.TrainingArguments, "__post_init__", see_four)
-    arguments = loop.build_arguments(build_recipe(recipe_values))
+    arguments = build_recipe(recipe_values).build_arguments()
     assert arguments.n_gpu == 1 and arguments.train_batch_size == recipe_values["per_device_train_batch_size"]
 
 
@@ -244,7 +244,7 @@ def test_one_process_trains_on_one_gpu(recipe_values, monkeypatch):
 def test_reporting_that_cannot_be_done_is_told_before_the_data(recipe_values, report_to, message, monkeypatch):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
     with pytest.raises(UserError, match=message):
-        loop.build_arguments(build_recipe({**recipe_values, "report_to": report_to}))
+        build_recipe({**recipe_values, "report_to": report_to}).build_arguments()
 
 
 @pytest.mark.parametrize("moment", ["after a checkpoint", "in the middle of a checkpoint"])
@@ -252,7 +252,7 @@ def test_run_killed_resumes_bitwise(variant_runs, recipe_values, tmp_path, momen
     path = tmp_path / "recipe.yaml"
     run_dir = tmp_path / "run"
     path.write_text(yaml.safe_dump({**recipe_values, "variant": "SM+R", "output_dir": str(run_dir)}))
-    # kills itself: at step 6, or with the second checkpoint's model written and its optimiser not
+    # kills itself: at step 6, or with the second checkpoint's model written and its optimizer not
     script = f"""
 import os, signal, sys
 from transformers import Trainer

@@ -178,9 +178,9 @@ def test_tokens_per_second_count_the_wait_for_data(monkeypatch, tmp_path):
 
 
 def test_evaluations_on_the_way_take_blocks_spread_over_the_evaluation_part(values, tmp_path):
-    blocks = loop._spread(list_dataset(range(10)), 4)
+    blocks = loop._select_evenly(list_dataset(range(10)), 4)
     assert blocks["number"] == [0, 2, 5, 7]
-    assert loop._spread(list_dataset(range(3)), 4)["number"] == [0, 1, 2]
+    assert loop._select_evenly(list_dataset(range(3)), 4)["number"] == [0, 1, 2]
     run = loop.train(build_recipe({**values, "eval_sequences": 3, "output_dir": str(tmp_path)}))
     log = [entry for entry in json.loads((run / "log_history.json").read_text()) if "eval_loss" in entry]
     assert [entry["step"] for entry in log] == [4, 8, 8]
@@ -383,7 +383,7 @@ def flip_a_bit(path: Path):
 
 DAMAGE = {
     "bit flipped in the weights": lambda folder: flip_a_bit(folder / "model.safetensors"),
-    "bit flipped in the optimiser": lambda folder: flip_a_bit(folder / "optimizer.pt"),
+    "bit flipped in the optimizer": lambda folder: flip_a_bit(folder / "optimizer.pt"),
     "truncated": lambda folder: (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:-9]),
     "emptied, as after a power cut": lambda folder: (folder / "rng_state.pth").write_bytes(b""),
     "file missing": lambda folder: (folder / "scheduler.pt").unlink(),

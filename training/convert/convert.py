@@ -357,15 +357,15 @@ def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
             state[f"{name}.bias"] = (state[f"{name}.bias"].double() + matrix.double() @ bias).to(matrix.dtype)
             state[f"{name}.weight"] = (matrix.double() * (weight * shrink)).to(matrix.dtype)
 
-    def centre(name: str, dim: int):
+    def center(name: str, dim: int):
         tensor = state[name].double()
         state[name] = (tensor - tensor.mean(dim, keepdim=True)).to(state[name].dtype)
 
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    centre("model.embed_tokens.weight", -1)
+    center("model.embed_tokens.weight", -1)
     if config.position_embedding_type == "learned":
-        centre("model.embed_positions.weight", -1)
+        center("model.embed_positions.weight", -1)
     for index in range(config.num_hidden_layers):
         block = f"model.layers.{index}"
         for name in _PROJECTIONS:
@@ -375,7 +375,7 @@ def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
         read_from(f"{block}.post_attention_layernorm", f"{block}.mlp.up_proj")
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             for kind in ("weight", "bias"):
-                centre(f"{block}.{name}.{kind}", 0)
+                center(f"{block}.{name}.{kind}", 0)
     weight, bias = (state.pop(f"model.norm.{kind}").double() for kind in ("weight", "bias"))
     weight *= shrink
     shift = torch.where(bias == 0, 0, bias / weight)

@@ -48,7 +48,7 @@ def export(
     Args:
         run_dir: folder of the run.
         out_dir: new folder, or one that an earlier export wrote. Its name is the model's.
-        namespace: user or organisation of the Hub that the card speaks of.
+        namespace: user or organization of the Hub that the card speaks of.
         siblings: the runs that the card compares this one with, itself among them, in the paper's order.
         checkpoint: folder with other weights of the same run, and nothing else different.
 

@@ -45,7 +45,7 @@ def publish(
 
     Args:
         runs_dir: folder whose subfolders are runs.
-        namespace: user or organisation of the Hub.
+        namespace: user or organization of the Hub.
         private: whether repositories that are created are private; one that is public already is refused.
         dry_run: whether only to list what would change.
         seed: of the runs to publish, where a variant has several; the lowest finished one by default. The dataset of
@@ -63,7 +63,7 @@ def publish(
         validate_repo_id(f"{namespace}/{METRIC.name}")
     except HFValidationError:
         raise UserError(
-            f"namespace must be the name of a user or organisation of the Hub, got {namespace!r}"
+            f"namespace must be the name of a user or organization of the Hub, got {namespace!r}"
         ) from None
     runs, api = find_finished(runs_dir), HfApi()
     try:
@@ -156,6 +156,6 @@ def _check_account(api: HfApi, namespace: str):
     if not (get_token() or "").isascii():
         raise UserError("the token of the Hub has characters that no token has")
     account = retry(api.whoami)
-    owned = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+    owned = [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
     if namespace not in owned:
         raise UserError(f"namespace={namespace} is not yours; the token's are {', '.join(owned)}")

@@ -76,7 +76,7 @@ class MeasurementCallback(TrainerCallback):
 
 class SpeedCallback(TrainerCallback):
     """
-    Training tokens per second, of all processes together, and model FLOPs utilisation, each time that the loss is
+    Training tokens per second, of all processes together, and model FLOPs utilization, each time that the loss is
     logged; the time is that of the steps and of waiting for their data, without evaluations, measurements and
     checkpoints.
 

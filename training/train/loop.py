@@ -21,9 +21,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerState, set_seed
 from transformers.distributed import DistributedConfig
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy, use_fast_cpu
@@ -37,7 +36,7 @@ from ..data import (
     tokenize_blocks,
     vocabulary_size,
 )
-from ..errors import UserError, one_line
+from ..errors import UserError
 from ..files import flush, write_atomically
 from ..quantities import AttentionEntropy, NegativeSlope, ResidualStream, ZeroActivations
 from ..recipe import Recipe
@@ -75,7 +74,7 @@ def train(recipe: Recipe) -> Path:
             run of another recipe, and for a disk that cannot be written.
         UnstableRunError: for a run that is unstable (`StabilityCallback`).
     """
-    arguments = build_arguments(recipe)
+    arguments = recipe.build_arguments()
     if arguments.world_size % recipe.data.fsdp_size:
         raise UserError(
             f"fsdp_size={recipe.data.fsdp_size} must divide the number of processes, {arguments.world_size}"
@@ -119,7 +118,7 @@ def train(recipe: Recipe) -> Path:
         model=model,
         args=arguments,
         train_dataset=blocks["train"],
-        eval_dataset=_spread(blocks["eval"], recipe.data.eval_sequences),
+        eval_dataset=_select_evenly(blocks["eval"], recipe.data.eval_sequences),
         data_collator=collate,
         compute_metrics=lambda prediction: {"nll": prediction.predictions.mean(dtype="float64").item()},
         processing_class=tokenizer,
@@ -186,25 +185,7 @@ def _is_trained(checkpoint: str) -> bool:
     return state.global_step >= state.max_steps
 
 
-def build_arguments(recipe: Recipe) -> TrainingArguments:
-    """The Trainer's arguments; raises UserError for those that it refuses."""
-    # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
-    defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
-    if recipe.training.get("fp16") and (recipe.training.get("use_cpu") or not torch.accelerator.is_available()):
-        raise UserError("fp16=True needs an accelerator: a CPU would train in float32 without a word; bf16=True works")
-    try:
-        arguments = TrainingArguments(**{**defaults, **recipe.training})
-        # refuses what is not known or not installed; the Trainer would after the data
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UserError(f"recipe: {one_line(error)}") from error
-    # one process, one GPU: the Trainer would give each that it sees a batch, and a step more tokens than the recipe
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
-
-
-def _spread(blocks: Dataset, number: int | None) -> Dataset:
+def _select_evenly(blocks: Dataset, number: int | None) -> Dataset:
     """`number` blocks at equal distances."""
     if number is None or number >= len(blocks):
         return blocks

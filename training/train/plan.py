@@ -49,7 +49,7 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         `memory`.
 
     Raises:
-        UserError: for a number of processes that the recipe cannot use, and for an optimiser other than AdamW.
+        UserError: for a number of processes that the recipe cannot use, and for an optimizer other than AdamW.
     """
     training, block_size, fsdp_size = recipe.training, recipe.data.block_size, recipe.data.fsdp_size
     if processes < 1 or processes % fsdp_size:
@@ -84,7 +84,7 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
             optimizer.step()
             optimizer.zero_grad()
 
-        step(1)  # the optimiser's state comes into being
+        step(1)  # the optimizer's state comes into being
         tracker.track_external(model, optimizer)
         with tracker:
             step(min(accumulation, 2))  # from the second on, gradients wait while activations grow
@@ -182,7 +182,7 @@ def print_plan(recipe: Recipe, processes: int, flops: float | None):
         lines["time"] = f"{seconds_a_step:.3g} s a step at {flops:.3g} FLOP/s in each process"
         if planned["seconds"] is not None:
             lines["time"] += f", {planned['seconds'] / 3600:.1f} hours in all, of computing alone"
-        lines["data"] = f"{flops / planned['flops_per_token']:,.0f} tokens/s to read and tokenise for each process"
+        lines["data"] = f"{flops / planned['flops_per_token']:,.0f} tokens/s to read and tokenize for each process"
         for name, sent in (("network", planned["traffic"]), ("  replicas", between)):
             if sent:
                 lines[name] += f": {sent / seconds_a_step / 1e9:.2f} GB/s to keep up"

@@ -41,7 +41,7 @@ class LNFreeTrainer(Trainer):
     unstable, and no weight decay on learned negative slopes unless `decay_slopes` asks for it.
 
     A stream is split by process. Checkpoints hold its place in every process, `stream_RANK.pt`; training goes on from
-    those in `stream_states`, a folder. Of a sharded model, every process writes and reads its part of the optimiser;
+    those in `stream_states`, a folder. Of a sharded model, every process writes and reads its part of the optimizer;
     the weights are one ordinary file here too.
 
     Args:
@@ -63,7 +63,7 @@ class LNFreeTrainer(Trainer):
         **kwargs,
     ):
         self.sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        # the Trainer takes a sharded model only without its optimiser, which is saved and loaded below
+        # the Trainer takes a sharded model only without its optimizer, which is saved and loaded below
         only_model, args.save_only_model = args.save_only_model, args.save_only_model or self.sharded
         super().__init__(model, args, **kwargs)
         args.save_only_model = only_model
