@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_lnfree import compute_attention_entropy
 from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module
+from modeling_lnfree.metrics.attention_entropy import visibility as visibility_module
 from modeling_lnfree.metrics.attention_entropy.naive import naive_attention_entropy
 
 from .models import random_mask, random_states
@@ -241,3 +242,147 @@ def test_memory_grows_linearly_with_length(monkeypatch):
         # `expand` gives the mask its queries without memory
         limit = 1024**2 if "attention_mask" in options else query.numel()
         assert largest.elements <= limit
+
+
+# ---- values that a difference of large terms would lose
+
+
+def streamed(query, key, *, scaling, attention_mask=None, is_causal=False, softcap=None, sinks=None):
+    """The way that accelerators take, in the dtype of the inputs."""
+    visible, bias = visibility_module.split_mask(attention_mask)
+    visibility = visibility_module.Visibility(visible, is_causal, query.shape[2], key.shape[2], query.device)
+    sinks = None if sinks is None else sinks.view(1, -1, 1, 1)
+    return entropy_module._streamed_entropy(query, key, scaling, visibility, bias, softcap, sinks)[0]
+
+
+WAYS = pytest.mark.parametrize("function", [compute_attention_entropy, streamed], ids=["cpu", "accelerator"])
+
+
+@WAYS
+@pytest.mark.parametrize("size", [1e3, 1e7, 1e8, 1e20, 1e36])
+@pytest.mark.parametrize("options", ["causal", "mask", "bias", "sinks"])
+def test_a_huge_key_concerns_only_the_queries_that_see_it(function, size, options):
+    query, key = random_states(2, 4, 2, 64, 64, 16)
+    key[:, :, -1] *= size
+    arguments = {"scaling": 0.25, "is_causal": True}
+    if options == "mask":
+        arguments["attention_mask"] = random_mask((2, 1, 64, 64))
+    elif options == "bias":
+        arguments["attention_mask"] = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    elif options == "sinks":
+        arguments["sinks"] = torch.tensor([-2.0, 0.0, 1.0, 3.0])
+    entropy = function(query, key, **arguments)
+    expected = naive_attention_entropy(query, key, **arguments)
+    torch.testing.assert_close(entropy[:, :, :-1].double(), expected[:, :, :-1], atol=2e-6, rtol=0)
+    # the one that sees it attends to it alone, or not to it at all
+    torch.testing.assert_close(entropy[:, :, -1].double(), expected[:, :, -1], atol=2e-5, rtol=0)
+
+
+@WAYS
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e6, 1e10, 1e16, 1e30])
+def test_scores_of_any_size_have_an_entropy_in_range(function, scale):
+    query, key = random_states(1, 4, 4, 64, 64, 16, scale=scale)
+    # two keys alike, so that no size of the scores decides between them
+    key[:, :, 1::2] = key[:, :, ::2]
+    entropy = function(query, key, scaling=0.25, is_causal=True)
+    largest = torch.arange(1, 65).log() + 1e-6
+    assert ((entropy >= 0) & (entropy <= largest)).all()
+    expected = naive_attention_entropy(query, key, scaling=0.25, is_causal=True)
+    # float32 scores of some hundreds are rounded by 1e-5
+    torch.testing.assert_close(entropy.double(), expected, atol=1e-6 if function is not streamed else 1e-4, rtol=0)
+
+
+def test_scores_beyond_float64_are_nan():
+    query, key = (state.double() for state in random_states(1, 2, 2, 5, 5, 8))
+    query[:, 1] *= 1e200
+    key[:, 1] *= 1e200
+    entropy = compute_attention_entropy(query, key, scaling=1.0, is_causal=True)
+    assert entropy[:, 1].isnan().all() and not entropy[:, 0].isnan().any()
+
+
+@WAYS
+def test_terms_that_cancel_in_the_scores(function):
+    query, key = random_states(1, 2, 2, 40, 40, 16)
+    # the scores are ordinary, queries and keys are not
+    query[..., 0] = query[..., 1] = 1.0
+    key[..., 0] = torch.linspace(-3e3, 3e3, 40).round()
+    key[..., 1] = -key[..., 0]
+    theirs = naive_attention_entropy(query, key, scaling=0.25)
+    torch.testing.assert_close(function(query, key, scaling=0.25).double(), theirs, atol=1e-3, rtol=0)
+
+
+@WAYS
+@pytest.mark.parametrize("hidden", [-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_masks_of_any_depth_hide(function, hidden):
+    query, key = random_states(2, 4, 2, 13, 13, 16)
+    mask = random_mask((2, 1, 13, 13))
+    mask[:, :, 7] = False
+    entropy = function(query, key, scaling=0.25, attention_mask=torch.zeros(mask.shape).masked_fill(~mask, hidden))
+    expected = naive_attention_entropy(query, key, scaling=0.25, attention_mask=mask)
+    seen = torch.arange(13) != 7
+    torch.testing.assert_close(entropy[:, :, seen].double(), expected[:, :, seen], atol=2e-5, rtol=0)
+
+
+@WAYS
+def test_a_sink_that_was_taken_out_is_none(function):
+    query, key = random_states(2, 4, 2, 13, 13, 16)
+    sinks = torch.tensor([-torch.inf, 0.0, -torch.inf, torch.finfo(torch.float32).min])
+    ours = function(query, key, scaling=0.25, is_causal=True, sinks=sinks)
+    without = naive_attention_entropy(query, key, scaling=0.25, is_causal=True)
+    with_sink = naive_attention_entropy(query, key, scaling=0.25, is_causal=True, sinks=torch.zeros(4))
+    expected = torch.where((torch.arange(4) == 1)[:, None], with_sink, without)
+    torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=0)
+
+
+@WAYS
+@pytest.mark.parametrize("scaling", [0.0, -0.25])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scaling_of_either_sign(function, scaling, masked):
+    query, key = random_states(2, 4, 2, 13, 13, 16)
+    mask = random_mask((2, 1, 13, 13)) if masked else None
+    arguments = {"scaling": scaling, "attention_mask": mask, "is_causal": not masked}
+    theirs = naive_attention_entropy(query, key, **arguments)
+    torch.testing.assert_close(function(query, key, **arguments).double(), theirs, atol=2e-5, rtol=0)
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_at_long_lengths(function, dtype):
+    query, key = random_states(1, 1, 1, 4096, 4096, 16, dtype=dtype)
+    if function is streamed:
+        ours = function(query.float(), key.float(), scaling=0.25, is_causal=True)
+    else:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = function(query, key, scaling=0.25, is_causal=True)
+    theirs = naive_attention_entropy(query, key, scaling=0.25, is_causal=True)
+    # sums over 4096 keys: 16 bits would be off by 1e-2
+    torch.testing.assert_close(ours.double(), theirs, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_gradient_of_the_accelerators_way_matches_definition(case):
+    arguments = {"scaling": 0.4, **GRADIENT_CASES[case]}
+    states = [state.requires_grad_() for state in random_states(2, 4, 2, 7, 7, 8)]
+    ours = torch.autograd.grad(streamed(*states, **arguments).nansum(), states)
+    reference = compute_attention_entropy(*(state.double() for state in states), **arguments)
+    theirs = torch.autograd.grad(reference.nansum(), states)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"softcap": 2.0}, {"attention_mask": torch.ones(1, 1, 1, 512).bool()}]
+)
+def test_no_map_is_kept_for_the_gradient(options, monkeypatch):
+    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2**13)
+    query, key = (state.requires_grad_() for state in random_states(1, 2, 2, 512, 512, 8))
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        entropy = compute_attention_entropy(query, key, scaling=0.3, **options)
+    # a map of one head would be 1 MiB
+    assert sum(kept.values()) < 2**18
+    entropy.sum().backward()

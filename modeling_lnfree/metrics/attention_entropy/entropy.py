@@ -39,8 +39,10 @@ from torch.utils.checkpoint import checkpoint
 from .visibility import HIDDEN_BIAS, Visibility, split_mask
 
 
-# elements of the scores, or of the float mask of a kernel, that are held at a time
+# elements of the scores, or of the float mask of a kernel, that are held at a time: what fits a cache of the CPU;
+# elsewhere, a few blocks
 _BLOCK_ELEMENTS = 2**20
+_BLOCK_ELEMENTS_OF_ACCELERATORS = 2**24
 # bound of the two terms up to which their difference is taken: its rounding is below 2e-5 then
 _LARGE_TERM = 2**8
 
@@ -137,12 +139,13 @@ def entropy_of_visible(
         elif query.device.type != "cpu":
             entropy, infinite = _streamed_entropy(query, key, *arguments)
         else:
-            centred = key - visibility.mean_key(key.detach())
-            if not _terms_are_small(query, centred, scaling, bias):
+            linear = bias is None and softcap is None and sinks is None
+            states = key - visibility.mean_key(key.detach()) if linear else key
+            if not _terms_are_small(query, states, scaling, bias):
                 entropy, infinite = _streamed_entropy(query.double(), key.double(), *arguments)
                 entropy = entropy.to(dtype)
-            elif bias is None and softcap is None and sinks is None:
-                entropy = _fused_entropy(query, centred, scaling, visibility)
+            elif linear:
+                entropy = _fused_entropy(query, states, scaling, visibility)
             else:
                 entropy, _ = _streamed_entropy(query, key, *arguments)
     # what rounding leaves beside the range; `minimum` hands NaN on
@@ -215,7 +218,8 @@ def _terms_are_small(query: Tensor, key: Tensor, scaling: float, bias: Tensor | 
 def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int, *tensors: Tensor | None) -> Tensor:
     """`function(start, stop, *tensors)` of blocks of queries, put together; of `elements` for each query. With a
     gradient, a block keeps nothing but its tensors, and is computed again."""
-    step = max(1, _BLOCK_ELEMENTS // elements)
+    on_cpu = tensors[0].device.type == "cpu"
+    step = max(1, (_BLOCK_ELEMENTS if on_cpu else _BLOCK_ELEMENTS_OF_ACCELERATORS) // elements)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     blocks = []
     for start in range(0, num_queries, step):
@@ -300,6 +304,6 @@ def _streamed_entropy(
     elements = batch * heads * visibility.num_keys
     result = _in_blocks(entropy, elements, num_queries, query, key, bias, sinks)
     number = visibility.number()
-    broken = ~query_size.isfinite() | (visibility.count(~key_size.isfinite(), heads) > 0)
+    broken = (number == 0) | ~query_size.isfinite() | (visibility.count(~key_size.isfinite(), heads) > 0)
     infinite = torch.where(query_size.isinf(), number, visibility.count(key_size.isinf(), heads))
     return result.masked_fill(broken, torch.nan), infinite

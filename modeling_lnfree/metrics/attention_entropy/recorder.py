@@ -22,6 +22,10 @@ from .record import AttentionEntropyRecord
 from .visibility import MaskOrigin, describe_mask, read_visibility
 
 
+# in the names that attention modules give to the states of another sequence
+_SECOND_SEQUENCE = ("encoder", "key_value", "cross", "context", "memory")
+
+
 class _Unmeasured(Exception):
     """Why an attention call cannot be measured."""
 
@@ -69,11 +73,13 @@ class _Pass(threading.local):
         self.root = root
         # of the modules around the first attention layer
         self.inputs: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
-        # of each layer that was called: the number of its run, and whether that reads a second sequence
+        # of each layer that was called: the number of its run, whether that reads a second sequence, and the mask of a
+        # mask function that it was given
         self.runs: dict[nn.Module, int] = {}
         self.crosses: dict[nn.Module, bool] = {}
-        # of each layer that is running: whether its attention was seen
-        self.running: dict[nn.Module, bool] = {}
+        self.origins: dict[nn.Module, MaskOrigin | None] = {}
+        # of each layer that is running: the queries and keys of its attention calls so far
+        self.running: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
 
 class _Recorder:
@@ -178,23 +184,28 @@ class _Recorder:
         self._calls[module] += 1
         state.runs[module] = state.runs.get(module, -1) + 1
         state.crosses[module] = _reads_second_sequence(module, args, kwargs)
-        state.running[module] = False
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | BlockMask)]
+        state.origins[module] = next((self._masks[value] for value in given if value in self._masks), None)
+        state.running[module] = []
 
     def _end_run(self, module: nn.Module, *_: Any) -> None:
-        if not self._pass.running.pop(module, True):
+        if self._pass.running.pop(module, None) == []:
             self._miss(module, "its calls were not seen, it computed its attention by itself in them")
 
     def _call_beside(self, module: nn.Module, *_: Any) -> None:
         self._missed["not seen, as it computes its attention by itself"][self._beside[module]] += 1
 
-    def _see(self, module: nn.Module) -> None:
-        """In a call that no hook tells of, as in a graph, an attention call is a run."""
-        state = self._pass
-        if module in state.running:
-            state.running[module] = True
-        else:
+    def _see(self, call: _Call) -> bool:
+        """Whether an attention call is not yet counted: a layer may attend by the same weights to parts of its values.
+        In a call that no hook tells of, as in a graph, an attention call is a run."""
+        state, module = self._pass, call.module
+        if module not in state.running:
             self._calls[module] += 1
             state.runs[module] = 0 if state.root is None else state.runs.get(module, -1) + 1
+            return True
+        counted = any(query is call.query and key is call.key for query, key in state.running[module])
+        state.running[module].append((call.query, call.key))
+        return not counted
 
     def _miss(self, module: nn.Module, reason: str) -> None:
         self._missed[reason][self._name(module)] += 1
@@ -243,6 +254,7 @@ class _Recorder:
         crosses = self._pass.crosses.get(module, False)
         if not crosses and attention_mask is None:
             return None
+        origin = origin or self._pass.origins.get(module)
         if not crosses and origin is not None:
             if origin.told is None:
                 return None
@@ -266,15 +278,15 @@ class _Recorder:
 
     # not traced: the numbers leave the graph of a compiled model
     @torch.compiler.disable
-    def measure(self, call: "_Call") -> None:
+    def measure(self, call: _Call) -> None:
         """One call of an attention function; nothing that goes wrong here reaches the model."""
         module = call.module
         # in the backward pass, a checkpointed layer is computed a second time
         again = _in_backward()
         if module not in self._names or (again and not self._differentiable):
             return
-        if not again:
-            self._see(module)
+        if not again and not self._see(call):
+            return
         name = self._name(module)
         try:
             with torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()):
@@ -292,7 +304,7 @@ class _Recorder:
 
     def _measure(
         self,
-        call: "_Call",
+        call: _Call,
         *,
         scaling: float | None = None,
         softcap: float | None = None,
@@ -395,13 +407,11 @@ def _signature(kind: type[nn.Module]) -> inspect.Signature:
 
 
 def _reads_second_sequence(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether an attention module gets, beside its hidden states, others that are no embeddings of positions."""
-    sequences = {
-        id(value)
+    """Whether an attention module gets another sequence beside its hidden states, by the names that such have."""
+    return any(
+        isinstance(value, Tensor) and value.ndim == 3 and any(word in name for word in _SECOND_SEQUENCE)
         for name, value in _named_arguments(module, args, kwargs)
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3 and "pos" not in name
-    }
-    return len(sequences) > 1
+    )
 
 
 def _attention_beside(
