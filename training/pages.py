@@ -122,7 +122,7 @@ def format_cell(value: Any, template: str | None = None) -> str:
     if isinstance(value, list):
         if template is not None and template.count("{") == len(value) > 1:
             return template.format(*value)
-        return " ".join(format_cell(each, template) for each in value)
+        return ", ".join(format_cell(each, template) for each in value)
     if template is not None:
         return template.format(value)
     if not isinstance(value, float):

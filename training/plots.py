@@ -55,6 +55,46 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Fig
     return figure
 
 
+def plot_overview(measurements: list[dict[str, Any]], names: list[str], bars: dict[str, list[float]]) -> Figure:
+    """
+    Attention entropy by layer and head, a panel a measurement on one scale, and beside it bars, a line a measurement.
+
+    Args:
+        measurements: dictionaries with `entropy` and `max_entropy`, each `(layers, heads)`, in nats.
+        names: of the measurements.
+        bars: by their title, a value a measurement.
+    """
+    widths = [1] * len(measurements) + [0.1] + [1.2] * len(bars)
+    figure = Figure(figsize=(1.45 * sum(widths) + 0.8, 3), layout="constrained", dpi=150)
+    grid = figure.add_gridspec(1, len(widths), width_ratios=widths)
+    limit = max(np.max(measurement["max_entropy"]) for measurement in measurements)
+    # from the whole nat below: what differs lies near the largest entropy
+    least = np.floor(min(np.min(measurement["entropy"]) for measurement in measurements))
+    panels = [figure.add_subplot(grid[0, index]) for index in range(len(measurements))]
+    for axis, measurement, name in zip(panels, measurements, names, strict=True):
+        image = axis.imshow(np.array(measurement["entropy"]), vmin=least, vmax=limit, cmap="viridis", aspect="auto")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("head")
+        for locator in (axis.xaxis, axis.yaxis):
+            locator.set_major_locator(MaxNLocator(8, integer=True))
+        axis.label_outer()
+    panels[0].set_ylabel("layer")
+    figure.colorbar(image, cax=figure.add_subplot(grid[0, len(panels)]), label="attention entropy (nats)")
+    for index, (title, values) in enumerate(bars.items()):
+        axis = figure.add_subplot(grid[0, len(panels) + 1 + index])
+        drawn = axis.barh(names, values, color=["tab:blue", "tab:orange", "tab:green", "tab:red"])
+        texts = [f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in values]
+        axis.bar_label(drawn, texts, padding=2, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.invert_yaxis()
+        axis.margins(x=0.4)
+        axis.set_xticks([])
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        if index:
+            axis.set_yticklabels([])
+    return figure
+
+
 def plot_curves(runs: list[Run], titles: list[str]) -> Figure:
     """
     Training loss of all runs in one panel, then the mean entropy of each layer over the steps, a panel a run.

@@ -5,13 +5,15 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from ..errors import UserError
 from ..files import write_atomically
 from ..pages import check_docs, machine, write_table
-from ..plots import plot_curves, plot_heat_maps
+from ..plots import plot_curves, plot_heat_maps, plot_overview
 from ..runs import Run, find_runs
 from ..tables import to_markdown
-from .group import compare_group
+from .group import Group, compare_group
 from .page import build_html
 from .report import build_report, tables_for_docs
 
@@ -19,7 +21,7 @@ from .report import build_report, tables_for_docs
 def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | Path | None = None) -> Path:
     """
     Compares the finished runs below a folder; writes `report.md`, `report.html` (one file, for a browser),
-    `comparison.json`, `heat_maps.png`, `curves.png`.
+    `comparison.json`, `heat_maps.png`, `curves.png`, and of the first setting `overview.png`.
 
     Args:
         runs_dir: folder whose subfolders are runs.
@@ -48,6 +50,7 @@ def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | 
     titles = [title for group in groups for title in group.run_titles]
     plot_heat_maps([run.attention_entropy for run in runs], titles).savefig(output / "heat_maps.png")
     plot_curves(runs, titles).savefig(output / "curves.png")
+    _plot_overview(groups[0]).savefig(output / "overview.png")
     document = {"groups": [group.to_dict() for group in groups], "unfinished": unfinished}
     write_atomically(output / "comparison.json", json.dumps(document, indent=1))
     report = to_markdown(build_report(groups, unfinished)) + "\n"
@@ -66,6 +69,19 @@ def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | 
     print(report)
     print(f"report: {output / 'report.md'}, and for a browser {output / 'report.html'}")
     return output / "report.md"
+
+
+def _plot_overview(group: Group) -> Figure:
+    """Of a setting's runs with its first seed: entropies, perplexities, and the norms and GELUs under encryption."""
+    seed = min(run.seed for run in group.runs)
+    runs, rows = zip(*((run, row) for run, row in zip(group.runs, group.rows, strict=True) if run.seed == seed))
+    totals = [row["private_cost"]["forward"]["total"] for row in rows]
+    bars = {
+        "perplexity": [run.perplexity for run in runs],
+        "values in LayerNorms": [total.get("layer_norm", {}).get("elements", 0) for total in totals],
+        "values in GELUs": [total.get("gelu", {}).get("elements", 0) for total in totals],
+    }
+    return plot_overview([run.attention_entropy for run in runs], [run.configuration for run in runs], bars)
 
 
 def _differing(by_setting: list[list[Run]]) -> list[list[str]]:
