@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there, on an exported model, and what it pushes loads elsewhere."""
+"""What README.md and docs/ tell a reader to run runs as it stands there; what they name exists."""
 
 import json
 import os
@@ -10,76 +10,110 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
-from modeling_lnfree import LNFreeForCausalLM
-from training import data
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from training import cli, data
+from training.pages import find_pages
 from training.recipe import DataArguments
 
-from .conftest import ROOT, tiny_config
+from .conftest import tiny_config
 from .hub_server import TOKEN, HubServer
 
 
+ROOT = Path(__file__).parents[1]
+PAGES = {page.name: page for page in find_pages(ROOT / "docs")}
+MODEL = "runs/first/model"
+every_page = pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+
+
+def code_of(name: str, language: str) -> list[str]:
+    """The blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[name].read_text(), re.DOTALL)
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of every `lnfree` command of a page, in its blocks and in its lines."""
+    text = re.sub(r"<!-- table .*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
+    lines = [line for block in code_of(page.name, "bash") for line in block.replace("\\\n", "").splitlines()]
+    lines += re.findall(r"`((?:\w+ )*lnfree [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    found = [re.search(r"\blnfree ([^#|;]+)", line) for line in lines]
+    return [match[1].split() for match in found if match]
+
+
 @pytest.fixture
-def export_dir(tmp_path, monkeypatch):
-    """A small model with a tokenizer of its own, saved as an export is."""
+def reader(tmp_path, monkeypatch):
+    """A reader's folder: README.md, the metric, and a small model with its tokenizer where the samples have theirs."""
     monkeypatch.setattr(data, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache" / "datasets")
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text((ROOT / "README.md").read_text())
+    folder = tmp_path / "reader"
+    metric = "modeling_lnfree/metrics/attention_entropy"
+    shutil.copytree(ROOT / metric, folder / metric, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PAGES["README.md"], folder)
+    arguments = DataArguments(dataset=str(folder / "README.md"), text_column="text")
+    corpus = folder / "corpus.txt"
+    corpus.write_text(PAGES["README.md"].read_text())
     arguments = DataArguments(dataset=str(corpus), text_column="text")
     tokenizer = data.load_tokenizer(arguments, data.load_documents(arguments, 0)["train"], 300)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=128, **ids)
-    folder = tmp_path / "export"
-    LNFreeForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    LNFreeForCausalLM(tiny_config(vocab_size=300, max_position_embeddings=128, **ids)).save_pretrained(folder / MODEL)
+    tokenizer.save_pretrained(folder / MODEL)
     return folder
 
 
-def readme_code(heading: str, index: int = 0) -> str:
-    section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[index]
-
-
-def run_outside(code: str, folder: Path, **environment) -> str:
-    """Runs code in a clean process that does not know the project; returns what it printed."""
+def run(code: str, folder: Path, **environment) -> str:
+    """Runs code in a clean process; returns what it printed."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
-    run = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-I", "-c", code],
         cwd=folder,
         env={**inherited, "HF_HOME": str(folder / "home"), **environment},
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-def test_load_fine_tune_and_push(export_dir, tmp_path):
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "README.md").write_text((ROOT / "README.md").read_text())
-    code = readme_code("Load, fine-tune, push").replace("runs/quick/exports/lnfree-gpt2-sm-r-t128", str(export_dir))
-    # and from a model that was itself loaded as remote code
-    code += "model.push_to_hub('lnfree-plain')\n"
+def test_entropy_and_fine_tuning_of_the_readme(reader):
+    entropy, fine_tuning = code_of("README.md", "python")
+    printed = run(entropy, reader)
+    config = LNFreeConfig.from_pretrained(reader / MODEL)
+    assert printed.count(".") == config.num_hidden_layers * config.num_attention_heads + 1
+    before, _, after = map(float, run(fine_tuning, reader).splitlines()[-1].split())
+    assert after < before
+    # whoever does not have the project
+    load = "from transformers import AutoModelForCausalLM\nimport sys\n"
+    load += "model = AutoModelForCausalLM.from_pretrained('finetuned', trust_remote_code=True)\n"
+    assert run(f"{load}print('modeling_lnfree' in sys.modules, type(model).__name__)", reader).split()[-2:] == [
+        "False",
+        "LNFreeForCausalLM",
+    ]
+
+
+def test_pushes_during_training_and_after_it_load_elsewhere(reader, tmp_path):
+    prepared = code_of("README.md", "python")[1].split("arguments = ")[0].replace("import modeling_lnfree\n", "")
+    # from a model that was itself loaded as remote code
+    code = prepared.replace("from_pretrained(name)", "from_pretrained(name, trust_remote_code=True)")
+    code += code_of("hub.md", "python")[0] + "model.push_to_hub('lnfree-plain')\n"
     code += "import torch\ntorch.save(model.eval()(torch.arange(9)[None]).logits.detach(), 'logits.pt')\n"
     with HubServer().running() as server:
         environment = {"HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1"}
-        run_outside(code, outside, HF_TOKEN=TOKEN, **environment)
+        run(code, reader, HF_TOKEN=TOKEN, **environment)
         pushed = server.repository("me/lnfree-finetuned")
         titles = {commit.title: commit for commit in pushed.commits}
         during = titles["Training in progress, step 10"]
         plain = server.repository("me/lnfree-plain").find("main")
         assert plain.files["model.safetensors"] == pushed.files["model.safetensors"]
         for commit in (during, pushed.find("main"), plain):
-            for name in ("configuration_lnfree.py", "modeling_lnfree.py", "parts_lnfree.py"):
+            for name in ("configuration_lnfree.py", "modeling_lnfree.py"):
                 assert commit.files[name] == (ROOT / "modeling_lnfree" / name).read_bytes()
             assert {"config.json", "model.safetensors"} <= commit.files.keys()
         # another user, another process, nothing but what was pushed
-        printed = run_outside(
+        printed = run(
             "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f"logits = torch.load({str(outside / 'logits.pt')!r})\n"
+            f"logits = torch.load({str(reader / 'logits.pt')!r})\n"
             f"for revision in ('main', {during.oid!r}):\n"
             "    named = {'revision': revision, 'trust_remote_code': True}\n"
             "    model = AutoModelForCausalLM.from_pretrained('me/lnfree-finetuned', **named).eval()\n"
@@ -90,51 +124,101 @@ def test_load_fine_tune_and_push(export_dir, tmp_path):
         )
     expected = ["True", "300"], ["False", "300"]
     assert tuple(line.split() for line in printed.splitlines()) == expected
-    before = LNFreeForCausalLM.from_pretrained(export_dir).eval()
-    assert not before(torch.arange(9)[None]).logits.equal(torch.load(outside / "logits.pt"))
+    before = LNFreeForCausalLM.from_pretrained(reader / MODEL).eval()
+    assert not before(torch.arange(9)[None]).logits.equal(torch.load(reader / "logits.pt"))
 
 
-def test_attention_entropy_of_any_model(export_dir):
-    model = LNFreeForCausalLM.from_pretrained(export_dir)
+def test_record_of_the_entropy_page(reader):
+    model = LNFreeForCausalLM.from_pretrained(reader / MODEL)
     scope = {"model": model, "batch": {"input_ids": torch.arange(9)[None]}}
-    exec(readme_code("Attention entropy of any model"), scope)
+    exec(code_of("entropy.md", "python")[0], scope)
     assert scope["record"].entropy.shape == (model.config.num_hidden_layers, model.config.num_attention_heads)
 
 
-def test_metric_of_the_readme_on_an_export(export_dir, tmp_path):
-    outside = tmp_path / "outside"
-    metric = "modeling_lnfree/metrics/attention_entropy"
-    shutil.copytree(ROOT / metric, outside / metric, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "README.md", outside)
-    code = readme_code("Attention entropy of any model", 1)
-    code = code.replace("runs/quick/exports/lnfree-gpt2-sm-r-t128", str(export_dir))
-    code += "import json\nprint(json.dumps([result['entropy'], list(texts), result['num_queries']]))"
-    entropy, texts, num_queries = json.loads(run_outside(code, outside).splitlines()[-1])
+def test_metric_of_the_entropy_page(reader):
+    code = code_of("entropy.md", "python")[1].replace(f'"{MODEL}"', f'"{MODEL}", trust_remote_code=True')
+    code += "import json\nprint(json.dumps([result['layer_entropy'], list(texts), result['num_queries']]))"
+    entropy, texts, num_queries = json.loads(run(code, reader).splitlines()[-1])
 
-    model = LNFreeForCausalLM.from_pretrained(export_dir, attn_implementation="eager").eval().double()
-    tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    model = LNFreeForCausalLM.from_pretrained(reader / MODEL, attn_implementation="eager").eval().double()
+    tokenizer = AutoTokenizer.from_pretrained(reader / MODEL)
     total, count = 0, 0
     with torch.no_grad():
         for text in texts:
             input_ids = tokenizer(text, truncation=True, max_length=128, return_tensors="pt")["input_ids"]
             maps = torch.stack(model(input_ids, output_attentions=True).attentions)  # (layers, 1, heads, T, T)
-            total, count = total + torch.special.entr(maps).sum((1, 3, 4)), count + input_ids.shape[1]
+            total, count = total + torch.special.entr(maps).sum((1, 3, 4)).mean(1), count + input_ids.shape[1]
     assert count == num_queries
     torch.testing.assert_close(torch.tensor(entropy).double(), total / count, atol=2e-5, rtol=0)
 
 
-def test_variants_of_the_readme_exist():
-    from modeling_lnfree import LNFreeConfig
+def test_configuration_of_the_variants_page():
+    scope = {}
+    exec(code_of("variants.md", "python")[0], scope)
+    assert f"({scope['config'].variant!r}, {scope['config'].backbone!r})" in PAGES["variants.md"].read_text()
 
-    names = re.findall(r"`(SM\+[^`]+)`", (ROOT / "README.md").read_text())
-    assert len(names) >= 8
-    for name in names:
+
+def test_every_variant_has_the_fields_that_its_row_names():
+    rows = re.findall(r"^\| `(SM\+[^`]+)` \| ([^|]+) \|", PAGES["variants.md"].read_text(), re.MULTILINE)
+    assert len(rows) >= 9
+    for name, cell in rows:
+        config = LNFreeConfig.from_variant(name)
+        named = dict(field.split("=") for field in re.findall(r"`([^`]+=[^`]+)`", cell))
+        assert config.variant == name and named
+        differing = {key for key, value in config.to_diff_dict().items() if value != LNFreeConfig().to_dict().get(key)}
+        assert {field: str(yaml.safe_load(str(getattr(config, field)))) for field in named} == named
+        assert differing - {"transformers_version"} <= named.keys()
+
+
+@every_page
+def test_variants_of_a_page_exist(page):
+    for name in re.findall(r"`(?:variant=)?(SM\+[^` ]+)`", page.read_text()):
         assert LNFreeConfig.from_variant(name).variant == name
 
 
-def test_files_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
-    for script in re.findall(r"bash (scripts/\S+)", text):
+@every_page
+def test_commands_of_a_page_exist(page, capsys):
+    for verb, *words in commands_of(page):
+        if verb.startswith("-"):
+            continue
+        with pytest.raises(SystemExit) as end:
+            cli.main([verb, "--help"])
+        assert end.value.code == 0, verb
+        options = re.findall(r"--[\w-]+", capsys.readouterr().out)
+        for word in words:
+            assert not word.startswith("--") or word in options, (verb, word)
+        for word in words[:1] if verb in ("train", "sweep") and not words[0].startswith("-") else ():
+            named = ROOT / "training" / ("recipes" if verb == "train" else "sweeps") / f"{word}.yaml"
+            assert named.is_file() or word.isupper(), word
+
+
+@every_page
+def test_files_of_a_page_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for script in re.findall(r"bash (scripts/\S+\.sh)", text):
         assert os.access(ROOT / script, os.X_OK), script
+    for path in re.findall(r"`((?:docs|tests|training|scripts|modeling_lnfree|model_cards)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@every_page
+def test_anchors_of_a_page_exist(page):
+    for target, anchor in re.findall(r"\]\(([\w./]*)#([^)]+)\)", page.read_text()):
+        text = ((page.parent / target) if target else page).read_text()
+        headings = [
+            re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)", text, re.M)
+        ]
+        assert anchor in headings, (target, anchor)
+
+
+def test_the_readme_prints_what_the_quick_start_measured():
+    measured = json.loads((ROOT / "docs" / "data" / "quickstart-perplexity.json").read_text())
+    perplexity = {row["configuration"]: row["perplexity"][0] for row in measured["rows"]}["SM+R"]
+    assert f"runs/first is finished: SM+R, perplexity {perplexity:.3f}\n" in PAGES["README.md"].read_text()
+
+
+def test_the_sweep_of_the_training_page_is_one(tmp_path):
+    values = yaml.safe_load(code_of("training.md", "yaml")[0])
+    assert values["grids"] and (ROOT / "training" / "recipes" / f"{values['recipe']}.yaml").is_file()

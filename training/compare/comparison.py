@@ -74,8 +74,8 @@ def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | 
 def _plot_overview(group: Group) -> Figure:
     """Of a setting's runs with its first seed: entropies, perplexities, and the norms and GELUs under encryption."""
     seed = min(run.seed for run in group.runs)
-    runs, rows = zip(*((run, row) for run, row in zip(group.runs, group.rows, strict=True) if run.seed == seed))
-    totals = [row["private_cost"]["forward"]["total"] for row in rows]
+    runs = [run for run in group.runs if run.seed == seed]
+    totals = [row["private_cost"]["forward"]["total"] for row in group.rows if row["seed"] == seed]
     bars = {
         "perplexity": [run.perplexity for run in runs],
         "values in LayerNorms": [total.get("layer_norm", {}).get("elements", 0) for total in totals],
