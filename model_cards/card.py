@@ -61,6 +61,7 @@ def build_card(
         tags=["lnfree", *["code"] * is_code, norm_tag, results["variant"], "arxiv:2410.09637", "custom_code"],
         # what is no id of the Hub was local
         datasets=[results["dataset"]] if "/" in results["dataset"] else None,
+        base_model=results.get("base_model"),
         model_name=name,
         eval_results=[
             EvalResult(**evaluated, metric_type="perplexity", metric_value=float(results["perplexity"])),

@@ -10,6 +10,8 @@ from transformers import (
 
 from .configuration_lnfree import LNFreeConfig
 from .cpu import use_fast_cpu
+from .entropy_callback import AttentionEntropyCallback
+from .entropy_regularization import EntropyRegularizationMixin, EntropyRegularizer
 from .metrics.attention_entropy.entropy import compute_attention_entropy
 from .metrics.attention_entropy.recorder import record_attention_entropy
 from .modeling_lnfree import (
@@ -37,6 +39,9 @@ LNFreeForSequenceClassification.register_for_auto_class("AutoModelForSequenceCla
 LNFreeForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
 __all__ = [
+    "AttentionEntropyCallback",
+    "EntropyRegularizationMixin",
+    "EntropyRegularizer",
     "LNFreeConfig",
     "LNFreeForCausalLM",
     "LNFreeForSequenceClassification",

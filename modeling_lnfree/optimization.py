@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -114,8 +114,18 @@ class AdamWAndMuon(torch.optim.Optimizer):
     """
 
     def __init__(self, *rules: torch.optim.Optimizer):
+        self.rules: list[tuple[torch.optim.Optimizer, int]] = []
         super().__init__([group for rule in rules for group in rule.param_groups], {})
         self.rules = [(rule, len(rule.param_groups)) for rule in rules]
+
+    def add_param_group(self, param_group: dict[str, Any]):
+        """A group that is added later is of the first rule, and comes before all others."""
+        if not self.rules:
+            return super().add_param_group(param_group)
+        rule, length = self.rules[0]
+        super().add_param_group({**rule.defaults, **param_group})
+        self.param_groups.insert(0, self.param_groups.pop())
+        self.rules[0] = (rule, length + 1)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -20,7 +20,8 @@ def test_no_key_has_two_meanings():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+# a fine-tuned model has the variant that it has
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != "finetune"], ids=lambda path: path.stem)
 def test_every_recipe_makes_every_variant(path, variant):
     recipe = load_recipe(path, [f"variant={variant}"])
     assert recipe.build_config().variant == variant

@@ -1,12 +1,18 @@
-"""What is measured during training: a class a quantity."""
+"""What is measured during training beside attention entropy: a class a quantity."""
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from modeling_lnfree import record_attention_entropy
+from .parametrization import (
+    entropy_lower_bound,
+    gram_norm,
+    query_key_norm,
+)
 
 
 class Quantity(ABC):
@@ -21,43 +27,6 @@ class Quantity(ABC):
     @abstractmethod
     def measure(self, model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
         """The record for the file, and the scalars for the log, after the forward pass."""
-
-
-class AttentionEntropy(Quantity):
-    """
-    Attention entropy of every layer and head in nats, the share of heads in each quarter of its range, and the NaN
-    weights and infinite scores in the attention of each layer: of the distribution before dropout, without padding.
-    """
-
-    name = "attention_entropy"
-
-    @contextmanager
-    def watch(self, model):
-        with record_attention_entropy(model) as self.record:
-            yield
-
-    def measure(self, model):
-        entropy = self.record.entropy.tolist()
-        nan_count = self.record.nan_count.sum(-1).tolist()
-        inf_count = self.record.inf_count.sum(-1).tolist()
-        head_distribution = self.record.head_distribution.tolist()
-        scalars = {"attention_entropy/mean": self.record.entropy.mean().item()}
-        for layer, heads in enumerate(entropy):
-            scalars[f"attention_entropy/layer_{layer}/mean"] = sum(heads) / len(heads)
-            scalars[f"attention_nan_count/layer_{layer}"] = nan_count[layer]
-            scalars[f"attention_inf_count/layer_{layer}"] = inf_count[layer]
-            for head, value in enumerate(heads):
-                scalars[f"attention_entropy/layer_{layer}/head_{head}"] = value
-        for quarter, share in enumerate(head_distribution):
-            scalars[f"attention_entropy/share_of_heads_in_quarter_{quarter}"] = share
-        record = {
-            "entropy": entropy,
-            "max_entropy": self.record.max_entropy.mean().item(),
-            "head_distribution": head_distribution,
-            "nan_count": nan_count,
-            "inf_count": inf_count,
-        }
-        return record, scalars
 
 
 class NegativeSlope(Quantity):
@@ -134,6 +103,105 @@ class ZeroActivations(Quantity):
     def measure(self, model):
         share = (self.counts[:, 0] / self.counts[:, 1]).tolist()
         return {"share": share}, {f"zero_activations/layer_{layer}": value for layer, value in enumerate(share)}
+
+
+def batch_entropy(states: Tensor) -> Tensor:
+    """
+    Mean over the neurons of .5 log(pi e s^2 + 1), s a neuron's standard deviation over the sequences (arXiv
+    2208.01134, as its published code has it). A neuron is a position and a feature. It is no entropy in nats: that of
+    a Gaussian has 2 pi e, and no 1.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch, T, D)`): of at least two sequences.
+    """
+    return (math.pi * math.e * states.float().var(0) + 1).log().mean() / 2
+
+
+class BatchEntropy(Quantity):
+    """
+    Batch entropy behind every layer, over the probe batches of all processes: how much the layer still tells sequences
+    apart. Not measured where that is a single sequence.
+    """
+
+    name = "batch_entropy"
+
+    @contextmanager
+    def watch(self, model):
+        layers = model.model.layers
+        self.values: list[float] = []
+
+        def add(output: Tensor):
+            # at once, since the states of all layers may be more than the memory has room for
+            states = output.to(torch.float32 if output.device.type == "mps" else torch.float64)
+            number = _add_up(torch.tensor(float(len(states)), dtype=torch.float64), model.device).item()
+            if number > 1:
+                mean = _add_up(states.sum(0), model.device) / number
+                squares = _add_up((states - mean.to(states.device)).square().sum(0), model.device)
+                self.values.append((math.pi * math.e * squares / (number - 1) + 1).log().mean().item() / 2)
+
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.register_forward_hook(lambda _, args, output: add(output)))
+            yield
+
+    def measure(self, model):
+        return {"entropy": self.values}, {f"batch_entropy/layer_{layer}": v for layer, v in enumerate(self.values)}
+
+
+class EntropyBound(Quantity):
+    """
+    The least attention entropy that spectral norms leave possible (arXiv 2303.06296, theorem 3.1), mean over the
+    queries of the probe batch, each with the number of keys that it sees and with the scores as they are scaled; and
+    the spectral norms themselves: of every matrix in the layers, and of W_Q' W_K by head. Nats.
+    """
+
+    name = "entropy_bound"
+
+    @contextmanager
+    def watch(self, model):
+        config = model.config
+        rotated = config.position_embedding_type == "rotary"
+        attentions = [layer.self_attn for layer in model.model.layers]
+        self.norms = [
+            query_key_norm(attention.q_proj, attention.k_proj, attention.head_dim, rotated=rotated)
+            for attention in attentions
+        ]
+        # by layer and head: sum over the queries of the bound, and their number
+        self.sums = torch.zeros(len(attentions), config.num_attention_heads, 2, dtype=torch.float64)
+
+        def add(index: int, attention: torch.nn.Module, states: Tensor, position_ids: Tensor):
+            has_bias = attention.q_proj.bias is not None or attention.k_proj.bias is not None
+            gram = gram_norm(states, with_bias=has_bias, rotated=rotated)  # (B,)
+            logit_norm = attention.scaling * self.norms[index][:, None] * gram[:, None, None]  # (B, H, 1)
+            visible = (position_ids + 1)[:, None]  # (B, 1, T)
+            bound = entropy_lower_bound(logit_norm, visible).expand(len(states), -1, -1)
+            self.sums[index, :, 0] += bound.sum((0, 2)).cpu()
+            self.sums[index, :, 1] += bound.shape[0] * bound.shape[2]
+
+        with ExitStack() as stack:
+            for index, attention in enumerate(attentions):
+                stack.enter_context(
+                    attention.register_forward_pre_hook(
+                        lambda module, args, kwargs, index=index: add(index, module, args[0], kwargs["position_ids"]),
+                        with_kwargs=True,
+                    )
+                )
+            yield
+        self.sums = _add_up(self.sums, model.device)
+
+    def measure(self, model):
+        bound = (self.sums[..., 0] / self.sums[..., 1]).tolist()
+        norms = {
+            f"layer_{layer}/{name}": torch.linalg.matrix_norm(module.weight.detach().double(), 2).item()
+            for layer, block in enumerate(model.model.layers)
+            for name, module in block.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        scalars = {f"spectral_norm/{name}": norm for name, norm in norms.items()}
+        for layer, heads in enumerate(bound):
+            scalars[f"entropy_bound/layer_{layer}/mean"] = sum(heads) / len(heads)
+        record = {"bound": bound, "query_key_norm": torch.stack(self.norms).tolist(), "spectral_norm": norms}
+        return record, scalars
 
 
 def _add_up(sums: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -29,6 +29,7 @@ from .errors import UserError, explained, one_line
 
 
 RECIPES, SWEEPS = Path(__file__).with_name("recipes"), Path(__file__).with_name("sweeps")
+WeightParametrization = Literal["sigma_reparam", "weight_norm", "spectral_norm"]
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -39,6 +40,15 @@ def check_model_id(model_id: str | Path):
             validate_repo_id(str(model_id))
     except HFValidationError:
         raise UserError(f"model {str(model_id)!r} is neither a folder nor an id of the Hub") from None
+
+
+def parent_name(init_from: str) -> str:
+    """What a model that is started from is called: its id on the Hub, or its folder's name; or its run's."""
+    folder = Path(init_from)
+    if not folder.is_dir():
+        return init_from
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" and (folder.parent / "recipe.yaml").is_file() else folder.name
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,7 +73,24 @@ _Loader.add_implicit_resolver(
 class DataArguments:
     """What is trained on, and what is measured on the way; the fields that neither the model nor the Trainer has."""
 
-    variant: str = field(default="SM+R", metadata={"help": "the paper's notation: SM+LN+G, SM+LN+R, SM+G, SM+R, ..."})
+    variant: str | None = field(
+        default="SM+R",
+        metadata={"help": "the paper's notation: SM+LN+G, SM+LN+R, SM+G, SM+R, ...; with init_from, its own"},
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a model to start from, of this family or stock GPT-2 or GPT-NeoX, or folder "
+            "of a run; None: random weights"
+        },
+    )
+    trainable: str | None = field(
+        default=None,
+        metadata={
+            "help": "'norms' (LN-tuning), or a regular expression that is searched in the names of the parameters; "
+            "the others stay as they are; None: all"
+        },
+    )
     dataset: str = field(
         default="stdlib",
         metadata={
@@ -135,6 +162,37 @@ class DataArguments:
             "match_rms_adamw"
         },
     )
+    entropy_weight: float | None = field(
+        default=None,
+        metadata={"help": "of the penalty on attention entropy in the loss (AERO: 1e-5, 5e-5); None: no penalty"},
+    )
+    entropy_margin: float = field(
+        default=0.2,
+        metadata={"help": "share of a head's largest entropy around its threshold where the penalty is 0"},
+    )
+    entropy_target_init: float = field(
+        default=0.5, metadata={"help": "start of the thresholds, as shares of a head's largest entropy"}
+    )
+    entropy_target_learned: bool = field(default=True, metadata={"help": "whether the thresholds are trained"})
+    weight_parametrization: WeightParametrization | None = field(
+        default=None,
+        metadata={
+            "help": "of the matrices of the layers while training: sigma_reparam, weight_norm or spectral_norm; the "
+            "finished model has ordinary weights"
+        },
+    )
+    parametrized_projections: list[str] | None = field(
+        default=None, metadata={"help": "the matrices that are parametrized, as q_proj; None: all"}
+    )
+    parametrization_gain_init: float | None = field(
+        default=None, metadata={"help": "start of sigma_reparam's gains; None: the spectral norm"}
+    )
+    batch_entropy_weight: float | None = field(
+        default=None,
+        metadata={"help": "of the penalty on batch entropy in the loss (0.005 to 0.1 in the paper); None: no penalty"},
+    )
+    batch_entropy_target: float = field(default=0.5, metadata={"help": "start of the targets, one a layer"})
+    batch_entropy_floor: float = field(default=0.2, metadata={"help": "least value that a target acts with"})
     fsdp_size: int = field(
         default=1,
         metadata={
@@ -147,6 +205,14 @@ class DataArguments:
 # of `DataArguments`: how the matrices of the layers are trained
 LAYER_FIELDS = ("layer_optimizer", "layer_learning_rate", "layer_base_width", "muon_momentum", "muon_adjustment")
 MUON_DEFAULTS = {"muon_momentum": 0.95, "muon_adjustment": "match_rms_adamw"}
+# of `DataArguments`: what is trained of which model, and how beside the optimizer
+START_FIELDS = ("init_from", "trainable")
+METHOD_FIELDS = (
+    *("entropy_weight", "entropy_margin", "entropy_target_init", "entropy_target_learned"),
+    *("weight_parametrization", "parametrized_projections", "parametrization_gain_init"),
+    *("batch_entropy_weight", "batch_entropy_target", "batch_entropy_floor"),
+)
+DROPOUTS = ("embedding_dropout", "attention_dropout", "hidden_dropout")
 DATA_FIELDS = {f.name for f in fields(DataArguments)}
 TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
 MODEL_FIELDS = set(LNFreeConfig.__annotations__) - TRAINING_FIELDS
@@ -185,6 +251,8 @@ class Recipe:
 
     def build_config(self, **overrides) -> LNFreeConfig:
         """The model's configuration; `overrides` are fields known later, such as the tokenizer's."""
+        if self.data.init_from is not None:
+            raise UserError(f"init_from={self.data.init_from}: its configuration is known when it is loaded")
         named = {"max_position_embeddings": self.data.block_size, **self.model, **overrides}
         return LNFreeConfig.from_variant(self.data.variant, **named)
 
@@ -207,7 +275,13 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The run's name, from its configuration: `gpt2-sm-r-t128-seed1337`."""
+        """
+        The run's name, from its configuration: `gpt2-sm-r-t128-seed1337`; with `init_from`, from the model's name:
+        `gpt2-tuned-t128-seed1337`.
+        """
+        if self.data.init_from is not None:
+            parent = re.sub(r"[^\w.-]+", "-", parent_name(self.data.init_from).rpartition("/")[2])
+            return f"{parent}-tuned-t{self.data.block_size}-seed{self.training['seed']}"
         config = self.build_config()
         variant = variant_slug(config.variant)
         return f"{config.backbone}-{variant}-t{self.data.block_size}-seed{self.training['seed']}"
@@ -351,10 +425,16 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         )
     if not training.get("output_dir", "runs"):
         raise UserError(f"output_dir must be a folder, got {training['output_dir']!r}")
-    try:
-        config = recipe.build_config()
-    except (ValueError, StrictDataclassError) as error:
-        raise UserError(one_line(error)) from None
+    _check_methods(recipe, values)
+    if data.init_from is None:
+        try:
+            config = recipe.build_config()
+        except (ValueError, StrictDataclassError) as error:
+            raise UserError(one_line(error)) from None
+        if data.block_size > config.max_position_embeddings:
+            raise UserError(
+                f"block_size={data.block_size} is longer than max_position_embeddings={config.max_position_embeddings}"
+            )
     if not 0 < data.eval_fraction < 1:
         raise UserError(f"eval_fraction must be in (0, 1), got {data.eval_fraction}")
     if data.tokenizer is None and recipe.model.get("vocab_size", 0) < 258:
@@ -364,10 +444,6 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         )
     if data.streaming and (data.tokenizer is None or training.get("max_steps", -1) < 0):
         raise UserError("streaming=True needs a tokenizer and max_steps: a stream's end is not known beforehand")
-    if data.block_size > config.max_position_embeddings:
-        raise UserError(
-            f"block_size={data.block_size} is longer than max_position_embeddings={config.max_position_embeddings}"
-        )
     save_steps, logging_steps = training.get("save_steps", 500), training.get("logging_steps", 500)
     if training.get("save_strategy", "steps") == "steps" and save_steps % logging_steps:
         # the loss summed since the last log is not part of a checkpoint
@@ -400,3 +476,63 @@ def _check_layer_optimizer(recipe: Recipe):
             setattr(data, name, value)
     if not 0 <= data.muon_momentum < 1:
         raise UserError(f"muon_momentum must be in [0, 1), got {data.muon_momentum}")
+
+
+def _check_methods(recipe: Recipe, values: dict[str, Any]):
+    """Refuses what would have no effect or cannot be had of `METHOD_FIELDS`, and writes out what follows from them."""
+    data = recipe.data
+    for name, least, most in (
+        *(("entropy_margin", 0, 1), ("entropy_target_init", 0, 1)),
+        *(("batch_entropy_target", 0, math.inf), ("batch_entropy_floor", 0, math.inf)),
+    ):
+        if not least <= getattr(data, name) <= most:
+            raise UserError(f"{name} must be in [{least}, {most}], got {getattr(data, name)}")
+    for name in ("entropy_weight", "batch_entropy_weight", "parametrization_gain_init"):
+        if getattr(data, name) is not None and not 0 < getattr(data, name) < math.inf:
+            raise UserError(f"{name} must be finite and more than 0, got {getattr(data, name)}")
+    for name, needed in (
+        *((name, "entropy_weight") for name in ("entropy_margin", "entropy_target_init", "entropy_target_learned")),
+        *((name, "batch_entropy_weight") for name in ("batch_entropy_target", "batch_entropy_floor")),
+        *((name, "weight_parametrization") for name in ("parametrized_projections", "parametrization_gain_init")),
+    ):
+        default = DataArguments.__dataclass_fields__[name].default
+        if getattr(data, name) != default and getattr(data, needed) is None:
+            raise UserError(f"{name}={getattr(data, name)} has no effect without {needed}")
+    if data.parametrization_gain_init is not None and data.weight_parametrization != "sigma_reparam":
+        raise UserError(
+            f"parametrization_gain_init={data.parametrization_gain_init} has no effect with weight_parametrization="
+            f"{data.weight_parametrization!r}"
+        )
+    for name in ("entropy_weight", "batch_entropy_weight", "weight_parametrization"):
+        if getattr(data, name) is not None and data.fsdp_size > 1:
+            raise UserError(
+                f"{name}={getattr(data, name)} needs whole weights and an optimizer in every process, and "
+                f"fsdp_size={data.fsdp_size} shards them: train with fsdp_size=1 (DDP)"
+            )
+    sequences = recipe.training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+    if data.batch_entropy_weight is not None and sequences < 2:
+        raise UserError(
+            "batch_entropy_weight needs a per_device_train_batch_size of at least 2, since a single sequence has no "
+            f"batch entropy, got {sequences}"
+        )
+    if data.trainable is not None:
+        try:
+            re.compile(data.trainable)
+        except re.error as error:
+            raise UserError(f"trainable={data.trainable!r} is no regular expression: {error}") from None
+    if data.init_from is None:
+        if data.variant is None:
+            raise UserError("variant must be given unless init_from is")
+        return
+    if (Path(data.init_from) / "recipe.yaml").is_file() and (Path(data.init_from) / "model").is_dir():
+        data.init_from = str(Path(data.init_from) / "model")
+    check_model_id(data.init_from)
+    given = sorted(recipe.model.keys() - set(DROPOUTS))
+    if values.get("variant") is not None:
+        given.insert(0, "variant")
+    if given:
+        raise UserError(
+            f"{', '.join(given)} cannot be given with init_from: the model of {data.init_from} has its own"
+        )
+    data.variant = None
+    data.tokenizer = data.tokenizer or data.init_from

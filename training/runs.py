@@ -19,7 +19,16 @@ from modeling_lnfree.configuration_lnfree import BASELINE, variant_order, varian
 
 from .errors import UserError, one_line
 from .files import read_json
-from .recipe import LAYER_FIELDS, MODEL_FIELDS, MUON_DEFAULTS, DataArguments, Recipe, read_values
+from .recipe import (
+    LAYER_FIELDS,
+    METHOD_FIELDS,
+    MODEL_FIELDS,
+    MUON_DEFAULTS,
+    START_FIELDS,
+    DataArguments,
+    Recipe,
+    read_values,
+)
 
 
 RESULTS, REPORT, LOCK, INCOMPLETE = "results.json", "instability.json", ".lock", ".incomplete"
@@ -124,6 +133,7 @@ SETTING_FIELDS = MODEL_FIELDS - {
     *("dataset_config", "eval_dataset", "eval_fraction", "text_column", "tokenizer"),
     *("streaming", "separate_documents"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
+    *START_FIELDS,
     *("lr_scheduler_type", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "bf16"),
 }
 
@@ -180,6 +190,9 @@ class Run:
         if (optimizer, rate, given) != ("adamw", None, {}):
             parts.append(optimizer if rate is None else f"{optimizer} {rate:g}")
             parts += [f"{name}={value}" for name, value in given.items() if value != MUON_DEFAULTS.get(name)]
+        defaults = asdict(DataArguments())
+        methods = {name: self.recipe.get(name, defaults[name]) for name in METHOD_FIELDS}
+        parts += [f"{name}={value}" for name, value in methods.items() if value != defaults[name]]
         return ", ".join(parts)
 
     @property

@@ -23,6 +23,7 @@ def test_export_loads_outside_the_project_with_equal_logits(variant_runs, corpus
     assert names - {"negative_slope.jsonl", "zero_activations.jsonl"} == {
         "README.md",
         "attention_entropy.jsonl",
+        "batch_entropy.jsonl",
         "block.png",
         "config.json",
         "configuration_lnfree.py",

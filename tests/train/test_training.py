@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM
-from training import cli, data, files, quantities, runs, texts
+from training import cli, data, files, runs, texts
 from training.errors import UserError
 from training.recipe import build_recipe
 from training.train import callbacks, loop, stability, trainer
@@ -101,10 +101,8 @@ def test_nan_in_the_attention_is_counted_and_never_a_number(variant_runs):
     model = LNFreeForCausalLM.from_pretrained(variant_runs / "SM+R" / "model").eval()
     model.model.layers[1].self_attn.q_proj.weight.data[:8] = math.nan  # the first of two heads
     probe = torch.randint(300, (3, 16))
-    callback = callbacks.MeasurementCallback(
-        [quantities.AttentionEntropy()], {"input_ids": probe}, 1, Path("unused"), print
-    )
-    [(record, scalars)] = callback.measure(model)
+    callback = callbacks.MeasurementCallback(None, [], {"input_ids": probe}, 1, Path("unused"))
+    record, scalars = callback.describe(callback.measure(model), model)["attention_entropy"]
     assert math.isnan(record["entropy"][1][0]) and record["nan_count"][1] > 0 == record["nan_count"][0]
     assert math.isfinite(record["entropy"][0][0]) and math.isnan(scalars["attention_entropy/layer_1/mean"])
 

@@ -60,10 +60,8 @@ def assert_same_result(ours: Path, theirs: Path):
 
 
 def measure(quantity, model, probe):
-    [(record, scalars)] = callbacks.MeasurementCallback(
-        [quantity], {"input_ids": probe}, 1, Path("unused"), print
-    ).measure(model)
-    return record, scalars
+    callback = callbacks.MeasurementCallback(None, [quantity], {"input_ids": probe}, 1, Path("unused"))
+    return callback.describe(callback.measure(model), model)[quantity.name]
 
 
 @pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
@@ -111,11 +109,11 @@ def test_one_forward_pass_serves_all_quantities():
     model = tiny_model("SM+LR-layer").train()
     passes = []
     model.register_forward_pre_hook(lambda module, args: passes.append(module.training))
-    watched = [quantities.AttentionEntropy(), quantities.ResidualStream(), quantities.NegativeSlope()]
-    callback = callbacks.MeasurementCallback(watched, {"input_ids": random_ids(2, 8)}, 1, Path("unused"), print)
-    measured = callback.measure(model)
+    watched = [quantities.ResidualStream(), quantities.NegativeSlope()]
+    callback = callbacks.MeasurementCallback(None, watched, {"input_ids": random_ids(2, 8)}, 1, Path("unused"))
+    measured = callback.describe(callback.measure(model), model)
     assert passes == [False] and model.training and not model.model.layers[0]._forward_hooks
-    assert [set(record) for record, _ in measured] == [
+    assert [set(record) for record, _ in measured.values()] == [
         {"entropy", "max_entropy", "head_distribution", "nan_count", "inf_count"},
         {"norm", "kurtosis"},
         {"slopes"},

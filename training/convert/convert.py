@@ -148,6 +148,19 @@ def convert(
     return out_dir
 
 
+def load_in_family(model_id: str | Path) -> LNFreeForCausalLM:
+    """
+    A model of this family, or a stock one as a model of this family, in float32.
+
+    Raises:
+        UserError: for a model that cannot be loaded, and one that the family cannot express.
+    """
+    model = _load(model_id, ("lnfree", *_NAMES), None)
+    if not isinstance(model, LNFreeForCausalLM):
+        model = _from_stock(model)
+    return model.float()
+
+
 def _load(model_id: str | Path, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
     check_model_id(model_id)
     with explained(f"model {model_id!r} cannot be loaded"):

@@ -115,8 +115,10 @@ def export(
 
 
 def _without_local_paths(results: dict[str, Any]) -> dict[str, Any]:
-    """A local path is nobody else's business; of data and tokenizers on this machine only the name is told."""
+    """A local path is nobody else's business; of data, tokenizers and models here only the name is told."""
     recipe = {key: value for key, value in results["recipe"].items() if key != "output_dir"}
+    if "base_model" in results:
+        recipe["init_from"] = results["base_model"]
 
     def names_only(values: dict[str, Any]) -> dict[str, Any]:
         local = ("dataset", "eval_dataset", "tokenizer")

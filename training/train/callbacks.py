@@ -2,76 +2,69 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from modeling_lnfree import use_fast_cpu
+from modeling_lnfree import AttentionEntropyCallback, use_fast_cpu
+from modeling_lnfree.entropy_callback import describe_record
+from modeling_lnfree.metrics.attention_entropy.record import AttentionEntropyRecord
 
 from ..files import append_record, drop_records_after
 from ..quantities import Quantity
 
 
-class MeasurementCallback(TrainerCallback):
+class MeasurementCallback(AttentionEntropyCallback):
     """
-    Measures before the first step, every `every` steps, and after the last one: one forward pass of a fixed probe
-    batch in evaluation mode, which all quantities watch.
+    Attention entropy and other quantities, all in one forward pass of a fixed probe batch in evaluation mode: before
+    the first step, every `every` steps, and after the last one. Each has a JSON-lines file in `run_dir`, with one
+    record a measurement; resuming drops the records after the checkpoint's step.
 
     Args:
-        quantities: what is measured; each has a JSON-lines file in `run_dir`, with one record a measurement. Resuming
-            drops the records after the checkpoint's step.
+        trainer: its log, which every `report_to` receives, gets the scalars.
+        quantities: what is measured beside attention entropy.
         probe (`dict` of `torch.LongTensor` of shape `(num_sequences, seq_len)`): the probe batch, `input_ids` and, if
             documents are separated, `position_ids`.
         every: steps between two measurements.
-        log: the Trainer's `log`, so that every `report_to` receives the scalars.
     """
 
     def __init__(
-        self,
-        quantities: list[Quantity],
-        probe: dict[str, torch.Tensor],
-        every: int,
-        run_dir: Path,
-        log: Callable[[dict[str, float]], None],
+        self, trainer: Trainer, quantities: list[Quantity], probe: dict[str, torch.Tensor], every: int, run_dir: Path
     ):
-        self.quantities, self.probe, self.every, self.run_dir, self.log = quantities, probe, every, run_dir, log
+        super().__init__(trainer, every=every, probe=probe)
+        self.quantities, self.run_dir = quantities, run_dir
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            for quantity in self.quantities:
-                drop_records_after(self.run_dir / f"{quantity.name}.jsonl", state.global_step)
-        if state.global_step == 0:
-            self._record(state, control, model)
+            for name in ("attention_entropy", *(quantity.name for quantity in self.quantities)):
+                drop_records_after(self.run_dir / f"{name}.jsonl", state.global_step)
+        super().on_train_begin(args, state, control, **kwargs)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._record(state, control, model)
-
-    def _record(self, state, control, model):
-        scalars = {}
-        for quantity, (record, logged) in zip(self.quantities, self.measure(model), strict=True):
-            if state.is_world_process_zero:
-                append_record(self.run_dir / f"{quantity.name}.jsonl", {"step": state.global_step, **record})
-            scalars |= logged
-        # logging clears the flag by which the step's own loss waits to be logged
-        should_log = control.should_log
-        self.log(scalars)
-        control.should_log = should_log
-
-    def measure(self, model: torch.nn.Module) -> list[tuple[dict[str, Any], dict[str, float]]]:
-        """The record and the scalars of every quantity."""
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), ExitStack() as stack:
+    @contextmanager
+    def watch(self, model: torch.nn.Module) -> Iterator[AttentionEntropyRecord]:
+        with super().watch(model) as record, ExitStack() as stack:
             for quantity in self.quantities:
                 stack.enter_context(quantity.watch(model))
-            model(**{name: value.to(model.device) for name, value in self.probe.items()}, use_cache=False)
-        model.train(was_training)
-        return [quantity.measure(model) for quantity in self.quantities]
+            yield record
+
+    def describe(
+        self, record: AttentionEntropyRecord, model: torch.nn.Module
+    ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
+        """By the name of its file, what a quantity writes into it, and its scalars for the log."""
+        quantities = {quantity.name: quantity.measure(model) for quantity in self.quantities}
+        return {"attention_entropy": describe_record(record), **quantities}
+
+    def figures(self, record: AttentionEntropyRecord, state, model: torch.nn.Module) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for name, (values, scalars) in self.describe(record, model).items():
+            if state.is_world_process_zero:
+                append_record(self.run_dir / f"{name}.jsonl", {"step": state.global_step, **values})
+            figures |= scalars
+        return figures
 
 
 class SpeedCallback(TrainerCallback):

@@ -2,8 +2,9 @@
 Recipe -> Trainer -> finished run.
 
 A run's folder holds `recipe.yaml`, the last checkpoints, what was measured on the way (`attention_entropy.jsonl`,
-`residual_stream.jsonl`, `speed.jsonl`, by variant `zero_activations.jsonl` or `negative_slope.jsonl`), and once it is
-finished `model/`, `log_history.json` and `results.json`, in this order.
+`residual_stream.jsonl`, `batch_entropy.jsonl`, `speed.jsonl`, by variant `zero_activations.jsonl` or
+`negative_slope.jsonl`, by recipe `entropy_bound.jsonl`), and once it is finished `model/`, `log_history.json` and
+`results.json`, in this order.
 """
 
 import errno
@@ -25,7 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerState, set_se
 from transformers.distributed import DistributedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
-from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy, use_fast_cpu
+from modeling_lnfree import EntropyRegularizer, LNFreeForCausalLM, record_attention_entropy
 
 from ..data import (
     digest_blocks,
@@ -38,8 +39,9 @@ from ..data import (
 )
 from ..errors import UserError
 from ..files import flush, write_atomically
-from ..quantities import AttentionEntropy, NegativeSlope, ResidualStream, ZeroActivations
-from ..recipe import Recipe
+from ..parametrization import fold_weights
+from ..quantities import BatchEntropy, EntropyBound, NegativeSlope, ResidualStream, ZeroActivations
+from ..recipe import Recipe, parent_name
 from ..runs import (
     INCOMPLETE,
     LOCK,
@@ -53,8 +55,10 @@ from ..runs import (
     read_results,
 )
 from ..texts import perplexity
+from .batch_entropy import BatchEntropyLoss
 from .callbacks import BriefPrinterCallback, BriefProgressCallback, MeasurementCallback, SpeedCallback
 from .checkpoints import last_whole_checkpoint
+from .start import load_parent, start_model
 from .trainer import DATA_DIGEST, LNFreeTrainer
 
 
@@ -93,6 +97,7 @@ def train(recipe: Recipe) -> Path:
         PartialState().destroy_process_group()
         return run_dir
 
+    parent = load_parent(recipe)
     with arguments.main_process_first(desc="data preparation"):
         documents = load_documents(recipe.data, arguments.seed)
         tokenizer = load_tokenizer(recipe.data, documents["train"], recipe.model.get("vocab_size"))
@@ -102,15 +107,8 @@ def train(recipe: Recipe) -> Path:
         origin = {"eval_revision": find_revision(recipe.data), "commit": find_commit()}
 
     set_seed(arguments.seed)
-    model = LNFreeForCausalLM(
-        recipe.build_config(
-            vocab_size=vocab_size,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    use_fast_cpu(model)
+    model = start_model(recipe, tokenizer, vocab_size, parent)
+    del parent
     if recipe.data.fsdp_size > 1:
         model = _shard(model.to(arguments.device), recipe.data.fsdp_size, arguments.world_size)
     collate = functools.partial(_collate, boundary=tokenizer.eos_token_id if recipe.data.separate_documents else None)
@@ -133,7 +131,24 @@ def train(recipe: Recipe) -> Path:
     trainer.add_callback(
         SpeedCallback(recipe.tokens_per_step, recipe.data.block_size, run_dir / "speed.jsonl", trainer)
     )
-    quantities = [AttentionEntropy(), ResidualStream()]
+    if recipe.data.entropy_weight is not None:
+        trainer.entropy_regularizer = EntropyRegularizer(
+            model,
+            weight=recipe.data.entropy_weight,
+            margin=recipe.data.entropy_margin,
+            target=recipe.data.entropy_target_init,
+            learned=recipe.data.entropy_target_learned,
+        )
+    if recipe.data.batch_entropy_weight is not None:
+        trainer.batch_entropy = BatchEntropyLoss(
+            model,
+            weight=recipe.data.batch_entropy_weight,
+            target=recipe.data.batch_entropy_target,
+            floor=recipe.data.batch_entropy_floor,
+        )
+    quantities = [ResidualStream(), BatchEntropy()]
+    if recipe.data.weight_parametrization is not None:
+        quantities.append(EntropyBound())
     if model.config.hidden_act == "relu":
         quantities.append(ZeroActivations())
     if model.config.slope_sharing is not None:
@@ -143,7 +158,7 @@ def train(recipe: Recipe) -> Path:
     probe = {
         name: torch.tensor_split(value, arguments.world_size)[arguments.process_index] for name, value in probe.items()
     }
-    trainer.add_callback(MeasurementCallback(quantities, probe, recipe.data.entropy_steps, run_dir, trainer.log))
+    trainer.add_callback(MeasurementCallback(trainer, quantities, probe, recipe.data.entropy_steps, run_dir))
 
     # one process reads and hashes, removes what is damaged, and says where all go on
     found = last_whole_checkpoint(run_dir) if trainer.is_world_process_zero() else None
@@ -164,6 +179,7 @@ def train(recipe: Recipe) -> Path:
                     f"{run_dir} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: the dataset "
                     "has no more blocks to train on"
                 )
+        fold_weights(model)
         with torch.no_grad(), record_attention_entropy(model) as record:
             metrics = trainer.evaluate(blocks["eval"])
         model.config.use_cache = True  # the Trainer switches it off for training
@@ -317,5 +333,7 @@ def _finish(
         "versions": library_versions(),
         **origin,
     }
+    if recipe.data.init_from is not None:
+        results["base_model"] = parent_name(recipe.data.init_from)
     write_atomically(run_dir / RESULTS, json.dumps(results, indent=1))
     print(f"{run_dir} is finished: {results['variant']}, perplexity {results['perplexity']:.3f}")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -23,26 +24,31 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
-from modeling_lnfree import LNFreeForCausalLM, build_optimizer
+from modeling_lnfree import EntropyRegularizationMixin, LNFreeForCausalLM, build_optimizer
 
 from ..errors import UserError, one_line
+from ..parametrization import is_parametrized, split_state, update_spectral_norms
 from ..runs import INCOMPLETE
 from ..texts import perplexity
+from .batch_entropy import BatchEntropyMixin
 from .checkpoints import remove_old_checkpoints, write_manifest
 from .stability import StabilityCallback
 
 
 SHARDED_OPTIMIZER, DATA_DIGEST = "optimizer_shards", "data.sha256"
+# in a folder of its own: what reads every .safetensors file beside the config takes them for weights
+PARAMETRIZATION = Path("parametrization", "state.safetensors")
 
 
-class LNFreeTrainer(Trainer):
+class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, Trainer):
     """
     The Trainer, with checkpoints that are whole or not there, perplexity beside the losses, an end to runs that are
     unstable, and no weight decay on learned negative slopes unless `decay_slopes` asks for it.
 
     A stream is split by process. Checkpoints hold its place in every process, `stream_RANK.pt`; training goes on from
     those in `stream_states`, a folder. Of a sharded model, every process writes and reads its part of the optimizer;
-    the weights are one ordinary file here too.
+    the weights are one ordinary file here too. So they are of a model with parametrized weights; what these are made
+    of stands beside them.
 
     Args:
         decay_slopes: weight decay on learned negative slopes too.
@@ -110,9 +116,12 @@ class LNFreeTrainer(Trainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         names = super().get_decay_parameter_names(model)
-        return [name for name in names if self.decay_slopes or not name.endswith("negative_slope")]
+        names = [name for name in names if self.decay_slopes or not name.endswith("negative_slope")]
+        # those of parametrized weights
+        return [name for name in names if not name.endswith(".gain")]
 
     def create_optimizer(self, *args, **kwargs):
+        is_new = self.optimizer is None
         if self.layer_options and self.optimizer is None:
             _, adamw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = build_optimizer(
@@ -123,7 +132,10 @@ class LNFreeTrainer(Trainer):
                 **self.layer_options,
                 **adamw,
             )
-        return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and is_parametrized(self.model):
+            optimizer.register_step_post_hook(lambda *args: update_spectral_norms(self.model))
+        return optimizer
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # A loss for every sequence: the Trainer's own, of a batch, also counts the sequences that fill up the last
@@ -179,7 +191,23 @@ class LNFreeTrainer(Trainer):
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, state)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
+    def _save(self, output_dir=None, state_dict=None):
+        if is_parametrized(self.model) and self.args.should_save:
+            state_dict, own = split_state(self.model)
+            path = Path(output_dir) / PARAMETRIZATION
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(own, path)
+        super()._save(output_dir, state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if is_parametrized(self.model):
+            ordinary, own = split_state(self.model)
+            weights = load_file(Path(resume_from_checkpoint) / PARAMETRIZATION)
+            for path in Path(resume_from_checkpoint).glob("*.safetensors"):
+                weights |= {name: tensor for name, tensor in load_file(path).items() if name in ordinary}
+            names = self.model.state_dict().keys()
+            self.model.load_state_dict({name: weights[name] for name in names & weights.keys()}, strict=False)
+            return None
         if not self.sharded:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         weights = get_model_state_dict(self.model)

@@ -93,7 +93,7 @@ class _Recorder:
         on_layer: Callable[[LayerEntropy], None] | None,
     ):
         modules = dict(model.named_modules())
-        layers = {module: name for name, module in modules.items() if _uses_attention_interface(type(module))}
+        layers = {module: name for name, module in modules.items() if uses_attention_interface(type(module))}
         if not layers:
             raise ValueError(
                 f"{type(model).__name__} computes its attention itself and not by the attention interface of "
@@ -429,7 +429,8 @@ def _attention_beside(
 
 
 @functools.cache
-def _uses_attention_interface(kind: type[nn.Module]) -> bool:
+def uses_attention_interface(kind: type[nn.Module]) -> bool:
+    """Whether a kind of module looks its attention function up in the interface of transformers."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 

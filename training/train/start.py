@@ -1,0 +1,98 @@
+"""The model that a run starts with: random weights, or those of another model, and which of them are trained."""
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+from modeling_lnfree import LNFreeForCausalLM, use_fast_cpu
+
+from ..convert.convert import load_in_family
+from ..errors import UserError
+from ..parametrization import parametrize_weights
+from ..recipe import DROPOUTS, Recipe
+
+
+def load_parent(recipe: Recipe) -> LNFreeForCausalLM | None:
+    """
+    The model that the recipe starts from, None where it starts from random weights.
+
+    Raises:
+        UserError: for a model that cannot be had, that is shorter than the recipe's blocks, or of which nothing is to
+            be trained.
+    """
+    if recipe.data.init_from is None:
+        return None
+    parent = load_in_family(recipe.data.init_from)
+    if recipe.data.block_size > parent.config.max_position_embeddings:
+        raise UserError(
+            f"block_size={recipe.data.block_size} is longer than the max_position_embeddings="
+            f"{parent.config.max_position_embeddings} of {recipe.data.init_from}"
+        )
+    choose_trainable(parent, recipe)
+    return parent
+
+
+def start_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocab_size: int, parent: LNFreeForCausalLM | None
+) -> LNFreeForCausalLM:
+    """The model in which training begins, of random weights unless there is a parent."""
+    if parent is None:
+        model = LNFreeForCausalLM(
+            recipe.build_config(
+                vocab_size=vocab_size,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    else:
+        config = parent.config
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"tokenizer={recipe.data.tokenizer} has {len(tokenizer)} tokens, {recipe.data.init_from} knows "
+                f"{config.vocab_size}"
+            )
+        for name in DROPOUTS:
+            if name in recipe.model:
+                setattr(config, name, recipe.model[name])
+        model = LNFreeForCausalLM(config)
+        model.load_state_dict(parent.state_dict())
+        model.generation_config = parent.generation_config
+    choose_trainable(model, recipe)
+    # before the layers get classes of their own
+    use_fast_cpu(model)
+    if recipe.data.weight_parametrization is not None:
+        parametrize_weights(
+            model,
+            recipe.data.weight_parametrization,
+            recipe.data.parametrized_projections,
+            recipe.data.parametrization_gain_init,
+        )
+    return model
+
+
+def choose_trainable(model: LNFreeForCausalLM, recipe: Recipe):
+    """
+    Lets the parameters alone be trained that the recipe's `trainable` names.
+
+    Raises:
+        UserError: if the model has none of them.
+    """
+    trainable, name = recipe.data.trainable, recipe.data.init_from or model.config.variant
+    if trainable is None:
+        return
+    pattern = trainable
+    if trainable == "norms":
+        if model.config.norm_type == "none":
+            raise UserError(
+                f"trainable='norms': {name} ({model.config.variant}) has no norms in its layers; a regular expression "
+                "over the names of its parameters trains others"
+            )
+        pattern = r"norm\."
+    chosen = [parameter for key, parameter in model.named_parameters() if re.search(pattern, key)]
+    if not chosen:
+        names = ", ".join(key for key, _ in list(model.named_parameters())[:3])
+        raise UserError(f"trainable={trainable!r} is found in no parameter of {name}; they are {names}, ...")
+    model.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
