@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb runs, and then only what it needs.
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 
@@ -14,17 +15,43 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns 0 only on success, and prints one line for an error that a user can mend."""
     options = _parse(argv)
     verb, (module, function) = options.pop("verb"), options.pop("runs").split(":")
-    from .errors import UserError
-
+    for stream in (sys.stdout, sys.stderr):
+        # names and texts may hold what a terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        getattr(importlib.import_module(f".{module}", __package__), function)(**options)
-    except UserError as error:
-        print(f"lnfree {verb}: error: {error}", file=sys.stderr)
+        os.getcwd()
+    except FileNotFoundError:
+        # libraries would end the process without a word of this
+        print(f"lnfree {verb}: error: the working folder is gone: go to another", file=sys.stderr)
         return 1
+    try:
+        return _run(verb, module, function, options)
     except KeyboardInterrupt:
         goes_on = "; the same command goes on" if verb in ("train", "sweep", "publish") else ""
         print(f"lnfree {verb}: interrupted{goes_on}", file=sys.stderr)
         return 130
+    except OSError as error:
+        # who reads the output may close it, as head does
+        if not isinstance(error, BrokenPipeError):
+            print(f"lnfree {verb}: error: {error}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # what is left of it goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(verb: str, module: str, function: str, options: dict) -> int:
+    from .errors import UserError
+
+    try:
+        getattr(importlib.import_module(f".{module}", __package__), function)(**options)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"lnfree {verb}: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

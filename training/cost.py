@@ -1,6 +1,5 @@
 """`lnfree cost`: what a model costs under encryption, counted, and the bits of fixed point that it needs."""
 
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from modeling_lnfree.metrics.attention_entropy.attention_entropy import encode, 
 from .encryption.counting import count_operations
 from .encryption.fixed_point import measure_fixed_point
 from .encryption.tables import compare_costs, tabulate
-from .errors import UserError, one_line
-from .files import check_output, write_atomically
+from .errors import UserError, explained
+from .files import check_outputs, to_json, write_atomically
 from .recipe import check_model_id
 from .runs import library_versions
 from .tables import to_markdown
@@ -69,7 +68,8 @@ def cost(
     ):
         if number is not None and number < least:
             raise UserError(f"{name} must be at least {least}, got {number}")
-    json_path = check_output(json_path)
+    inputs = [name for name in (model_id, dataset) if name is not None]
+    (json_path,) = check_outputs({"json_path": json_path}, inputs)
     loading = {"trust_remote_code": trust_remote_code, "revision": revision}
     if fixed_point:
         if dataset is None:
@@ -88,7 +88,8 @@ def cost(
         _print_counts(found["private_cost"])
     results = {"model": model_id, "revision": revision, **found, "versions": library_versions()}
     if json_path is not None:
-        write_atomically(json_path, json.dumps(results, indent=1))
+        with explained(f"{json_path} cannot be written"):
+            write_atomically(json_path, to_json(results))
     return results
 
 
@@ -96,7 +97,7 @@ def _count(
     model_id: str, length: int | None, batch_size: int, new_tokens: int, loading: dict[str, Any]
 ) -> dict[str, Any]:
     check_model_id(model_id)
-    try:
+    with explained(f"model {model_id!r} cannot be counted"):
         config = AutoConfig.from_pretrained(model_id, **loading)
         if length is None:
             length = _positions(config)
@@ -104,8 +105,6 @@ def _count(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=loading["trust_remote_code"])
         return count_operations(type(model), config, length=length, batch_size=batch_size, new_tokens=new_tokens)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {model_id!r} cannot be counted: {one_line(error)}") from error
 
 
 def _positions(config: PreTrainedConfig) -> int:

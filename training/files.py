@@ -1,26 +1,97 @@
 """Files that are whole or not there, and files of JSON lines that a kill may have cut short."""
 
 import json
+import math
 import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError, one_line
 
 
-def write_atomically(path: Path, text: str):
-    """Writes a text file that is whole or not there."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write a file at, which then is whole under its own name or not there."""
+    aside = aside_of(path)
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield aside
+        with aside.open("rb+") as file:
             # a power cut may keep the new name and lose what was not on the disk yet
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
+
+
+def aside_of(path: Path) -> Path:
+    """Where this process writes a file before it gets its name."""
+    return path.with_name(f"{path.name}.{os.getpid()}.aside")
+
+
+def write_atomically(path: Path, text: str):
+    """Writes a text file that is whole or not there."""
+    with whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def check_outputs(outputs: dict[str, str | Path | None], inputs: Sequence[str | Path] = ()) -> list[Path | None]:
+    """
+    The paths of files to write, whose folders are made.
+
+    Args:
+        outputs: by the names of the arguments that they come from.
+        inputs: files and folders that are read; what is in them is not overwritten.
+
+    Raises:
+        UserError: for what is neither new nor a plain file, such as a folder, a link, a device or a pipe; for an
+            input; for two outputs at one path; and for a place where no file can be written.
+    """
+    paths: dict[Path, str] = {}
+    read = [Path(name).resolve() for name in inputs if os.path.exists(name)]
+    for name, given in outputs.items():
+        if given is None:
+            continue
+        path = Path(given)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+                raise UserError(f"{name} must be a new or a plain file, got {path}, which is a {_kind(path)}")
+            real = path.resolve()
+            aside_of(path).touch()
+            aside_of(path).unlink()
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} cannot be written: {one_line(error)}") from None
+        if path.exists() and any(real == source or source in real.parents or real.samefile(source) for source in read):
+            raise UserError(f"{name} must not overwrite what is read, got {path}")
+        for other in paths:
+            if real == other or real.exists() and other.exists() and real.samefile(other):
+                raise UserError(f"{name} and {paths[other]} must be two files, got {path} for both")
+        paths[real] = name
+    return [None if given is None else Path(given) for given in outputs.values()]
+
+
+def _kind(path: Path) -> str:
+    mode = path.lstat().st_mode
+    kinds = ((stat.S_ISLNK, "link"), (stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
+    return next((kind for is_kind, kind in kinds if is_kind(mode)), "device")
+
+
+def to_json(value: Any) -> str:
+    """JSON text in which numbers that are not finite, for which JSON has no name, are null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: finite(entry) for key, entry in value.items()}
+        return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(value), indent=1, allow_nan=False)
 
 
 def flush(folder: Path):
@@ -61,17 +132,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-
-
-def check_output(path: str | Path | None) -> Path | None:
-    """The path of a file to write, whose folder is made. Raises UserError for one that cannot be written."""
-    if path is None:
-        return None
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path} cannot be written: it is a folder, or its folder is read-only")
-    return path

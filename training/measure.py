@@ -1,10 +1,9 @@
 """Perplexity and attention entropy of any causal language model on any texts, in one forward pass for both."""
 
-import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from modeling_lnfree import record_attention_entropy
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import encode, side, summarize
 from modeling_lnfree.metrics.attention_entropy.recorder import LayerEntropy
 
-from .errors import UserError
-from .files import check_output, write_atomically
+from .errors import UserError, explained
+from .files import aside_of, check_outputs, to_json, whole, write_atomically
 from .plots import plot_heat_maps
 from .runs import library_versions
 from .texts import Texts, load_reader, negative_log_likelihoods, perplexity
@@ -90,7 +89,8 @@ def measure(
     for name, number in (("batch_size", batch_size), ("max_samples", max_samples), ("max_length", max_length)):
         if number is not None and number < 1:
             raise UserError(f"{name} must be at least 1, got {number}")
-    json_path, heat_map_path, parquet_path = map(check_output, (json_path, heat_map_path, parquet_path))
+    outputs = {"json_path": json_path, "heat_map_path": heat_map_path, "parquet_path": parquet_path}
+    json_path, heat_map_path, parquet_path = check_outputs(outputs, inputs=[dataset, model_id])
     if heat_map_path is not None and heat_map_path.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"{heat_map_path} must end in .png, .pdf or .svg")
     texts = Texts(
@@ -110,7 +110,12 @@ def measure(
         revision=revision,
     )
     started = time.perf_counter()
-    measured = _measure(texts, model, tokenizer, max_length, batch_size, parquet_path)
+    figures = None if parquet_path is None else _FiguresFile(parquet_path)
+    try:
+        measured = _measure(texts, model, tokenizer, max_length, batch_size, figures)
+    finally:
+        if figures is not None:
+            figures.close()
     results = {
         "model": model_id,
         "revision": revision,
@@ -129,12 +134,18 @@ def measure(
         "seconds": time.perf_counter() - started,
         "versions": library_versions(),
     }
-    if json_path is not None:
-        write_atomically(json_path, json.dumps(results, indent=1))
-    if heat_map_path is not None:
-        title = f"{Path(model_id).name}\n{Path(dataset).name}, {results['num_tokens']:,} tokens"
-        plot_heat_maps([results["attention_entropy"]], [title]).savefig(heat_map_path)
-    _print(results)
+    failures = [] if figures is None else figures.failures
+    try:
+        _print(results)
+    finally:
+        if json_path is not None:
+            failures += _attempt(json_path, lambda: write_atomically(json_path, to_json(results)))
+        if heat_map_path is not None:
+            title = f"{Path(model_id).name}\n{Path(dataset).name}, {results['num_tokens']:,} tokens"
+            failures += _attempt(heat_map_path, lambda: _draw(heat_map_path, results["attention_entropy"], title))
+    # told at the end, after what was measured all the same
+    if failures:
+        raise UserError("; ".join(failures))
     return results
 
 
@@ -144,9 +155,9 @@ def _measure(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     batch_size: int,
-    parquet_path: Path | None,
+    figures: "_FiguresFile | None",
 ) -> dict[str, Any]:
-    """Perplexity, counts and attention entropy over all texts; each text's own figures go to `parquet_path`."""
+    """Perplexity, counts and attention entropy over all texts; each text's own go to `figures`."""
     counts = dict.fromkeys(("num_texts", "skipped_texts", "truncated_texts", "num_tokens", "predicted_tokens"), 0)
     total_nll = 0.0
     layers: dict[str, Tensor] = {}  # of the last batch: name of the layer -> (batch, heads, T)
@@ -155,15 +166,12 @@ def _measure(
         layers[measured.layer] = measured.entropy
 
     with ExitStack() as stack:
-        writer = stack.enter_context(_figures_writer(parquet_path)) if parquet_path is not None else None
-        on_layer = keep if writer is not None else None
         stack.enter_context(torch.no_grad())
-        # the towers of other modalities read no text
-        decoder = model.base_model.get_decoder()
-        try:
+        with explained(f"model {model.name_or_path!r} cannot be measured"):
+            # the towers of other modalities read no text
+            decoder = model.base_model.get_decoder()
+            on_layer = None if figures is None else keep
             record = stack.enter_context(record_attention_entropy(decoder, reduce=False, on_layer=on_layer))
-        except ValueError as error:
-            raise UserError(f"model {model.name_or_path!r} cannot be measured: {error}") from None
         progress = stack.enter_context(tqdm(total=texts.number, desc="measuring", unit="text"))
         for batch in texts.batches(batch_size):
             token_ids = encode([text for _, text in batch], tokenizer)
@@ -178,42 +186,69 @@ def _measure(
                     counts["num_tokens"] += len(ids)
                     counts["predicted_tokens"] += len(nll)
                     total_nll += nll.cpu().double().sum().item()
-                    if writer is not None:
+                    if figures is not None:
                         entropies = [layers[name][position, :, : len(ids)] for name in record.layer_names]
-                        writer.write(_figures(index, nll, entropies))
+                        figures.write(index, nll, entropies)
             progress.update(len(batch))
         if counts["predicted_tokens"] == 0:
             raise UserError(f"dataset {texts.dataset!r} has no text of two tokens in the column {texts.column!r}")
     if record.num_queries == 0:
         raise UserError(f"model {model.name_or_path!r} cannot be measured: {'; '.join(record.unmeasured)}")
+    if figures is not None:
+        figures.finish()
     nll = total_nll / counts["predicted_tokens"]
     entropy = {"attention_entropy": summarize(record), "unmeasured": record.unmeasured}
     return {"perplexity": perplexity(nll), "nll": nll, **counts, **entropy}
 
 
-@contextmanager
-def _figures_writer(path: Path) -> Iterator[pq.ParquetWriter]:
-    """A writer of `_FIGURES` whose file is whole or not there."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
+class _FiguresFile:
+    """A row a text of `_FIGURES`, in a file that is whole or not there. A full disk ends it, not the measurement."""
+
+    def __init__(self, path: Path):
+        self.path, self.failures = path, []
+        self.writer = pq.ParquetWriter(aside_of(path), _FIGURES)
+
+    def write(self, index: int, nll: Tensor, entropies: list[Tensor]):
+        """The row of one text; `entropies` has a tensor `(heads, num_tokens)` a layer."""
+        row = {
+            "row": index,
+            "num_tokens": entropies[0].shape[1],
+            "perplexity": perplexity(nll.cpu().double().mean().item()),
+            "nll": nll.tolist(),
+            "entropy": [layer.mean(1).tolist() for layer in entropies],
+            "position_entropy": [layer.mean(0).tolist() for layer in entropies],
+        }
+        self._attempt(lambda: self.writer.write(pa.RecordBatch.from_pylist([row], _FIGURES)))
+
+    def finish(self):
+        """Gives the file its name."""
+        self._attempt(self.writer.close)
+        self._attempt(lambda: os.replace(aside_of(self.path), self.path))
+
+    def close(self):
+        """Removes what is left of a file that was not finished."""
+        with suppress(OSError):
+            self.writer.close()
+        aside_of(self.path).unlink(missing_ok=True)
+
+    def _attempt(self, write: Callable[[], None]):
+        if not self.failures:
+            self.failures += _attempt(self.path, write)
+
+
+def _attempt(path: Path, write: Callable[[], None]) -> list[str]:
+    """Why a file could not be written, if so."""
     try:
-        with pq.ParquetWriter(aside, _FIGURES) as writer:
-            yield writer
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        with explained(f"{path} cannot be written"):
+            write()
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
-def _figures(index: int, nll: Tensor, entropies: list[Tensor]) -> pa.RecordBatch:
-    """The row of one text; `entropies` has a tensor `(heads, num_tokens)` a layer."""
-    row = {
-        "row": index,
-        "num_tokens": entropies[0].shape[1],
-        "perplexity": perplexity(nll.cpu().double().mean().item()),
-        "nll": nll.tolist(),
-        "entropy": [layer.mean(1).tolist() for layer in entropies],
-        "position_entropy": [layer.mean(0).tolist() for layer in entropies],
-    }
-    return pa.RecordBatch.from_pylist([row], _FIGURES)
+def _draw(path: Path, entropy: dict[str, Any], title: str):
+    with whole(path) as aside:
+        plot_heat_maps([entropy], [title]).savefig(aside, format=path.suffix[1:])
 
 
 def _print(results: dict[str, Any]):
@@ -226,3 +261,9 @@ def _print(results: dict[str, Any]):
         + ", ".join(f"{value:.2f}" for value in entropy["layer_entropy"])
         + f"; heads in the quarters of their largest entropy: {shares}"
     )
+    for count, what in (
+        ("truncated_texts", f"longer than max_length={results['max_length']} tokens: the rest of them is left out"),
+        ("skipped_texts", "without a token: left out"),
+    ):
+        if results[count]:
+            print(f"{results[count]:,} of {results['num_texts'] + results['skipped_texts']:,} texts are {what}")

@@ -42,7 +42,8 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Fig
         heads = max(map(len, measurement["entropy"]))
         entropy = np.array([[*row, *[np.nan] * (heads - len(row))] for row in measurement["entropy"]])
         image = axis.imshow(entropy, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
-        axis.set_title(title, fontsize=10)
+        # a name may have dollars in it
+        axis.set_title(title, fontsize=10, parse_math=False)
         axis.set_xlabel("head")
         axis.set_ylabel("layer")
         axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))

@@ -1,5 +1,6 @@
 """The texts of any dataset, and what a causal language model makes of them."""
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -13,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_lnfree import use_fast_cpu
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import check_max_length, load_model, pad
 
-from .data import evaluation_split, load_documents, load_splits, reading
-from .errors import UserError, one_line
+from .data import evaluation_split, has_vocabulary, load_documents, load_splits, reading
+from .errors import UserError, explained
 from .recipe import DataArguments, check_model_id
 
 
@@ -107,6 +108,8 @@ class Texts:
 
 def _load_rows(name: str, config: str | None, split: str | None, streaming: bool) -> Dataset | IterableDataset:
     if name == "stdlib":
+        if config is not None:
+            raise UserError(f"dataset 'stdlib' has no configurations, got config={config!r}")
         parts = load_documents(DataArguments(), seed=0)
         if split not in (None, *parts):
             raise UserError(f"split of 'stdlib' must be one of {', '.join(parts)}, got {split!r}")
@@ -131,31 +134,54 @@ def load_reader(
     """
     check_model_id(model_id)
     _check_device(device)
-    try:
+    with explained(f"model {model_id!r} cannot be measured"):
         model = load_model(
             model_id, device=device, trust_remote_code=trust_remote_code, revision=revision, dtype=dtype
         )
         tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
         max_length = check_max_length(model, tokenizer, max_length)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {model_id!r} cannot be measured: {one_line(error)}") from error
+        is_causal = _is_causal(model, max_length)
+    if not has_vocabulary(tokenizer):
+        raise UserError(f"model {model_id!r} cannot be measured: no tokenizer came with it")
+    if not is_causal:
+        raise UserError(
+            f"model {model_id!r} is no causal language model: what it says of a token depends on the tokens after it, "
+            "and perplexity would mean something else; the metric attention_entropy measures encoders too"
+        )
     return use_fast_cpu(model), tokenizer, max_length
 
 
+@torch.no_grad()
+def _is_causal(model: PreTrainedModel, max_length: int) -> bool:
+    """Whether another last token changes nothing before it."""
+    vocabulary = model.config.get_text_config().vocab_size
+    first = torch.arange(min(max_length, 8), device=model.device) % vocabulary  # (T,)
+    second = first.clone()
+    second[-1] = (second[-1] + vocabulary // 2) % vocabulary
+    logits = model(input_ids=torch.stack([first, second]), use_cache=False).logits[:, :-1].float()
+    # rows of a batch may be rounded differently
+    tolerance = torch.finfo(model.dtype).eps ** 0.5 * logits.abs().max() if logits.numel() else 0
+    return not (logits[0] - logits[1]).abs().gt(tolerance).any()
+
+
 def _check_device(device: str | None):
-    try:
-        torch.empty(0, device=device)
-    # torch without CUDA answers with an AssertionError
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    with explained(f"device {device!r} cannot be used"):
+        if torch.empty(0, device=device).is_meta:
+            raise UserError("device 'meta' cannot be used: it holds no values")
 
 
 def negative_log_likelihoods(model: PreTrainedModel, sequences: list[list[int]]) -> list[Tensor]:
-    """Of every token but the first of each sequence, in nats."""
+    """Of every token but the first of each sequence, in nats. Raises UserError for what the model cannot read."""
     if not sequences:
         return []
+    known = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    # on an accelerator, such a token ends the process
+    if (largest := max(map(max, sequences))) >= known:
+        raise UserError(f"the tokenizer gives token {largest}, and the model knows {known}: one is not the other's")
     inputs = pad(sequences, model.device)
-    logits = model(**inputs, use_cache=False).logits  # (batch, T, vocab)
+    # by a batch too large for the memory, or a text too long for the positions
+    with explained(f"{len(sequences)} texts of {max(map(len, sequences))} tokens at a time cannot be measured"):
+        logits = model(**inputs, use_cache=False).logits  # (batch, T, vocab)
     ends = map(len, sequences)
     return [
         F.cross_entropy(row[: end - 1].float(), token_ids[1:end], reduction="none")

@@ -1,13 +1,12 @@
 """`lnfree benchmark`: what training, measuring, generating and starting cost, beside what else a user could take."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import check_outputs, to_json, write_atomically
 from ..pages import check_docs, format_head, format_row, machine, write_table
 from ..runs import library_versions
 from .models import SIZES
@@ -45,6 +44,7 @@ def benchmark(
         for value in given:
             if value not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    check_outputs({"json_path": json_path})
     if docs is not None:
         check_docs(docs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +65,7 @@ def benchmark(
             print(format_row(row), flush=True)
             rows.append(row)
             if json_path is not None:
-                write_atomically(Path(json_path), json.dumps(document, indent=1))
+                write_atomically(Path(json_path), to_json(document))
         print(flush=True)
         if docs is not None:
             for size in dict.fromkeys(row.get("size") for row in rows):

@@ -232,13 +232,18 @@ def load_model(
     """
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
-    model, report = AutoModelForCausalLM.from_pretrained(
-        model_id,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype or "auto",
-        output_loading_info=True,
-    )
+    loading = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype or "auto"}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            model_id, **loading, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except ValueError as error:
+        # of a model of another kind, transformers names all that are of this one
+        raise ValueError(str(error).split("Model type should be one of")[0].strip()) from error
+    if report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        sizes = f"{name} has {tuple(found)}, not {tuple(wanted)}"
+        raise ValueError(f"{model_id} has weights of other sizes than its configuration: {sizes}")
     part = "" if with_head else f"{model.base_model_prefix}."
     if missing := sorted(name for name in report["missing_keys"] if name.startswith(part)):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
