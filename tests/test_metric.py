@@ -486,7 +486,7 @@ def test_an_infinite_perplexity_is_a_number(tmp_path, tokenizer, corpus):
         ({"max_length": 41}, "in 1 to 40, the positions of the model, got 41"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         ({"device": "nonsense"}, "device 'nonsense' cannot be used"),
-        ({"json_path": "."}, "cannot be written"),
+        ({"json_path": "."}, "json_path must be a new or a plain file, got ., which is a folder"),
         ({"parquet_path": "texts.jsonl/figures.parquet"}, "cannot be written"),
         ({"heat_map_path": "map.mp3"}, "map.mp3 must end in .png, .pdf or .svg"),
     ],
