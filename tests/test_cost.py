@@ -108,7 +108,7 @@ def test_fewest_bits_of_fixed_point(reader, tmp_path, capsys):
         ({"length": 64, "new_tokens": 2}, "length=64 and new_tokens=2 need 65 positions, the model has 64"),
         ({"fixed_point": True}, "--fixed-point needs texts to keep the perplexity of: --dataset NAME_OR_FILE"),
         ({"dataset": "stdlib"}, "--dataset stdlib has no effect without --fixed-point"),
-        ({"json_path": "."}, "cannot be written"),
+        ({"json_path": "."}, "json_path must be a new or a plain file, got ., which is a folder"),
         ({"fixed_point": True, "dataset": "texts.jsonl", "text_column": "number"}, "must hold texts, got int"),
         ({"fixed_point": True, "dataset": "texts.jsonl", "device": "nonsense"}, "device 'nonsense' cannot be used"),
     ],

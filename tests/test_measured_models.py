@@ -55,7 +55,7 @@ def t5():
 
 WRONG = {
     "no tokenizer": (build, without_tokenizer, "no tokenizer came with it"),
-    "bert": (lambda: build("bert"), None, "it is no causal language model"),
+    "bert": (lambda: build("bert"), None, "is no causal language model"),
     "t5": (t5, None, "T5Config'> for this kind of AutoModel: AutoModelForCausalLM.$"),
     "more layers": (
         build,
@@ -71,7 +71,7 @@ WRONG = {
     "roberta": (
         lambda: build("roberta", is_decoder=True, pad_token_id=1),
         None,
-        "cannot be measured at batch_size=8 and max_length=40",
+        "2 texts of 40 tokens at a time cannot be measured",
     ),
 }
 
