@@ -66,7 +66,7 @@ _UNDECLARED_KEYS = {
 GELUS = {"learned": "gelu_pytorch_tanh", "rotary": "gelu"}
 NORM_WORDS = {"": "none", "LN": "layernorm"}
 # a number follows LR: the fixed slope
-ACTIVATION_WORDS = {
+ACTIVATION_WORDS: dict[str, dict[str, tuple]] = {
     "G": {"hidden_act": tuple(GELUS.values())},
     "R": {"hidden_act": ("relu",)},
     "LR-layer": {"hidden_act": ("leaky_relu",), "slope_sharing": ("layer",)},
@@ -74,7 +74,7 @@ ACTIVATION_WORDS = {
     "LR": {"hidden_act": ("leaky_relu",), "slope_sharing": (None,)},
 }
 FINAL_NORM_WORDS = {"": "layernorm", "-noLNf": "none"}
-BACKBONES = {
+BACKBONES: dict[str, dict[str, str | bool]] = {
     "gpt2": {"position_embedding_type": "learned", "parallel_residual": False, "tie_word_embeddings": True},
     "pythia": {"position_embedding_type": "rotary", "parallel_residual": True, "tie_word_embeddings": False},
 }
@@ -344,7 +344,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
             kwargs = {**BACKBONES[backbone], **kwargs}
         named = {name: values[0] for name, values in ACTIVATION_WORDS[match["act"]].items()}
         if match["act"] == "G":
-            named["hidden_act"] = GELUS.get(kwargs.get("position_embedding_type"), GELUS["learned"])
+            named["hidden_act"] = GELUS.get(kwargs.get("position_embedding_type", ""), GELUS["learned"])
         if match["slope"]:
             named["negative_slope"] = float(match["slope"])
         named["norm_type"] = NORM_WORDS[match["norm"] or ""]

@@ -40,7 +40,7 @@ def mkl_leaves_half_unused() -> bool:
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    processor = getattr(torch.cpu, "get_capabilities", dict)()
+    processor: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return processor.get("avx512_f", False) and "AMD" in processor.get("cpu_name", "")
 
 
@@ -135,7 +135,7 @@ def takes_onednn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     size = max(states.numel(), 8 * weight.shape[-1]) * weight.shape[0]
     return (
         size > ONEDNN_SIZE
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and all(is_plain(tensor) for tensor in (states, weight, bias) if tensor is not None)
         and states.shape[-1] == weight.shape[-1]
         # of the transforms of torch.func no public function tells, and this operation has no rules for them

@@ -76,6 +76,11 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).paramet
 class LNFreeAttention(nn.Module):
     """Causal multi-head self-attention, computed by the implementation that the config names."""
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
     def __init__(self, config: LNFreeConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -134,9 +139,10 @@ class LNFreeMLP(nn.Module):
     def __init__(self, config: LNFreeConfig):
         super().__init__()
         biased = config.biased_projections
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias="up_proj" in biased)
+        width: int = config.intermediate_size  # type: ignore[assignment]  # the config fills it in
+        self.up_proj = nn.Linear(config.hidden_size, width, bias="up_proj" in biased)
         self.act_fn = ACTIVATIONS[config.hidden_act](config)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias="down_proj" in biased)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias="down_proj" in biased)
 
     def forward(self, hidden_states: torch.Tensor, *negative_slope: torch.Tensor) -> torch.Tensor:
         hidden_states = self.act_fn(self.up_proj(hidden_states), *negative_slope)  # (B, T, F)
@@ -235,7 +241,7 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -372,7 +378,7 @@ class LNFreeClassifier(LNFreePreTrainedModel):  # trf-ignore: TRF057
 
     has_bias: bool
     output_type: type
-    carried = ("hidden_states", "attentions")
+    carried: tuple[str, ...] = ("hidden_states", "attentions")
 
     def __init__(self, config: LNFreeConfig):
         super().__init__(config)

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 LayerOptimizer = Literal["adamw", "muon"]
@@ -13,7 +14,7 @@ MuonAdjustment = Literal["original", "match_rms_adamw"]
 
 
 def build_optimizer(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.1,
@@ -57,12 +58,12 @@ def build_optimizer(
             raise ValueError(f"{name} must be finite and more than 0, got {value}")
     if not 0 <= muon_momentum < 1:
         raise ValueError(f"muon_momentum must be in [0, 1), got {muon_momentum}")
-    for name, value, allowed in (
+    for name, chosen, allowed in (
         ("layer_optimizer", layer_optimizer, get_args(LayerOptimizer)),
         ("muon_adjustment", muon_adjustment, get_args(MuonAdjustment)),
     ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if chosen not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {chosen!r}")
     if layer_base_width is not None:
         if layer_base_width < 1:
             raise ValueError(f"layer_base_width must be at least 1, got {layer_base_width}")

@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_lnfree import LNFreeConfig
 
@@ -62,13 +63,13 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat((rotated, passed), dim=-1)
 
 
-def learned_positions(model: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor):
+def learned_positions(model: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor):
     """The embeddings with those of their positions added (GPT-2); nothing to rotate by."""
     model.check_positions(position_ids)
     return hidden_states + model.embed_positions(position_ids), ()
 
 
-def rotary_positions(model: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor):
+def rotary_positions(model: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor):
     """The embeddings as they are, and what queries and keys are rotated by (GPT-NeoX)."""
     return hidden_states, rotary_cos_sin(position_ids, model.config, hidden_states.dtype)
 
@@ -79,7 +80,7 @@ def keep(states: torch.Tensor) -> torch.Tensor:
 
 POSITIONS = {"learned": learned_positions, "rotary": rotary_positions}
 # what queries and keys go through, with what `POSITIONS` gave
-ROTATIONS = {"learned": keep, "rotary": rotate}
+ROTATIONS: dict[str, Callable[..., torch.Tensor]] = {"learned": keep, "rotary": rotate}
 
 
 # ---- attention weights
@@ -113,7 +114,7 @@ class LNFreeLeakyReLU(nn.Module):
 
     def __init__(self, config: LNFreeConfig):
         super().__init__()
-        self.negative_slope = config.negative_slope
+        self.negative_slope: float = config.negative_slope  # type: ignore[assignment]  # the config fills it in
 
     def forward(self, hidden_states: torch.Tensor, negative_slope: torch.Tensor | None = None) -> torch.Tensor:
         if negative_slope is None:

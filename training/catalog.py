@@ -52,7 +52,7 @@ def print_fields():
 
 def _document_fields(cls: type) -> dict[str, str]:
     """What the section `Args` of a docstring says of each name."""
-    section = textwrap.dedent(cls.__doc__).split("Args:\n", 1)[1].split("\nRaises:", 1)[0]
+    section = textwrap.dedent(cls.__doc__ or "").split("Args:\n", 1)[1].split("\nRaises:", 1)[0]
     entries = re.findall(r"^    (\w[\w, ]*) \(.*?\): (.*?)(?=^    \w|\Z)", section, re.MULTILINE | re.DOTALL)
     return {name: text for names, text in entries for name in names.split(", ")}
 

@@ -70,7 +70,8 @@ def cost(
             raise UserError(f"{name} must be at least {least}, got {number}")
     inputs = [name for name in (model_id, dataset) if name is not None]
     (json_path,) = check_outputs({"json_path": json_path}, inputs)
-    loading = {"trust_remote_code": trust_remote_code, "revision": revision}
+    found: dict[str, Any]
+    loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     if fixed_point:
         if dataset is None:
             raise UserError("--fixed-point needs texts to keep the perplexity of: --dataset NAME_OR_FILE")

@@ -68,7 +68,8 @@ def load_documents(arguments: DataArguments, seed: int) -> dict[str, Dataset | I
             raise UserError(
                 f"text_column={arguments.text_column!r} is not a column of the dataset, which has {', '.join(names)}"
             )
-    train, held_out = (_texts_only(split, arguments.text_column) for split in (train, held_out))
+    train = _texts_only(train, arguments.text_column)
+    held_out = None if held_out is None else _texts_only(held_out, arguments.text_column)
     if arguments.streaming:
         if held_out is None:
             raise UserError(
@@ -125,7 +126,7 @@ def load_splits(
             raise UserError(f"dataset {name} is a file and has no configurations, got config={config!r}")
         if Path(name).stat().st_size == 0:
             raise UserError(f"dataset {name!r} cannot be loaded: it is empty")
-        source = {"path": kind, "data_files": glob.escape(name)}
+        source: dict[str, Any] = {"path": kind, "data_files": glob.escape(name)}
     elif Path(name).is_dir():
         source = _folder(Path(name), config)
     else:
@@ -182,7 +183,7 @@ def _column_names(split: Dataset | IterableDataset) -> list[str]:
     return split.column_names or list(next(iter(split), {}))
 
 
-def _texts_only(split: Dataset | IterableDataset | None, text_column: str) -> Dataset | IterableDataset | None:
+def _texts_only(split: Dataset | IterableDataset, text_column: str) -> Dataset | IterableDataset:
     """Without rows that have no text; raises UserError for a column of another type. A stream's are not known."""
     if not isinstance(split, Dataset):
         return split
@@ -277,6 +278,8 @@ def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: 
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {arguments.tokenizer!r} has no eos_token to separate documents by")
         return tokenizer
+    if train is None:
+        raise ValueError("a tokenizer is trained on documents, got train=None")
     key = hashlib.sha256(f"{train._fingerprint} {arguments.text_column}".encode()).hexdigest()[:16]
     folder = Path(HF_HOME) / "lnfree" / f"bpe-{vocab_size}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)

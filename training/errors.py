@@ -36,11 +36,12 @@ def explained(what: str, *others: type[Exception]) -> Iterator[None]:
     Stands around a call that loads or runs what a user has named: what a library raises for it, or one of `others`,
     becomes a `UserError` that begins with `what`. Our own code does not belong in it.
     """
+    expected: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, *others)
     try:
         yield
     except UserError:
         raise
-    except (*LIBRARY_ERRORS, *others) as error:
+    except expected as error:
         raise UserError(f"{what}: {one_line(error)}") from error
     except Exception as error:
         # tokenizers raises no narrower class

@@ -178,8 +178,8 @@ def _measure(
             kept = [(index, ids[:max_length]) for (index, _), ids in zip(batch, token_ids, strict=True) if ids]
             counts["skipped_texts"] += len(batch) - len(kept)
             counts["truncated_texts"] += sum(len(ids) > max_length for ids in token_ids)
-            for _, alike in groupby(kept, key=lambda text: side(model, len(text[1]))):
-                alike = list(alike)
+            for _, group in groupby(kept, key=lambda text: side(model, len(text[1]))):
+                alike = list(group)
                 likelihoods = negative_log_likelihoods(model, [ids for _, ids in alike])
                 for position, ((index, ids), nll) in enumerate(zip(alike, likelihoods, strict=True)):
                     counts["num_texts"] += 1
@@ -196,9 +196,9 @@ def _measure(
         raise UserError(f"model {model.name_or_path!r} cannot be measured: {'; '.join(record.unmeasured)}")
     if figures is not None:
         figures.finish()
-    nll = total_nll / counts["predicted_tokens"]
+    mean_nll = total_nll / counts["predicted_tokens"]
     entropy = {"attention_entropy": summarize(record), "unmeasured": record.unmeasured}
-    return {"perplexity": perplexity(nll), "nll": nll, **counts, **entropy}
+    return {"perplexity": perplexity(mean_nll), "nll": mean_nll, **counts, **entropy}
 
 
 class _FiguresFile:

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.typing import ColorType
 
 from .errors import UserError
 from .files import read_json, read_records
@@ -112,7 +113,8 @@ def plot_curves(runs: list[Run], titles: list[str]) -> Figure:
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.3] + [1] * rows)
     loss_axis = figure.add_subplot(grid[0, :])
     finite = []
-    colors, seeds = defaultdict(_colors().__next__), {}
+    colors: dict[tuple, ColorType] = defaultdict(_colors().__next__)
+    seeds: dict[int, int] = {}
     for run, title in zip(runs, titles, strict=True):
         color = colors[run.configuration, run.setting]
         style = ("-", "--", ":", "-.")[seeds.setdefault(run.seed, len(seeds)) % 4]
@@ -253,6 +255,6 @@ def _make_logarithmic(axis):
     axis.grid(alpha=0.3, which="both")
 
 
-def _colors() -> Iterator[tuple[float, float, float]]:
+def _colors() -> Iterator[ColorType]:
     """18 colors, and then those again: no configuration is left out."""
-    return itertools.cycle([*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["Dark2"].colors])
+    return itertools.cycle([*matplotlib.color_sequences["tab10"], *matplotlib.color_sequences["Dark2"]])

@@ -356,7 +356,7 @@ def read_values(path: str | Path, kind: str) -> dict[str, Any]:
 
 def build_recipe(values: dict[str, Any]) -> Recipe:
     """Checks a flat recipe given as a dictionary; see `load_recipe`."""
-    parts = {"data": {}, "model": {}, "training": {"seed": 1337}}
+    parts: dict[str, dict[str, Any]] = {"data": {}, "model": {}, "training": {"seed": 1337}}
     for key, value in values.items():
         # YAML 1.1 reads no as False
         if value is False and str(key).endswith("_strategy"):
@@ -474,7 +474,7 @@ def _check_layer_optimizer(recipe: Recipe):
     for name, value in MUON_DEFAULTS.items():
         if getattr(data, name) is None:
             setattr(data, name, value)
-    if not 0 <= data.muon_momentum < 1:
+    if data.muon_momentum is not None and not 0 <= data.muon_momentum < 1:
         raise UserError(f"muon_momentum must be in [0, 1), got {data.muon_momentum}")
 
 

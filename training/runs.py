@@ -225,8 +225,8 @@ class Run:
         # a field that the run did not know yet had its default's effect
         recipe = {**asdict(DataArguments()), **self.recipe}
         fields = {key: recipe[key] for key in sorted(recipe.keys() & SETTING_FIELDS) if recipe[key] is not None}
-        named = (self.results[name] for name in ("backbone", "block_size", "dataset", "train_tokens"))
-        return Setting(*named, json.dumps(fields))
+        named = {name: self.results[name] for name in ("backbone", "block_size", "dataset", "train_tokens")}
+        return Setting(**named, fields=json.dumps(fields))
 
     def describe(self, *more: str) -> str:
         """A title for pictures, in lines: configuration, setting and seed, and whatever else is to be said."""

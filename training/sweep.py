@@ -86,7 +86,7 @@ def sweep(path: str | Path, jobs: int = 1) -> Path:
             progress.show()
             time.sleep(0.5)
     finally:
-        _stop([job.process for job in all_jobs if job.state == "running"])
+        _stop([job.process for job in all_jobs if job.process is not None and job.state == "running"])
     progress.show_results()
     failed = [job for job in all_jobs if job.state == "failed"]
     if failed:
@@ -155,8 +155,10 @@ def _load_job(base: Path, runs_dir: Path, values: dict[str, Any], named_keys: se
 def _advance(all_jobs: list[Job], jobs: int) -> bool:
     """Looks at what runs, starts what may be started; False once there is nothing left to do."""
     for job in all_jobs:
-        if job.state == "running" and job.process.poll() is not None:
-            job.state, job.reason = _outcome(job)
+        if job.process is not None and job.state == "running":
+            status = job.process.poll()
+            if status is not None:
+                job.state, job.reason = _outcome(job, status)
         elif job.state in ("waiting", "elsewhere"):
             # a process that outlived its sweep, or that of another one, trains it: it is left to that
             if (job.folder / RESULTS).is_file():
@@ -172,16 +174,16 @@ def _advance(all_jobs: list[Job], jobs: int) -> bool:
     return bool(active)
 
 
-def _outcome(job: Job) -> tuple[str, str]:
-    if job.process.returncode == 0 and (job.folder / RESULTS).is_file():
+def _outcome(job: Job, status: int) -> tuple[str, str]:
+    if status == 0 and (job.folder / RESULTS).is_file():
         return "finished", ""
     if _is_claimed(job.folder):
         # another sweep was quicker
         return "elsewhere", ""
     lines = [line for line in (job.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines() if line]
-    if job.process.returncode < 0:
-        return "failed", f"killed by {signal.Signals(-job.process.returncode).name}"
-    return "failed", lines[-1].removeprefix("lnfree train: error: ") if lines else f"exit {job.process.returncode}"
+    if status < 0:
+        return "failed", f"killed by {signal.Signals(-status).name}"
+    return "failed", lines[-1].removeprefix("lnfree train: error: ") if lines else f"exit {status}"
 
 
 def _is_claimed(folder: Path) -> bool:
@@ -196,7 +198,7 @@ def _is_claimed(folder: Path) -> bool:
 
 def _start(job: Job, jobs: int):
     # more threads than cores make every one of them wait for the others
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     if "," in devices:
@@ -270,6 +272,8 @@ class _Progress:
 
     def _time_left(self) -> str:
         """By the steps that all runs together made in this session."""
+        if self.began is None:
+            return "unknown time"
         step, moment = self.began
         made = self._steps() - step
         if made <= 0:

@@ -9,7 +9,6 @@ A norm that a variant lacks is an identity under its usual name, so that the res
 are in other models; on the Pythia backbone, whose residual is parallel, there is no `hook_resid_mid`.
 """
 
-import torch
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -26,6 +25,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import PreTrainedModel
 
 
 class LNFreeArchitectureAdapter(ArchitectureAdapter):
@@ -35,7 +35,7 @@ class LNFreeArchitectureAdapter(ArchitectureAdapter):
         super().__init__(cfg)
         self.cfg.final_rms = self.cfg.gated_mlp = self.cfg.attn_only = self.cfg.default_prepend_bos = False
 
-    def prepare_model(self, hf_model: torch.nn.Module):
+    def prepare_model(self, hf_model: PreTrainedModel):
         """Maps the parts, some of which a model has or not: its own configuration does not reach `__init__`."""
         config = hf_model.config
         self.cfg.normalization_type = "LN" if config.norm_type == "layernorm" else None
@@ -69,7 +69,7 @@ class LNFreeArchitectureAdapter(ArchitectureAdapter):
             self.component_mapping["pos_embed"] = PosEmbedBridge(name="model.embed_positions")
 
 
-def load_bridge(model: torch.nn.Module, tokenizer=None) -> TransformerBridge:
+def load_bridge(model: PreTrainedModel, tokenizer=None) -> TransformerBridge:
     """
     A bridge of TransformerLens around a model, which is changed in place: its modules get hooks, and its attention
     becomes eager, without which there is no `hook_pattern`.

@@ -37,9 +37,9 @@ def benchmark(
         UserError: for a section or a size that there is not, for a number below 1, and for a folder of another kind.
     """
     sections = sections or list(SECTIONS)
-    for value in (rounds, *lengths):
-        if value < 1:
-            raise UserError(f"rounds and lengths must be at least 1, got {value}")
+    for number in (rounds, *lengths):
+        if number < 1:
+            raise UserError(f"rounds and lengths must be at least 1, got {number}")
     for name, given, known in (("section", sections, SECTIONS), ("size", sizes, SIZES)):
         for value in given:
             if value not in known:
@@ -48,14 +48,15 @@ def benchmark(
     if docs is not None:
         check_docs(docs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    document = {"device": machine(), "rounds": rounds, "versions": library_versions()}
+    document: dict[str, Any] = {"device": machine(), "rounds": rounds, "versions": library_versions()}
     versions = f"torch {document['versions']['torch']}, transformers {document['versions']['transformers']}"
     print(f"{document['device']}; medians of {rounds} rounds; {versions}", end="\n\n")
     settings = Settings(sizes, rounds, lengths, device, compiled)
     document["sections"] = {}
     options = f"--rounds {rounds}" + " --compiled" * compiled
     for section in sections:
-        rows = document["sections"][section] = []
+        rows: list[dict[str, Any]] = []
+        document["sections"][section] = rows
         title, run = SECTIONS[section]
         print(f"## {title}\n")
         # row by row: at the paper's sizes each takes minutes

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, build_optimizer, record_attention_entropy, use_fast_cpu
+from modeling_lnfree.optimization import LayerOptimizer
 
 from ..train.plan import ATTENTION_FLOPS
 from .timing import Action, medians, take_turns
@@ -50,13 +51,14 @@ def build_stock(size: str, length: int, device: str, relu: bool = False, **kwarg
 
 
 def training_step(
-    model: nn.Module, input_ids: Tensor, measure: str | None = None, layer_optimizer: str = "adamw"
+    model: nn.Module, input_ids: Tensor, measure: str | None = None, layer_optimizer: LayerOptimizer = "adamw"
 ) -> Action:
     """
     Forward, backward, clip, AdamW (or Muon for the matrices of the layers); with `measure`, also the entropy of every
     head by `record` or by `maps`.
     """
     model.train()
+    optimizer: torch.optim.Optimizer
     if layer_optimizer == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     else:

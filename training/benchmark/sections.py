@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2Model, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2Model, PreTrainedModel, Trainer, TrainingArguments
 
 from modeling_lnfree import record_attention_entropy, use_fast_cpu
 
@@ -60,6 +60,10 @@ class Settings:
     compiled: bool
 
 
+def _fast(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    return use_fast_cpu(build())
+
+
 def benchmark_step(settings: Settings) -> Iterator[Row]:
     """
     Training steps of the variants and of the stock model of the same size; 1,024 tokens each, 2,048 for `quick`. On a
@@ -70,13 +74,13 @@ def benchmark_step(settings: Settings) -> Iterator[Row]:
     for size in settings.sizes:
         for length, batch in ((128, 16),) if size == "quick" else ((128, 8), (256, 4), (1024, 1)):
             input_ids = torch.randint(SIZES[size]["vocab_size"], (batch, length), device=device)
-            plain = {
+            plain: dict[str, Callable[[], PreTrainedModel]] = {
                 **{v: partial(build_lnfree, v, size, length, device) for v in ("SM+R", "SM+G", "SM+LN+G")},
                 "stock": partial(build_stock, size, length, device),
                 "stock, ReLU": partial(build_stock, size, length, device, relu=True),
             }
-            builds = {
-                (name, fast): (lambda build=build: use_fast_cpu(build())) if fast else build
+            builds: dict[tuple[str, bool], Callable[[], PreTrainedModel]] = {
+                (name, fast): (partial(_fast, build)) if fast else build
                 for fast in ways
                 for name, build in plain.items()
             }
@@ -85,7 +89,7 @@ def benchmark_step(settings: Settings) -> Iterator[Row]:
                 step = training_step(build(), input_ids)
                 return step, step
 
-            mib = {name: peak_memory(lambda build=build: prepare(build), device) for name, build in builds.items()}
+            mib = {name: peak_memory(partial(prepare, build), device) for name, build in builds.items()}
             for mode in ("eager", "compiled") if settings.compiled else ("eager",):
                 models = {name: build() for name, build in builds.items()}
                 flops = {name: count_flops(model, input_ids) for name, model in models.items()}
@@ -128,7 +132,7 @@ def benchmark_optimizer(settings: Settings) -> Iterator[Row]:
             return step, step
 
         names = ("adamw", "muon")
-        mib = {name: peak_memory(lambda name=name: prepare(name), device) for name in names}
+        mib = {name: peak_memory(partial(prepare, name), device) for name in names}
         seconds = medians(take_turns({name: prepare(name)[0] for name in names}, settings.rounds, device))
         yield from [
             {
@@ -174,7 +178,7 @@ def benchmark_entropy(settings: Settings) -> Iterator[Row]:
 
         modes = ("plain", "record", "maps")
         # memory first: on the CPU the processes are forked while this one has computed little
-        mib = {mode: peak_memory(lambda mode=mode: prepare(mode), device) for mode in modes}
+        mib = {mode: peak_memory(partial(prepare, mode), device) for mode in modes}
         runs = {mode: prepare(mode)[1] for mode in modes}
         torch.testing.assert_close(runs["record"](), runs["maps"](), atol=1e-4, rtol=0)
         # a short pass varies more, and costs less
@@ -209,7 +213,7 @@ def benchmark_entropy_in_training(settings: Settings) -> Iterator[Row]:
                 return step, step
 
             ways = {"plain": None, "record": "record", "maps": "maps"}
-            mib = {name: peak_memory(lambda way=way: prepare(way), device) for name, way in ways.items()}
+            mib = {name: peak_memory(partial(prepare, way), device) for name, way in ways.items()}
             seconds = medians(take_turns({name: prepare(way)[1] for name, way in ways.items()}, rounds, device))
             yield {
                 "size": size,
@@ -325,7 +329,7 @@ def benchmark_command(settings: Settings, steps: int = 60) -> list[Row]:
     tokens = len(tokenize_blocks(part, tokenizer, recipe.data)["train"]) * recipe.data.block_size
     tokenizing = {"tokenizing": lambda: tokenize_blocks(part, tokenizer, recipe.data)}
     input_ids = torch.randint(2048, (16, 128))
-    models = {
+    models: dict[str, PreTrainedModel] = {
         "lnfree train": use_fast_cpu(build_lnfree("SM+R", "quick", 128, "cpu")),
         "Trainer, stock": build_stock("quick", 128, "cpu"),
     }

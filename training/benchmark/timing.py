@@ -14,9 +14,9 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,11 +25,12 @@ MIB = 2**20
 
 
 Action = Callable[[], Any]
+Key = TypeVar("Key")
 
 
-def take_turns(runs: dict[str, Action], rounds: int, device: str) -> dict[str, list[float]]:
+def take_turns(runs: Mapping[Key, Action], rounds: int, device: str) -> dict[Key, list[float]]:
     """Seconds of each run in each round; before the first one every run warms up once."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for index in range(rounds + 1):
         for name, run in runs.items():
             _synchronize(device)
@@ -41,7 +42,7 @@ def take_turns(runs: dict[str, Action], rounds: int, device: str) -> dict[str, l
     return seconds
 
 
-def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+def medians(seconds: dict[Key, list[float]]) -> dict[Key, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -58,12 +59,17 @@ def peak_memory(build: Callable[[], tuple[Action, Action]], device: str) -> floa
     receiver, sender = context.Pipe(duplex=False)
     # a thread has an arena of its own in malloc: what this process has freed would serve its tensors, and hide them
     thread = threading.Thread(target=_peak_rss, args=(build, sender))
-    child = context.Process(target=lambda: (thread.start(), thread.join()))
+    child = context.Process(target=_run_to_its_end, args=(thread,))
     child.start()
     sender.close()
     peak = receiver.recv()
     child.join()
     return peak
+
+
+def _run_to_its_end(thread: threading.Thread):
+    thread.start()
+    thread.join()
 
 
 def _peak_rss(build: Callable[[], tuple[Action, Action]], sender):
@@ -81,7 +87,7 @@ def _peak_rss(build: Callable[[], tuple[Action, Action]], sender):
 
 def _peak_mark() -> int:
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
 def _synchronize(device: str):

@@ -54,11 +54,12 @@ class Group:
 
 def compare_group(runs: list[Run], differing: list[str]) -> Group:
     """The rows of one setting; changes are against SM+LN+G of the same seed."""
+    perplexity: dict[tuple[str | None, int], float]
     perplexity = {(run.configuration, run.seed): run.perplexity for run in runs}
     summary, compared = summarize(runs), find_baseline(runs)
     # no seed changes them
-    costs = {run.configuration: run for run in runs}
-    costs = {name: _private_cost(run) for name, run in costs.items()}
+    examples = {run.configuration: run for run in runs}
+    costs = {name: _private_cost(run) for name, run in examples.items()}
     rows = []
     for run in runs:
         baseline, measured = perplexity.get((compared, run.seed)), run.attention_entropy

@@ -48,7 +48,7 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
                 "perplexity": float(np.exp(np.mean(losses))),
                 "perplexity_interval": _transform_ends(np.exp, t_interval(losses)),
                 "is_baseline": name == baseline,
-                "change": paired_change(seeds, by_configuration.get(baseline, {})) if name != baseline else None,
+                "change": paired_change(seeds, by_configuration.get(baseline or "", {})) if name != baseline else None,
                 "entropy_by_layer": np.mean(entropies, axis=0).tolist(),
             }
         )
@@ -95,7 +95,7 @@ def format_interval(percent: list[float]) -> str:
     return f"{percent[0]:+.2f} to {percent[1]:+.2f} %"
 
 
-def _to_percent(nats: float) -> float:
+def _to_percent(nats: float | np.floating) -> float:
     return float(100 * np.expm1(nats))
 
 
@@ -103,7 +103,7 @@ def _transform_ends(function: Callable[[float], float], interval: list[float] | 
     return None if interval is None else [float(function(end)) for end in interval]
 
 
-def t_interval(values: Sequence[float]) -> list[float] | None:
+def t_interval(values: Sequence[float] | np.ndarray) -> list[float] | None:
     """95 % interval of the mean by Student's t; None with fewer than 3 values, or if one is not finite."""
     if len(values) < LEAST_SEEDS or not np.isfinite(values).all():
         return None
@@ -111,7 +111,7 @@ def t_interval(values: Sequence[float]) -> list[float] | None:
     return [float(np.mean(values) - half), float(np.mean(values) + half)]
 
 
-def bootstrap_interval(values: Sequence[float]) -> list[float] | None:
+def bootstrap_interval(values: Sequence[float] | np.ndarray) -> list[float] | None:
     """95 % percentile bootstrap interval of the mean; None with fewer than 3 values, or if one is not finite."""
     if len(values) < LEAST_SEEDS or not np.isfinite(values).all():
         return None

@@ -275,10 +275,10 @@ def _to_stock(ours: LNFreeForCausalLM) -> PreTrainedModel:
             names = [f"{name}.{kind}"]
             if name.endswith("qkv"):
                 names = [f"{name.removesuffix('qkv')}self_attn.{p}.{kind}" for p in ("q_proj", "k_proj", "v_proj")]
-            tensors = [state.pop(name, None) for name in names]
+            found = [state.pop(name, None) for name in names]
             # a projection without a bias has a bias of 0 there
             size = parameter.shape[-1] // len(names)
-            tensors = [torch.zeros(size, dtype=ours.dtype) if tensor is None else tensor for tensor in tensors]
+            tensors = [torch.zeros(size, dtype=ours.dtype) if tensor is None else tensor for tensor in found]
             tensor = _join(tensors, ours.config, config.model_type)
             if isinstance(module, Conv1D) and kind == "weight":
                 tensor = tensor.T

@@ -30,7 +30,7 @@ def retry(request: Callable[[], _Result]) -> _Result:
             pause = _pause(cause, wait)
             if pause is None:
                 raise
-            print(f"{describe_error(cause)}; trying again in {pause} s", file=sys.stderr)
+            print(f"{describe_error(cause or error)}; trying again in {pause} s", file=sys.stderr)
             time.sleep(pause)
     return request()
 

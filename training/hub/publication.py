@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+
+# a paper stands in collections alone
+Kind = Literal["model", "dataset", "space", "paper"]
 
 
 @dataclass
@@ -21,13 +26,13 @@ class Publication:
     """
 
     repo_id: str
-    kind: str
+    kind: Kind
     folder: Path
     branch: str = "main"
     seen: str | None = None
     changes: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    commit: str | None = None
+    commit: str = ""
 
     @property
     def files(self) -> dict[str, Path]:

@@ -128,7 +128,7 @@ def build(
     models, problems = [], []
     for run in chosen:
         siblings = [other for other in chosen if other.setting == run.setting]
-        sources = {"main": None}
+        sources: dict[str, Path | None] = {"main": None}
         if checkpoints:
             sources |= {path.name.replace("checkpoint", "step"): path for path in list_checkpoints(run.folder)}
         name = run.model_name

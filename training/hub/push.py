@@ -7,6 +7,7 @@ import functools
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -16,7 +17,7 @@ from huggingface_hub.utils import sha
 
 from ..errors import UserError
 from .client import describe_error, retry
-from .publication import Publication, format_size
+from .publication import Kind, Publication, format_size
 
 
 COLLECTION = "LNFree: GPT models without LayerNorm"
@@ -61,7 +62,7 @@ def release(api: HfApi, publications: list[Publication], *, private: bool = Fals
 
 def _compare(api: HfApi, publication: Publication, private: bool):
     """Sets `seen`, `changes` and `tags` from what stands on the Hub; an attempt, to be repeated as a whole."""
-    repo = {"repo_id": publication.repo_id, "repo_type": publication.kind}
+    repo: dict[str, Any] = {"repo_id": publication.repo_id, "repo_type": publication.kind}
     try:
         info = api.repo_info(**repo)
     except RepositoryNotFoundError:
@@ -98,10 +99,10 @@ def _next_tag(publications: list[Publication]) -> str:
     """
     mains = [publication for publication in publications if publication.branch == "main"]
     tag = release = f"v{version('lnfree')}"
-    for number in count(1):
-        if all(tag not in main.tags or main.tags[tag] == main.seen and not main.is_changed for main in mains):
-            return tag
-        tag = f"{release}.post{number}"
+    numbers = count(1)
+    while any(tag in main.tags and (main.tags[tag] != main.seen or main.is_changed) for main in mains):
+        tag = f"{release}.post{next(numbers)}"
+    return tag
 
 
 def _print_plan(publications: list[Publication], tag: str, private: bool):
@@ -120,10 +121,10 @@ def _print_plan(publications: list[Publication], tag: str, private: bool):
 
 def _push(api: HfApi, publication: Publication, private: bool, tag: str):
     """Brings one repository to its folder: created if missing, at most one commit, and the release's tag."""
-    repo = {"repo_id": publication.repo_id, "repo_type": publication.kind}
+    repo: dict[str, Any] = {"repo_id": publication.repo_id, "repo_type": publication.kind}
     planned, changed = publication.seen, publication.is_changed
     if planned is None:
-        sdk = {"space_sdk": "gradio"} if publication.kind == "space" else {}
+        sdk: dict[str, Any] = {"space_sdk": "gradio"} if publication.kind == "space" else {}
         retry(lambda: api.create_repo(**repo, private=private, exist_ok=True, **sdk))
         if publication.branch != "main":
             retry(lambda: api.create_branch(**repo, branch=publication.branch, exist_ok=True))
@@ -155,7 +156,7 @@ def _push(api: HfApi, publication: Publication, private: bool, tag: str):
 
     if changed:
         retry(commit)
-    publication.commit = publication.seen
+    publication.commit = publication.seen or ""
     if publication.branch == "main" and tag not in publication.tags:
         retry(lambda: api.create_tag(**repo, tag=tag, revision=publication.commit, exist_ok=True))
     state = "unchanged" if not changed else "created" if planned is None else "updated"
@@ -175,7 +176,8 @@ def _collect(api: HfApi, publications: list[Publication], private: bool) -> str:
         collection = api.get_collection(known[0].slug)
     else:
         collection = api.create_collection(COLLECTION, namespace=namespace, private=private, exists_ok=True)
-    wanted = [(item.repo_id, item.kind) for item in publications if item.branch == "main"] + [(PAPER, "paper")]
+    wanted: list[tuple[str, Kind]]
+    wanted = [*((item.repo_id, item.kind) for item in publications if item.branch == "main"), (PAPER, "paper")]
     present = {(item.item_id, item.item_type) for item in collection.items}
     for item_id, kind in wanted:
         if (item_id, kind) not in present:

@@ -6,6 +6,8 @@ counter: the figures are those of this very model with its activation checkpoint
 The loss is a GPU's: on a CPU, a run keeps one copy of the logits less.
 """
 
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -33,7 +35,7 @@ ATTENTION_FLOPS = {
 }
 
 
-def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict[str, float | int | None]:
+def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict[str, Any]:
     """
     What training by the recipe needs.
 

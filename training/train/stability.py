@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..errors import UserError
 from ..files import append_record, drop_records_after, read_records, write_atomically
@@ -46,7 +46,7 @@ class StabilityCallback(TrainerCallback):
         model: to look into once something is wrong.
     """
 
-    def __init__(self, run_dir: Path, model: torch.nn.Module):
+    def __init__(self, run_dir: Path, model: PreTrainedModel):
         self.run_dir, self.model = run_dir, model
         self.path = run_dir / "gradient_norm.jsonl"
         self.pending: list[float] = []
@@ -154,7 +154,7 @@ class StabilityCallback(TrainerCallback):
         raise UnstableRunError(f"{self.run_dir} {describe_instability(report)}")
 
 
-def locate(model: torch.nn.Module, batch: dict[str, torch.Tensor] | None = None) -> tuple[int | None, str]:
+def locate(model: PreTrainedModel, batch: dict[str, torch.Tensor] | None = None) -> tuple[int | None, str]:
     """
     The layer (None outside the layers) and the place where numbers first stop being finite: in the weights, else in a
     forward pass of the batch, else in its backward pass.

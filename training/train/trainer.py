@@ -74,10 +74,11 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, Trainer):
         super().__init__(model, args, **kwargs)
         args.save_only_model = only_model
         self.decay_slopes, self.milestones, self.data_digest = decay_slopes, milestones, data_digest
-        self.layer_options, self.layer_learning_rate = layer_options, None
+        self.layer_options, self.layer_learning_rate = layer_options, 0.0
         self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
         self.add_callback(self.stability)
-        self.stream, self.stream_states = None, None
+        self.stream: Any = None
+        self.stream_states: str | None = None
         self.data_seconds = 0.0
 
     def get_train_dataloader(self):

@@ -145,7 +145,8 @@ class AttentionEntropy(evaluate.Metric):
         predictions: str | Mapping[str, Any] | AttentionEntropyRecord | None = None,
     ) -> None:
         """Add one text or one measurement, by either name: `evaluate.combine` takes the second."""
-        self.add_batch(predictions=[predictions if prediction is None else prediction])
+        given: Any = predictions if prediction is None else prediction
+        self.add_batch(predictions=[given])
 
     def add_batch(self, *, predictions: Sequence[str | Mapping[str, Any] | AttentionEntropyRecord]) -> None:
         """Add texts or measurements."""
@@ -153,9 +154,10 @@ class AttentionEntropy(evaluate.Metric):
         self._check_kind(texts)
         if texts:
             # measured by `compute`, and until then safe from its errors
-            self._texts += predictions
+            self._texts += map(str, predictions)
         else:
-            super().add_batch(predictions=[_measurement(prediction) for prediction in predictions])
+            measurements: Any = predictions
+            super().add_batch(predictions=[_measurement(measurement) for measurement in measurements])
 
     def _check_kind(self, texts: bool) -> None:
         if self.writer is not None if texts else self._texts:
@@ -259,7 +261,10 @@ def side(model: PreTrainedModel, length: int) -> int:
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    lengths = {getattr(part, "get", {}.get)("original_max_position_embeddings") for part in (rope, *rope.values())}
+    parts = (rope, *rope.values())
+    lengths: set[Any] = {
+        getattr(part, "get", dict[str, Any]().get)("original_max_position_embeddings") for part in parts
+    }
     lengths.add(getattr(config, "original_max_position_embeddings", None))
     return bisect_left(sorted(lengths - {None}), length)
 

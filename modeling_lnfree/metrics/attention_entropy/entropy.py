@@ -135,7 +135,7 @@ def entropy_of_visible(
         if query.numel() == 0 or key.numel() == 0:
             entropy = query.new_full(query.shape[:3], torch.nan)
         elif query.device.type == "cuda" and _kernel_takes(*as_given, bias, sinks):
-            entropy, infinite = kernel_path(*as_given, *arguments)
+            entropy, infinite = kernel_path(*as_given, *arguments)  # type: ignore[arg-type]  # two tuples in a row
         elif query.device.type != "cpu":
             entropy, infinite = _streamed_entropy(query, key, *arguments)
         else:
@@ -188,7 +188,7 @@ def kernel_path(
         # what it hides has no part in the kernel's sums
         shown = bias > HIDDEN_BIAS
         mask = shown if mask is None else mask & shown
-    entropy = _load_kernel()(
+    entropy = _load_kernel()(  # type: ignore[misc]  # `_kernel_takes` has looked that it is there
         query,
         key,
         scaling=scaling,
@@ -218,7 +218,7 @@ def _terms_are_small(query: Tensor, key: Tensor, scaling: float, bias: Tensor | 
 def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int, *tensors: Tensor | None) -> Tensor:
     """`function(start, stop, *tensors)` of blocks of queries, put together; of `elements` for each query. With a
     gradient, a block keeps nothing but its tensors, and is computed again."""
-    on_cpu = tensors[0].device.type == "cpu"
+    on_cpu = any(tensor is not None and tensor.is_cpu for tensor in tensors)
     step = max(1, (_BLOCK_ELEMENTS if on_cpu else _BLOCK_ELEMENTS_OF_ACCELERATORS) // elements)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     blocks = []

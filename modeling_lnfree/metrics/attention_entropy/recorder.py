@@ -234,9 +234,9 @@ class _Recorder:
         if attention_mask in self._masks:
             return self._masks[attention_mask]
         for mask, origin in self._masks.items():
-            same_kind = isinstance(mask, Tensor) and isinstance(attention_mask, Tensor) and mask.ndim == 4
-            if same_kind and mask.dtype == attention_mask.dtype and mask.device == attention_mask.device:
-                if torch.equal(mask, attention_mask):
+            if isinstance(mask, Tensor) and isinstance(attention_mask, Tensor) and mask.ndim == 4:
+                same_kind = mask.dtype == attention_mask.dtype and mask.device == attention_mask.device
+                if same_kind and torch.equal(mask, attention_mask):
                     return origin
         return None
 
@@ -351,8 +351,8 @@ class _Recorder:
             entropy = entropy.masked_fill(~counted, torch.nan)
             infinite = torch.zeros_like(number) if infinite is None else infinite
             columns = (entropy.detach(), largest, entropy.isnan() * number, infinite, torch.ones_like(largest))
-            columns = torch.stack(torch.broadcast_tensors(*columns), -1)
-            total = torch.where(counted[..., None], columns, 0).sum((0, 2), dtype=dtype)
+            stacked = torch.stack(torch.broadcast_tensors(*columns), -1)
+            total = torch.where(counted[..., None], stacked, 0).sum((0, 2), dtype=dtype)
         # tensors without numbers have a class of their own, or make the others so
         if type(total) is not Tensor:
             raise _Unmeasured("its tensors hold no numbers")
@@ -396,7 +396,8 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    names = [name for name in _signature(type(module)).parameters if name != "self"]
+    kind = type(module)
+    names = [name for name in _signature(kind).parameters if name != "self"]  # type: ignore[arg-type]  # is hashable
     yield from zip(names, args, strict=False)
     yield from kwargs.items()
 

@@ -1,7 +1,7 @@
 """The keys that each query of an attention call sees: from a mask, or from the arguments of an attention function."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,8 @@ def read_visibility(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if "flash" in implementation:
         lengths = (cu_seq_lens_q, cu_seq_lens_k)
-        visible = _flash_visible(query, key, attention_mask, sliding_window, position_ids, lengths)
+        mask: Any = attention_mask  # a tensor, or none
+        visible = _flash_visible(query, key, mask, sliding_window, position_ids, lengths)
         return key, Visibility(visible, is_causal, num_queries, num_keys, query.device), None
 
     visible, bias = None, None
@@ -146,7 +147,8 @@ def read_visibility(
     elif origin is not None:
         visible, is_causal = origin.visible, origin.is_causal
     else:
-        visible = create_mask(attention_mask.mask_mod, *attention_mask.shape, query.device)
+        block_mask: Any = attention_mask
+        visible = create_mask(block_mask.mask_mod, *block_mask.shape, query.device)  # type: ignore[call-arg]  # four sizes
     is_causal = is_causal and visible is None and num_queries > 1
     if is_causal:
         # what lies behind is the part of a static cache that is not filled yet
@@ -163,7 +165,7 @@ def _flash_visible(
     attention_mask: Tensor | None,
     sliding_window: int | None,
     position_ids: Tensor | None,
-    cumulative_lengths: tuple[Tensor | None, Tensor | None],
+    cumulative_lengths: tuple[Any, Any],
 ) -> Tensor | None:
     """Mask of the keys that flash attention shows, where it shows not all or all up to the query's position."""
     num_queries, num_keys = query.shape[2], key.shape[2]
