@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .metrics.attention_entropy.record import AttentionEntropyRecord
@@ -96,12 +96,12 @@ class AttentionEntropyCallback(TrainerCallback):
             yield record
 
     @torch.no_grad()
-    def measure(self, model: nn.Module) -> AttentionEntropyRecord:
+    def measure(self, model: PreTrainedModel) -> AttentionEntropyRecord:
         """One forward pass of the probe batch in evaluation mode."""
         was_training = model.training
         model.eval()
         with self.watch(model) as record:
-            model(**{name: value.to(model.device) for name, value in self.probe.items()})
+            model(**{name: value.to(model.device) for name, value in (self.probe or {}).items()})
         model.train(was_training)
         return record
 

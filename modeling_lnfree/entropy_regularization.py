@@ -114,7 +114,11 @@ class EntropyRegularizer:
         self.model, self.weight, self.margin = model, weight, margin
         with record_attention_entropy(model, reduce=False):  # raises for a model that cannot be measured
             pass
-        self._layers = [name for name, module in model.named_modules() if uses_attention_interface(type(module))]
+        self._layers = [
+            name
+            for name, module in model.named_modules()
+            if uses_attention_interface(type(module))  # type: ignore[arg-type]  # a class is hashable
+        ]
         configs = (vars(module).get("config") for module in model.modules())
         heads = max(getattr(config, "num_attention_heads", 0) for config in configs)
         device = next(model.parameters()).device

@@ -9,4 +9,5 @@ bash scripts/setup.sh test
 .venv/bin/mlinter modeling_lnfree/ --no-progress
 .venv/bin/codespell
 .venv/bin/deptry .
+.venv/bin/mypy
 .venv/bin/python -m pytest "$@"

@@ -205,7 +205,8 @@ class _FiguresFile:
     """A row a text of `_FIGURES`, in a file that is whole or not there. A full disk ends it, not the measurement."""
 
     def __init__(self, path: Path):
-        self.path, self.failures = path, []
+        self.path = path
+        self.failures: list[str] = []
         self.writer = pq.ParquetWriter(aside_of(path), _FIGURES)
 
     def write(self, index: int, nll: Tensor, entropies: list[Tensor]):

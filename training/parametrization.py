@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
 from .errors import UserError
 from .recipe import WeightParametrization
@@ -17,6 +19,9 @@ class SpectralNorm(nn.Module):
     v are constants, which `update` brings up to date after every step of the optimizer, not in every forward pass: so
     accumulation and checkpointing compute with the same ones.
     """
+
+    u: Tensor
+    v: Tensor
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -79,7 +84,7 @@ def leading_singular_vectors(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def parametrize_weights(
-    model: nn.Module,
+    model: PreTrainedModel,
     kind: WeightParametrization,
     projections: list[str] | None = None,
     gain: float | None = None,
@@ -103,6 +108,7 @@ def parametrize_weights(
         if (projections is not None and name.rpartition(".")[2] not in projections) or not module.weight.requires_grad:
             continue
         weight = module.weight
+        parametrization: nn.Module
         if kind == "sigma_reparam":
             parametrization = SigmaReparam(weight, gain)
         else:
@@ -110,18 +116,18 @@ def parametrize_weights(
         parametrize.register_parametrization(module, "weight", parametrization)
 
 
-def _parametrized(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _parametrized(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
             yield name, module
 
 
-def is_parametrized(model: nn.Module) -> bool:
+def is_parametrized(model: PreTrainedModel) -> bool:
     """Whether any weight of the model is parametrized."""
     return any(True for _ in _parametrized(model))
 
 
-def update_spectral_norms(model: nn.Module):
+def update_spectral_norms(model: PreTrainedModel):
     """One step of the power iteration of every spectral norm: after each step of the optimizer."""
     for _, module in _parametrized(model):
         [parametrization] = module.parametrizations.weight
@@ -129,7 +135,7 @@ def update_spectral_norms(model: nn.Module):
             parametrization.update(module.parametrizations.weight.original)
 
 
-def split_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """
     The state dict of the ordinary model with the weights that the parametrizations give now; and what these are made
     of, under its own names.
@@ -142,7 +148,7 @@ def split_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     return ordinary, own
 
 
-def fold_weights(model: nn.Module):
+def fold_weights(model: PreTrainedModel):
     """Makes the weights ordinary parameters of the values that they have."""
     for _, module in list(_parametrized(model)):
         parametrize.remove_parametrizations(module, "weight")

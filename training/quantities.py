@@ -169,7 +169,7 @@ class EntropyBound(Quantity):
         # by layer and head: sum over the queries of the bound, and their number
         self.sums = torch.zeros(len(attentions), config.num_attention_heads, 2, dtype=torch.float64)
 
-        def add(index: int, attention: torch.nn.Module, states: Tensor, position_ids: Tensor):
+        def add(index: int, attention: Any, states: Tensor, position_ids: Tensor):
             has_bias = attention.q_proj.bias is not None or attention.k_proj.bias is not None
             gram = gram_norm(states, with_bias=has_bias, rotated=rotated)  # (B,)
             logit_norm = attention.scaling * self.norms[index][:, None] * gram[:, None, None]  # (B, H, 1)

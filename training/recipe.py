@@ -254,7 +254,7 @@ class Recipe:
         if self.data.init_from is not None:
             raise UserError(f"init_from={self.data.init_from}: its configuration is known when it is loaded")
         named = {"max_position_embeddings": self.data.block_size, **self.model, **overrides}
-        return LNFreeConfig.from_variant(self.data.variant, **named)
+        return LNFreeConfig.from_variant(self.data.variant or "", **named)
 
     def build_arguments(self) -> TrainingArguments:
         """The Trainer's arguments; raises UserError for those that it refuses."""

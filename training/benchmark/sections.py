@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2Model, PreTrainedModel, Trainer, Traini
 from modeling_lnfree import record_attention_entropy, use_fast_cpu
 
 from ..errors import UserError
-from ..quantities import BatchEntropy, ResidualStream, ZeroActivations
+from ..quantities import BatchEntropy, Quantity, ResidualStream, ZeroActivations
 from ..recipe import load_recipe
 from ..train.callbacks import MeasurementCallback
 from .models import (
@@ -234,11 +234,15 @@ def benchmark_callback(settings: Settings) -> list[Row]:
     model = use_fast_cpu(build_lnfree("SM+R", "quick", data.block_size, device))
     input_ids = torch.randint(model.config.vocab_size, (batch_size, data.block_size), device=device)
     probe = {"input_ids": torch.randint(model.config.vocab_size, (data.entropy_sequences, data.block_size))}
-    measured = {"entropy": [], "all": [ResidualStream(), BatchEntropy(), ZeroActivations()]}
+    measured: dict[str, list[Quantity]] = {"entropy": [], "all": [ResidualStream(), BatchEntropy(), ZeroActivations()]}
     runs = {"step": training_step(model, input_ids)}
     for name, quantities in measured.items():
         callback = MeasurementCallback(None, quantities, probe, data.entropy_steps, Path())
-        runs[name] = lambda callback=callback: callback.describe(callback.measure(model), model)
+
+        def measure(callback=callback):
+            return callback.describe(callback.measure(model), model)
+
+        runs[name] = measure
     seconds = medians(take_turns(runs, rounds, device))
     between = data.entropy_steps * seconds["step"]
     return [

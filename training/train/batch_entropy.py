@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from modeling_lnfree.entropy_regularization import add_parameter
 
@@ -25,7 +26,7 @@ class BatchEntropyLoss:
         target: start of the targets.
     """
 
-    def __init__(self, model: nn.Module, *, weight: float, target: float, floor: float):
+    def __init__(self, model: PreTrainedModel, *, weight: float, target: float, floor: float):
         self.model, self.weight, self.floor = model, weight, floor
         self.targets = nn.Parameter(torch.full((len(model.model.layers),), target, device=model.device))
         self._outputs: dict[int, Tensor] = {}

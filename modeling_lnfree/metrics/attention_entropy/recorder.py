@@ -93,7 +93,11 @@ class _Recorder:
         on_layer: Callable[[LayerEntropy], None] | None,
     ):
         modules = dict(model.named_modules())
-        layers = {module: name for name, module in modules.items() if uses_attention_interface(type(module))}
+        layers = {
+            module: name
+            for name, module in modules.items()
+            if uses_attention_interface(type(module))  # type: ignore[arg-type]  # a class is hashable
+        }
         if not layers:
             raise ValueError(
                 f"{type(model).__name__} computes its attention itself and not by the attention interface of "
