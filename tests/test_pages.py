@@ -64,6 +64,7 @@ def test_measured_rows_reach_the_page_and_a_hand_in_them_is_found(docs):
         ("SM+R", None, "SM+R"),
         (None, "{:.2f}", ""),
         (1091, None, "1,091"),
+        (True, None, "yes"),
         (0.0123, None, "0.01"),
         (12.34, None, "12.3"),
         (18828.4, None, "18,828"),

@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import ACTIVATION_WORDS, BACKBONES, FINAL_NORM_WORDS, NORM_WORDS
 from training import cli, data
 from training.pages import find_pages
 from training.recipe import DataArguments
@@ -168,6 +169,16 @@ def test_every_variant_has_the_fields_that_its_row_names():
         assert named and {key: ours[key] for key in named} == named
         # and no other field differs from the defaults
         assert {key for key in ours if ours[key] != plain[key]} <= named.keys()
+
+
+def test_every_word_of_the_notation_has_a_row():
+    names = re.findall(r"^\| `(SM\+[^`]+)` \|", PAGES["variants.md"].read_text(), re.MULTILINE)
+    for word in (*ACTIVATION_WORDS, *NORM_WORDS):
+        assert any(f"+{word}" in name for name in names), word
+    assert all(any(name.endswith(word) for name in names) for word in FINAL_NORM_WORDS)
+    fields = [field for values in BACKBONES.values() for field in values.items()]
+    for name, value in fields:
+        assert f"`{name}={str(value).lower()}`" in PAGES["variants.md"].read_text(), (name, value)
 
 
 @every_page

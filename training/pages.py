@@ -104,8 +104,9 @@ def format_table(measured: dict[str, Any]) -> str:
 
 
 def format_head(row: dict[str, Any]) -> list[str]:
-    """The first two lines of a table; what is not a text in this row is set to the right."""
-    return [f"| {' | '.join(row)} |", "|" + "".join("---|" if isinstance(v, str) else "---:|" for v in row.values())]
+    """The first two lines of a table; what is neither a text nor yes or no in this row is set to the right."""
+    marks = ("---|" if isinstance(value, str | bool) else "---:|" for value in row.values())
+    return [f"| {' | '.join(row)} |", "|" + "".join(marks)]
 
 
 def format_row(row: dict[str, Any], formats: dict[str, str] | None = None) -> str:
@@ -114,8 +115,8 @@ def format_row(row: dict[str, Any], formats: dict[str, str] | None = None) -> st
 
 def format_cell(value: Any, template: str | None = None) -> str:
     """
-    A text as it is, None as an empty cell, a float with three digits or by the template. A list fills the template's
-    fields if it has several, as for an interval; else its values follow one another.
+    A text as it is, None as an empty cell, a truth value as yes or no, a float with three digits or by the template.
+    A list fills the template's fields if it has several, as for an interval; else its values follow one another.
     """
     if value is None:
         return ""
@@ -123,6 +124,8 @@ def format_cell(value: Any, template: str | None = None) -> str:
         if template is not None and template.count("{") == len(value) > 1:
             return template.format(*value)
         return ", ".join(format_cell(each, template) for each in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if template is not None:
         return template.format(value)
     if not isinstance(value, float):
