@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_lnfree.metrics.attention_entropy.attention_entropy import encode, side
+from modeling_lnfree.metrics.attention_entropy.reading import encode, side
 
 from .encryption.counting import count_operations
 from .encryption.fixed_point import measure_fixed_point

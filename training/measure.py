@@ -16,8 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_lnfree import record_attention_entropy
-from modeling_lnfree.metrics.attention_entropy.attention_entropy import encode, side, summarize
+from modeling_lnfree.metrics.attention_entropy.reading import encode, side
 from modeling_lnfree.metrics.attention_entropy.recorder import LayerEntropy
+from modeling_lnfree.metrics.attention_entropy.summary import summarize
 
 from .errors import UserError, explained
 from .files import aside_of, check_outputs, to_json, whole, write_atomically

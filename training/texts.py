@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_lnfree import use_fast_cpu
-from modeling_lnfree.metrics.attention_entropy.attention_entropy import check_max_length, load_model, pad
+from modeling_lnfree.metrics.attention_entropy.reading import check_max_length, load_model, pad
 
 from .data import evaluation_split, has_vocabulary, load_documents, load_splits, reading
 from .errors import UserError, explained

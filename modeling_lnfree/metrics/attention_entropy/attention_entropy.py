@@ -6,23 +6,21 @@ queries of all texts, for every layer and head (arXiv 2410.09637). It is exact a
 mathematics stands in `entropy.py`.
 """
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Sized
 from itertools import groupby
 from numbers import Integral
 from typing import Any
 
 import evaluate
-import numpy as np
 import torch
 from datasets import Features, List, Value
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .entropy import compute_attention_entropy
+from .reading import adapted_model, check_max_length, encode, inner_model, load_model, pad, side
 from .record import AttentionEntropyRecord
 from .recorder import record_attention_entropy
+from .summary import combine, to_numbers
 from .visibility import Visibility
 
 
@@ -39,8 +37,8 @@ _CITATION = """\
 }
 """
 
-# what a measurement holds, by the names of `AttentionEntropyRecord`
-_MEASUREMENT = {
+# of a measurement, see `summary.FIELDS`
+_FEATURES = {
     "entropy": List(List(Value("float64"))),
     "max_entropy": List(List(Value("float64"))),
     "nan_count": List(List(Value("int64"))),
@@ -134,7 +132,7 @@ class AttentionEntropy(evaluate.Metric):
             description=__doc__,
             citation=_CITATION,
             inputs_description=self.__doc__,
-            features=Features({"predictions": _MEASUREMENT}),
+            features=Features({"predictions": _FEATURES}),
             reference_urls=["https://arxiv.org/abs/2410.09637"],
         )
 
@@ -157,7 +155,7 @@ class AttentionEntropy(evaluate.Metric):
             self._texts += map(str, predictions)
         else:
             measurements: Any = predictions
-            super().add_batch(predictions=[_measurement(measurement) for measurement in measurements])
+            super().add_batch(predictions=[to_numbers(measurement) for measurement in measurements])
 
     def _check_kind(self, texts: bool) -> None:
         if self.writer is not None if texts else self._texts:
@@ -213,102 +211,7 @@ class AttentionEntropy(evaluate.Metric):
         return super().compute(predictions=[record])
 
     def _compute(self, *, predictions: list[dict[str, Any]]) -> dict[str, Any]:
-        return _summarize(predictions)
-
-
-def load_model(
-    model_id: str,
-    *,
-    device: str | torch.device | None,
-    trust_remote_code: bool,
-    revision: str | None,
-    dtype: str | torch.dtype | None,
-    with_head: bool = True,
-) -> PreTrainedModel:
-    """
-    A causal language model in evaluation mode, with the arguments of `AttentionEntropy.compute`. Without `with_head`,
-    its output projection may be missing, which entropy does not need.
-
-    Raises:
-        OSError, ValueError: if it cannot be loaded, or lacks weights, in whose place random ones would be measured.
-    """
-    if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
-    loading = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype or "auto"}
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            model_id, **loading, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except ValueError as error:
-        # of a model of another kind, transformers names all that are of this one
-        raise ValueError(str(error).split("Model type should be one of")[0].strip()) from error
-    if report["mismatched_keys"]:
-        name, found, wanted = sorted(report["mismatched_keys"])[0]
-        sizes = f"{name} has {tuple(found)}, not {tuple(wanted)}"
-        raise ValueError(f"{model_id} has weights of other sizes than its configuration: {sizes}")
-    part = "" if with_head else f"{model.base_model_prefix}."
-    if missing := sorted(name for name in report["missing_keys"] if name.startswith(part)):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"{model_id} lacks weights, which would be random: {', '.join(missing[:3])}{more}")
-    return model.to(device).eval()
-
-
-def side(model: PreTrainedModel, length: int) -> int:
-    """
-    Which texts a text of `length` tokens may share a batch with: a model with scaled rotary positions may turn the
-    whole batch by other frequencies once one text is longer than those that it was first trained on (longrope,
-    arXiv 2402.13753).
-    """
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    parts = (rope, *rope.values())
-    lengths: set[Any] = {
-        getattr(part, "get", dict[str, Any]().get)("original_max_position_embeddings") for part in parts
-    }
-    lengths.add(getattr(config, "original_max_position_embeddings", None))
-    return bisect_left(sorted(lengths - {None}), length)
-
-
-def check_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
-    """
-    Number of tokens to read of a text: `max_length`, or as many as model and tokenizer take.
-
-    Raises:
-        ValueError: if `max_length` is no integer, below 1, or more than the model has positions.
-    """
-    config = _inner_model(model).config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - _virtual_tokens(model)
-    if max_length is None:
-        return min(tokenizer.model_max_length, positions)
-    if not isinstance(max_length, Integral) or not 1 <= max_length <= positions:
-        raise ValueError(
-            f"max_length must be an integer in 1 to {positions}, the positions of the model, got {max_length!r}"
-        )
-    return max_length
-
-
-def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of every text, with the special tokens that the tokenizer adds by itself."""
-    # not verbose: what is longer than the model's positions is cut afterwards
-    return tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, `(batch, longest)`, padded on the right; no padding token is needed."""
-    rows = [torch.tensor(sequence) for sequence in sequences]
-    input_ids = pad_sequence(rows, batch_first=True)
-    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-
-
-def summarize(record: AttentionEntropyRecord) -> dict[str, Any]:
-    """
-    The result of `AttentionEntropy.compute` for one record.
-
-    Raises:
-        ValueError: if nothing was measured.
-    """
-    return _summarize([_measurement(record)])
+        return combine(predictions)
 
 
 def _are_texts(predictions: Sequence[Any]) -> bool:
@@ -328,46 +231,6 @@ def _are_texts(predictions: Sequence[Any]) -> bool:
     return kinds.pop()
 
 
-def _measurement(prediction: Mapping[str, Any] | AttentionEntropyRecord) -> dict[str, Any]:
-    """The fields of a measurement as Python numbers; a row has as many as the layer has heads."""
-    if isinstance(prediction, Mapping):
-        found = {name: prediction[name] for name in _MEASUREMENT if name in prediction}
-    else:
-        found = {name: getattr(prediction, name) for name in _MEASUREMENT if hasattr(prediction, name)}
-    missing = [name for name in _MEASUREMENT if name not in found]
-    if missing:
-        raise ValueError(
-            "a prediction must be a text, a record or a result of this metric, got "
-            f"{type(prediction).__name__} without {', '.join(missing)}"
-        )
-    heads = getattr(prediction, "num_heads", None)
-    measurement: dict[str, Any] = {"num_queries": int(found.pop("num_queries"))}
-    for name, rows in found.items():
-        rows = [np.asarray(row).tolist() for row in rows]
-        measurement[name] = rows if heads is None else [row[:number] for row, number in zip(rows, heads, strict=True)]
-    return measurement
-
-
-def _inner_model(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers in a wrapper, as PEFT's or `DataParallel`."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise ValueError(f"model must be a model of transformers or hold one, got {type(model).__name__}")
-
-
-def _adapted_model(model: nn.Module) -> nn.Module | None:
-    """PEFT's model, if there is one: it puts tokens or keys before those of the model in it."""
-    found = (module for module in model.modules() if hasattr(module, "peft_config"))
-    return next(found, None)
-
-
-def _virtual_tokens(model: nn.Module) -> int:
-    adapted = _adapted_model(model)
-    adapter = None if adapted is None else getattr(adapted, "active_peft_config", None)
-    return getattr(adapter, "num_virtual_tokens", None) or 0
-
-
 def _measure(
     texts: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
 ) -> AttentionEntropyRecord:
@@ -377,7 +240,7 @@ def _measure(
             raise ValueError(f"the text {text!r} has no tokens")
     # little padding
     sequences.sort(key=len)
-    inner, adapted = _inner_model(model), _adapted_model(model)
+    inner, adapted = inner_model(model), adapted_model(model)
     alike = [list(group) for _, group in groupby(sequences, key=lambda sequence: side(inner, len(sequence)))]
     batches = [group[i : i + batch_size] for group in alike for i in range(0, len(group), batch_size)]
     # the model without its head: the logits of all tokens would take the most memory
@@ -400,44 +263,3 @@ def _measure(
     if record.num_queries == 0:
         raise ValueError("no query was measured: " + "; ".join(record.unmeasured))
     return record
-
-
-def _summarize(measurements: list[dict[str, Any]]) -> dict[str, Any]:
-    measurements = [measurement for measurement in measurements if measurement["num_queries"] > 0]
-    if not measurements:
-        raise ValueError("no query was measured: the model read nothing while it was recorded, or could not be seen")
-    lengths = [len(row) for row in measurements[0]["entropy"]]
-    shapes = {_shape(measurement["entropy"]) for measurement in measurements}
-    if len(shapes) > 1:
-        raise ValueError(f"the measurements are of models of different (layers, heads): {sorted(shapes, key=str)}")
-    # (measurements, cells): all heads of all layers
-    sums = {
-        name: torch.tensor([sum(measurement[name], []) for measurement in measurements], dtype=torch.float64)
-        for name in _MEASUREMENT
-        if name != "num_queries"
-    }
-    queries = torch.tensor([measurement["num_queries"] for measurement in measurements], dtype=torch.float64)
-    weights = (queries / queries.sum())[:, None]
-    entropy, max_entropy = ((weights * sums[name]).sum(0) for name in ("entropy", "max_entropy"))
-    normalized = (entropy / max_entropy).clamp(max=1.0)
-    quarters = (4 * normalized).floor().clamp(max=3)
-
-    def rows(cells: Tensor) -> list[list[float]]:
-        return [row.tolist() for row in cells.split(lengths)]
-
-    return {
-        "entropy": rows(entropy),
-        "max_entropy": rows(max_entropy),
-        "normalized_entropy": rows(normalized),
-        "layer_entropy": [row.mean().item() for row in entropy.split(lengths)],
-        "mean_entropy": entropy.mean().item(),
-        "head_distribution": [(quarters == quarter).double().mean().item() for quarter in range(4)],
-        "nan_count": rows(sums["nan_count"].sum(0).long()),
-        "inf_count": rows(sums["inf_count"].sum(0).long()),
-        "num_queries": int(queries.sum()),
-    }
-
-
-def _shape(rows: list[list[float]]) -> tuple:
-    heads = [len(row) for row in rows]
-    return (len(heads), heads[0] if len(set(heads)) == 1 else tuple(heads))
