@@ -266,30 +266,33 @@ def test_end_of_a_run_tells_the_stream_by_layer_and_what_to_try(values, monkeypa
     assert report["stream"] == records[1:] and report["advice"].startswith(advice)
     # what earlier versions wrote
     del report["stream"], report["advice"]
-    (tmp_path / "instability.json").write_text(json.dumps(report))
-    assert runs.why_unstable(tmp_path).endswith("the last sound checkpoint is checkpoint-4")
+    assert runs.describe_instability(report).endswith("the last sound checkpoint is checkpoint-4")
 
 
 def test_stream_far_beyond_that_of_layernorm_is_told_while_the_run_goes_on(values, monkeypatch, tmp_path, capsys):
     class Grow(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            # the stream is the position's, 16 wide; 100 is the root mean square that is told, 400 the norm
-            sizes = {1: 390.0, 2: 410.0, 3: 420.0, 4: 5000.0, 5: 5100.0}
-            for parameter in model.model.layers[1].parameters():
-                parameter.data.zero_()
-            model.model.embed_positions.weight.data.fill_(sizes.get(state.global_step, 5200.0) / 4)
+            # the stream is the position's, 16 wide; 50 is the root mean square that is told, 200 the norm
+            sizes = {1: 190.0, 2: 210.0, 3: 220.0, 4: 2500.0}
+            model.model.embed_positions.weight.data.fill_(sizes.get(state.global_step, 2600.0) / 4)
 
-    values = {**values, "variant": "SM+LN+R", "entropy_steps": 1, "max_steps": 6, "learning_rate": 1e-6}
-    values |= {"initializer_range": 0.001, "output_dir": str(tmp_path), "eval_strategy": "no"}
+    values = {**values, "entropy_steps": 1, "max_steps": 6, "learning_rate": 1e-6, "logging_steps": 2}
+    values |= {"initializer_range": 1e-4, "output_dir": str(tmp_path), "eval_strategy": "no"}
     run = train_with(monkeypatch, values, Grow)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     norms = {record["step"]: record["norm"] for record in files.read_records(run / "residual_stream.jsonl")}
-    assert [norms[step][1] for step in (1, 2, 4)] == pytest.approx([390, 410, 5000], rel=0.02)
+    assert [norms[step][1] for step in (1, 2, 4)] == pytest.approx([190, 210, 2500], rel=0.01)
     assert len(told) == 2
-    assert f"step 2: the stream behind layer 0 has a norm of {norms[2][0]:.3g}, far more than" in told[0]
+    layer = norms[2].index(max(norms[2]))
+    assert f"step 2: the stream behind layer {layer} has a norm of {norms[2][layer]:.3g}, far more than" in told[0]
     assert "step 4: " in told[1]
-    # with LayerNorm there is no preset to try
-    assert told[0].endswith("try a longer warm-up than 1 steps, a learning_rate below 1e-06")
+    assert "try a longer warm-up than 1 steps, a learning_rate below 1e-06, or the preset @Stable" in told[0]
+    # with norms in the blocks nothing comes of it, and there is no preset to try
+    callback = stability.StabilityCallback(tmp_path, tiny_model("SM+LN+R"))
+    callback.args, callback.warmup_steps = SimpleNamespace(learning_rate=0.1), 7
+    callback.look_at_stream(1, {"residual_stream/layer_0/norm": 1e9})
+    assert not capsys.readouterr().out
+    assert callback.advise() == "try a longer warm-up than 7 steps, a learning_rate below 0.1"
 
 
 def test_gradient_that_is_not_finite_is_located_in_the_backward_pass(values, monkeypatch, tmp_path):
