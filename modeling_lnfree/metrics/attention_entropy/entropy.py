@@ -264,8 +264,7 @@ def _streamed_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`log l - e / l` by way of the scores, in the dtype of `query`, and the number of seen scores whose query or key
     holds an infinity, both `(batch, heads, T)`."""
-    batch, heads, num_queries, head_dim = query.shape
-    kv_heads = key.shape[1]
+    batch, heads, num_queries, _ = query.shape
     query_size, key_size = query.detach().abs().amax(-1), key.detach().abs().amax(-1)
     # NaN times a weight of zero would enter the gradients of the queries that do not see it
     query, key = (
@@ -279,11 +278,7 @@ def _streamed_entropy(
         start: int, stop: int, query: Tensor, key: Tensor, bias: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
         block = visibility.block(start, stop)
-        grouped = query[:, :, start:stop].reshape(batch, kv_heads, -1, head_dim)
-        scores = scaling * (grouped @ key[:, :, : block.num_keys].mT)
-        scores = scores.view(batch, heads, stop - start, block.num_keys)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = _scores(query[:, :, start:stop], key[:, :, : block.num_keys], scaling, softcap)
         if bias is not None:
             scores = scores + bias[:, :, start:stop]
         hidden = None if block.mask is None else ~block.mask
@@ -307,3 +302,50 @@ def _streamed_entropy(
     broken = (number == 0) | ~query_size.isfinite() | (visibility.count(~key_size.isfinite(), heads) > 0)
     infinite = torch.where(query_size.isinf(), number, visibility.count(key_size.isinf(), heads))
     return result.masked_fill(broken, torch.nan), infinite
+
+
+def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """Scores of some queries, `(batch, heads, T, S)`, without a copy of grouped keys."""
+    batch, heads, num_queries, head_dim = query.shape
+    scores = scaling * (query.reshape(batch, key.shape[1], -1, head_dim) @ key.mT)
+    scores = scores.view(batch, heads, num_queries, key.shape[2])
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+@torch.no_grad()
+def logits_of_visible(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    visibility: Visibility,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Of every query, with the arguments of `entropy_of_visible`: the largest score of the keys that it sees, its
+    weight on the first key that any query of its sequence sees, and the log-sum-exp of its scores, those of sinks
+    included; `(batch, heads, T, 3)`, in float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
+    query, key = query.to(dtype), key.to(dtype)
+    batch, heads, num_queries, _ = query.shape
+    first = torch.zeros(1, dtype=torch.long, device=query.device)
+    if visibility.mask is not None:
+        first = visibility.mask.any(2).any(1).int().argmax(-1)
+
+    def logits(start: int, stop: int, query: Tensor, key: Tensor) -> Tensor:
+        block = visibility.block(start, stop)
+        scores = _scores(query[:, :, start:stop], key[:, :, : block.num_keys], scaling, softcap)
+        if bias is not None:
+            scores = scores + bias.expand(-1, -1, num_queries, -1)[:, :, start:stop]
+        if block.mask is not None:
+            scores = scores.masked_fill(~block.mask, -torch.inf)
+        logsumexp = scores.logsumexp(-1)
+        if sinks is not None:
+            rows = sinks.to(dtype).expand(batch, -1, num_queries, -1)[:, :, start:stop, 0]
+            logsumexp = torch.logaddexp(logsumexp, rows)
+        on_first = scores.gather(-1, first.view(-1, 1, 1, 1).expand(*scores.shape[:3], 1))[..., 0]
+        return torch.stack([scores.amax(-1), (on_first - logsumexp).exp(), logsumexp], -1)
+
+    with torch.autocast(query.device.type, enabled=False):
+        return _in_blocks(logits, max(1, batch * heads * visibility.num_keys), num_queries, query, key)

@@ -18,6 +18,8 @@ class AttentionEntropyRecord:
         # by position and run of the layer: its name and (heads, 5), sums over queries of entropy, largest entropy, NaN
         # weights, infinite scores, and 1
         self._totals: dict[tuple[int, int], tuple[str, Tensor]] = {}
+        # likewise, (heads, 3): the largest score, and sums of the weight on the first key and of the log-sum-exp
+        self._logits: dict[tuple[int, int], Tensor] = {}
         self.unmeasured: list[str] = []
         """What the model computed and the record does not hold, a sentence each; filled when the block is left."""
 
@@ -80,23 +82,57 @@ class AttentionEntropyRecord:
         quarters = (4 * self.normalized_entropy[self._exists]).floor().clamp(max=3)
         return torch.stack([(quarters == quarter).float().mean() for quarter in range(4)])
 
+    @property
+    def max_logit(self) -> Tensor:
+        """Largest score of a key that a query saw (`torch.FloatTensor` of shape `(layers, heads)`). This and the next
+        two need `logits=True`."""
+        return self._padded_logits[..., 0].float()
+
+    @property
+    def sink_share(self) -> Tensor:
+        """Mean weight of the queries on the first key of their sequence (`torch.FloatTensor` of shape
+        `(layers, heads)`), what an attention sink takes (arXiv 2309.17453)."""
+        return (self._padded_logits[..., 1] / self._sums[..., 4]).float()
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """Mean log-sum-exp of the queries' scores (`torch.FloatTensor` of shape `(layers, heads)`)."""
+        return (self._padded_logits[..., 2] / self._sums[..., 4]).float()
+
     def all_reduce(self) -> None:
         """Add up the measurements of all processes of the default process group, in each of them."""
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        mine = {row: (name, total.cpu()) for row, (name, total) in self._totals.items()}
+        logits = {row: logits.cpu() for row, logits in self._logits.items()}
+        mine = {row: (name, total.cpu(), logits.get(row)) for row, (name, total) in self._totals.items()}
         torch.distributed.all_gather_object(gathered, mine)
-        self._totals = {}
+        self._totals, self._logits = {}, {}
         for totals in gathered:
-            for row, (name, total) in totals.items():
-                self.add(row, name, total)
+            for row, (name, total, of_logits) in totals.items():
+                self.add(row, name, total, of_logits)
 
-    def add(self, row: tuple[int, int], name: str, total: Tensor) -> None:
+    def add(self, row: tuple[int, int], name: str, total: Tensor, logits: Tensor | None = None) -> None:
+        """Add what was measured of a layer, as `_totals` and `_logits` hold it."""
         if row in self._totals:
             before = self._totals[row][1]
             if before.shape != total.shape:
                 raise ValueError(f"it had {len(before)} heads before, and has {len(total)} now")
             total = before + total
         self._totals[row] = (name, total)
+        if logits is not None:
+            before = self._logits.get(row)
+            if before is not None:
+                largest = torch.maximum(before[:, :1], logits[:, :1])
+                logits = torch.cat([largest, before[:, 1:] + logits[:, 1:]], -1)
+            self._logits[row] = logits
+
+    @property
+    def _padded_logits(self) -> Tensor:
+        if self._totals and not self._logits:
+            raise ValueError("scores were not looked at: record_attention_entropy(model, logits=True)")
+        rows = [self._logits[row].cpu().double() for row in sorted(self._logits)]
+        if not rows:
+            return torch.zeros(0, 0, 3).double()
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
 
     @property
     def _sums(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .entropy import entropy_of_visible
+from .entropy import entropy_of_visible, logits_of_visible
 from .record import AttentionEntropyRecord
 from .visibility import MaskOrigin, describe_mask, read_visibility
 
@@ -89,6 +89,7 @@ class _Recorder:
         self,
         model: nn.Module,
         padding_mask: Tensor | None,
+        logits: bool,
         differentiable: bool,
         on_layer: Callable[[LayerEntropy], None] | None,
     ):
@@ -128,7 +129,8 @@ class _Recorder:
             if _is_compiled(modules[path]) or not any(part.isdigit() for part in path.split("."))
         }
         self._beside = _attention_beside(modules, layers, {modules[path] for path in paths})
-        self._padding_mask, self._differentiable, self._on_layer = padding_mask, differentiable, on_layer
+        self._padding_mask, self._logits = padding_mask, logits
+        self._differentiable, self._on_layer = differentiable, on_layer
         self._masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._pass = _Pass()
         # what was not measured: reason -> name of the layer -> number of its calls
@@ -294,10 +296,10 @@ class _Recorder:
         name = self._name(module)
         try:
             with torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()):
-                measured, total = self._measure(call, **call.named_arguments())
+                measured, total, logits = self._measure(call, **call.named_arguments())
             if again:
                 return
-            self.record.add((self._positions[module], self._pass.runs[module]), name, total)
+            self.record.add((self._positions[module], self._pass.runs[module]), name, total, logits)
         except Exception as error:  # an instrument does not stop the model: what it cannot read is told at the end
             if not again:
                 reason = f"its call cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
@@ -315,7 +317,7 @@ class _Recorder:
         s_aux: Tensor | None = None,
         sinks: Tensor | None = None,
         **kwargs,
-    ) -> tuple[LayerEntropy, Tensor]:
+    ) -> tuple[LayerEntropy, Tensor, Tensor | None]:
         if call.query.device.type == "meta":
             raise _Unmeasured("its tensors hold no numbers")
         if torch._C._functorch.is_functorch_wrapped_tensor(call.query):
@@ -337,11 +339,13 @@ class _Recorder:
         # one a head; `sinks`, as of Inkling 2, are one a query
         if s_aux is not None:
             sinks = s_aux.view(1, -1, 1, 1)
-        entropy, largest, infinite = entropy_of_visible(
-            query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks
-        )
+        scored = {"bias": bias, "softcap": softcap, "sinks": sinks}
+        entropy, largest, infinite = entropy_of_visible(query, key, scaling, visibility, **scored)
 
         number = visibility.number()
+        counted = number > 0
+        if padded is not None:
+            counted = counted & ~padded[:, None]
         dtype = torch.float32 if entropy.device.type == "mps" else torch.float64
         if infinite is None and padded is None and visibility.mask is None:
             # the usual case: every query counts, and sees as many keys in every sequence and head
@@ -349,9 +353,6 @@ class _Recorder:
             total[:, 1] = largest.sum((0, 2), dtype=dtype) * (batch / len(largest))
             total[:, 4] = batch * query.shape[2]
         else:
-            counted = number > 0
-            if padded is not None:
-                counted = counted & ~padded[:, None]
             entropy = entropy.masked_fill(~counted, torch.nan)
             infinite = torch.zeros_like(number) if infinite is None else infinite
             columns = (entropy.detach(), largest, entropy.isnan() * number, infinite, torch.ones_like(largest))
@@ -360,7 +361,13 @@ class _Recorder:
         # tensors without numbers have a class of their own, or make the others so
         if type(total) is not Tensor:
             raise _Unmeasured("its tensors hold no numbers")
-        return LayerEntropy("", entropy, largest), total
+        logits = None
+        if self._logits:
+            values = logits_of_visible(query, key, scaling, visibility, **scored)  # (batch, heads, T, 3)
+            values, counted = values.to(dtype), counted[..., None]
+            most = values[..., :1].masked_fill(~counted, -torch.inf).amax((0, 2))
+            logits = torch.cat([most, values[..., 1:].masked_fill(~counted, 0.0).sum((0, 2))], -1)
+        return LayerEntropy("", entropy, largest), total, logits
 
     # ---- the end
 
@@ -524,6 +531,7 @@ def record_attention_entropy(
     *,
     padding_mask: Tensor | None = None,
     reduce: bool = True,
+    logits: bool = False,
     differentiable: bool = False,
     on_layer: Callable[[LayerEntropy], None] | None = None,
 ) -> Iterator[AttentionEntropyRecord]:
@@ -562,6 +570,8 @@ def record_attention_entropy(
             processes when the block is left without an exception, so that all see the results of the whole batch.
             This is a collective: all processes must enter the block. Pass False to measure in one of them only, or
             when the processes hold parts of the heads (tensor parallelism).
+        logits (`bool`, defaults to `False`): look at the scores too, for `record.max_logit`, `sink_share` and
+            `logsumexp`; about twice the time of the entropy.
         differentiable (`bool`, defaults to `False`): hand entropies that are attached to the graph to `on_layer`,
             where gradients are enabled. No attention map is kept for them. A function of them belongs behind the
             forward pass, not into `on_layer`; checkpointing must not be reentrant.
@@ -572,7 +582,7 @@ def record_attention_entropy(
         ValueError: if the model does not use the attention interface (BLOOM, MPT and Falcon do not), or has cross
             attention, as encoder-decoders have; their encoder by itself is measured.
     """
-    recorder = _Recorder(model, padding_mask, differentiable, on_layer)
+    recorder = _Recorder(model, padding_mask, logits, differentiable, on_layer)
     with recorder.hooked(), _opened(recorder):
         yield recorder.record
     if reduce and torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,0 +1,79 @@
+"""What the recorder says of the scores: the largest, their log-sum-exp, and the weight on the first key."""
+
+import pytest
+import torch
+
+from modeling_lnfree import record_attention_entropy
+
+from .models import float64_maps, make_batch, make_model, mean_of_queries
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "bert"])
+def test_weight_on_the_first_key_matches_maps(model_type, padding):
+    model, batch = make_model(model_type, "eager"), make_batch(padding)
+    with record_attention_entropy(model, logits=True) as record, torch.no_grad():
+        model(**batch)
+    first = batch["attention_mask"].argmax(-1)
+    maps = float64_maps(model, batch)
+    on_first = maps.gather(-1, first.view(1, -1, 1, 1, 1).expand(*maps.shape[:4], 1))[..., 0]
+    expected = mean_of_queries(on_first, batch["attention_mask"])
+    torch.testing.assert_close(record.sink_share.double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_scores_match_their_definition(padding, softcap):
+    model = make_model("gemma2", "eager", attn_logit_softcapping=softcap, sliding_window=64)
+    batch, seen = make_batch(padding), []
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+        for layer in model.model.layers
+    ]
+    with record_attention_entropy(model, logits=True) as record, torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    # weights give scores up to a constant of each query: largest less log-sum-exp is the log of the largest weight
+    real = batch["attention_mask"].bool()[:, None].expand(-1, 4, -1)
+    for layer, weights in enumerate(seen):
+        most = weights.amax(-1).log().double()
+        for head in range(4):
+            bound = most[:, head][real[:, head]].mean() + record.logsumexp[layer, head]
+            # the mean of the largest scores is not above the largest of all
+            assert bound <= record.max_logit[layer, head] + 1e-5
+    if softcap is not None:
+        assert (record.max_logit <= softcap).all() and (record.max_logit > 0.5 * softcap).any()
+
+
+def test_scores_of_two_passes_and_a_broken_head():
+    model, batch = make_model("gpt2"), make_batch("none")
+    states = []
+    with torch.no_grad():
+        with record_attention_entropy(model, logits=True) as record:
+            model(batch["input_ids"][:2])
+            model(batch["input_ids"][2:])
+        projection = model.transformer.h[0].attn.c_attn
+        hook = projection.register_forward_hook(lambda module, args, output: states.append(output))
+        model(batch["input_ids"])
+        hook.remove()
+        query, key, _ = states[0].double().unflatten(-1, (12, 8)).transpose(1, 2).chunk(3, 1)
+        scores = (query @ key.mT / 8**0.5).masked_fill(torch.ones(13, 13).triu(1).bool(), -torch.inf)
+        torch.testing.assert_close(record.max_logit[0].double(), scores.amax((0, 2, 3)), atol=1e-5, rtol=0)
+        expected = scores.logsumexp(-1).mean((0, 2))
+        torch.testing.assert_close(record.logsumexp[0].double(), expected, atol=1e-5, rtol=0)
+        model.transformer.h[1].attn.c_attn.bias[2 * 8 + 3] = torch.nan
+        with record_attention_entropy(model, logits=True) as record:
+            model(**batch)
+    broken = torch.zeros(2, 4, dtype=torch.bool)
+    broken[1, 2] = True
+    for name in ("max_logit", "sink_share", "logsumexp"):
+        assert torch.equal(getattr(record, name).isnan(), broken)
+
+
+def test_scores_that_were_not_looked_at():
+    model = make_model("llama")
+    with record_attention_entropy(model) as record, torch.no_grad():
+        model(**make_batch("none"))
+    with pytest.raises(ValueError, match=r"scores were not looked at: .*logits=True"):
+        record.max_logit  # noqa: B018
