@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from modeling_lnfree.metrics.attention_entropy.reading import encode, side
 
+from .data import check_reachable
 from .encryption.counting import count_operations
 from .encryption.fixed_point import measure_fixed_point
 from .encryption.tables import compare_costs, tabulate
@@ -98,6 +99,7 @@ def _count(
     model_id: str, length: int | None, batch_size: int, new_tokens: int, loading: dict[str, Any]
 ) -> dict[str, Any]:
     check_model_id(model_id)
+    check_reachable("model", model_id)
     with explained(f"model {model_id!r} cannot be counted"):
         config = AutoConfig.from_pretrained(model_id, **loading)
         if length is None:

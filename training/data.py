@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx2
 import numpy as np
 import pandas as pd
 import torch
@@ -26,11 +27,12 @@ from datasets import Dataset, IterableDataset
 from datasets.data_files import get_data_patterns
 from datasets.packaged_modules.csv.csv import CsvConfig
 from filelock import FileLock
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .errors import UserError, explained
+from .errors import UserError, explained, one_line
 from .recipe import DataArguments
 
 
@@ -273,6 +275,7 @@ def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: 
         UserError: for a tokenizer that cannot be loaded, or that has no end-of-text token to separate documents by.
     """
     if arguments.tokenizer is not None:
+        check_reachable("tokenizer", arguments.tokenizer)
         with explained(f"tokenizer {arguments.tokenizer!r} cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         if tokenizer.eos_token_id is None:
@@ -301,6 +304,23 @@ def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: 
                 os.rename(aside, folder)
                 os.mkdir(aside)  # for the context manager to remove
     return AutoTokenizer.from_pretrained(folder)
+
+
+def check_reachable(kind: str, name: str):
+    """
+    Raises UserError at once for a name that is no folder, is not in the cache, and of which the Hub cannot be asked:
+    loading it would try for half a minute.
+    """
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json")
+    try:
+        if not Path(name).is_dir() and not any(isinstance(try_to_load_from_cache(name, f), str) for f in files):
+            HfApi().model_info(name, timeout=10)
+    except httpx2.TransportError as error:
+        told = f"{kind} {name!r} is no folder, and the Hub cannot be reached to look for it"
+        raise UserError(f"{told}: {one_line(error)}") from error
+    except (OSError, ValueError):
+        # what loads it says what the Hub answers, and what is wrong with a name
+        return
 
 
 def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:

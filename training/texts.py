@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_lnfree import use_fast_cpu
 from modeling_lnfree.metrics.attention_entropy.reading import check_max_length, load_model, pad
 
-from .data import evaluation_split, has_vocabulary, load_documents, load_splits, reading
+from .data import check_reachable, evaluation_split, has_vocabulary, load_documents, load_splits, reading
 from .errors import UserError, explained
 from .recipe import DataArguments, check_model_id
 
@@ -133,6 +133,7 @@ def load_reader(
     default as many as both take. Raises UserError for what cannot be loaded.
     """
     check_model_id(model_id)
+    check_reachable("model", model_id)
     _check_device(device)
     with explained(f"model {model_id!r} cannot be measured"):
         model = load_model(

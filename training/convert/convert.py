@@ -23,7 +23,7 @@ from transformers.utils.hub import has_file
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
-from ..data import has_vocabulary
+from ..data import check_reachable, has_vocabulary
 from ..errors import UserError, explained
 from ..recipe import check_model_id
 
@@ -163,6 +163,7 @@ def load_in_family(model_id: str | Path) -> LNFreeForCausalLM:
 
 def _load(model_id: str | Path, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
     check_model_id(model_id)
+    check_reachable("model", model_id)
     with explained(f"model {model_id!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(model_id, revision=revision)
         if config.model_type not in model_types:

@@ -3,6 +3,8 @@
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 import httpx2
@@ -45,9 +47,19 @@ def _pause(error: BaseException | None, wait: float) -> float | None:
         return None
     status, asked = error.response.status_code, error.response.headers.get("Retry-After", "")
     if status == 429 or status == 408 or status >= 500:
-        wait = int(asked) if asked.isdigit() else wait
+        wait = _seconds_asked(asked, wait)
         return wait if wait <= LONGEST_WAIT else None
     return None
+
+
+def _seconds_asked(asked: str, otherwise: float) -> float:
+    """The seconds of a Retry-After header, which holds a number of them or a date (RFC 9110, section 10.2.3)."""
+    if asked.isdigit():
+        return int(asked)
+    try:
+        return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return otherwise
 
 
 def describe_error(error: BaseException) -> str:

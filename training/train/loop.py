@@ -22,7 +22,15 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, TrainerState, set_seed
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+    set_seed,
+)
 from transformers.distributed import DistributedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -37,7 +45,7 @@ from ..data import (
     tokenize_blocks,
     vocabulary_size,
 )
-from ..errors import UserError
+from ..errors import UserError, explained
 from ..files import flush, write_atomically
 from ..parametrization import fold_weights
 from ..quantities import BatchEntropy, EntropyBound, NegativeSlope, ResidualStream, ZeroActivations
@@ -83,6 +91,7 @@ def train(recipe: Recipe) -> Path:
         raise UserError(
             f"fsdp_size={recipe.data.fsdp_size} must divide the number of processes, {arguments.world_size}"
         )
+    _check_optimization(arguments)
     run_dir = Path(arguments.output_dir)
     # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
     if int(os.environ.get("RANK", 0)) == 0:
@@ -189,11 +198,41 @@ def train(recipe: Recipe) -> Path:
         if trainer.is_world_process_zero():
             # a resumed run has forgotten how long it took before
             metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
-            metrics["train_tokens"] = trainer.state.global_step * recipe.tokens_per_step
+            metrics["train_tokens"] = count_tokens(recipe, trainer.state.global_step, blocks["train"])
             _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None, origin)
     # torch may abort a process that ends while its group is open
     PartialState().destroy_process_group()
     return run_dir
+
+
+def _check_optimization(arguments: TrainingArguments):
+    """Raises UserError for an optimizer and a schedule that the Trainer would refuse after the data."""
+    model = torch.nn.Linear(1, 1)
+    with explained("recipe"):
+        # an optimizer that is given its modules wants the model itself
+        if arguments.optim_target_modules is None:
+            Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD(model.parameters(), lr=arguments.learning_rate),
+            num_warmup_steps=arguments.get_warmup_steps(10),
+            num_training_steps=10,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+
+
+def count_tokens(recipe: Recipe, steps: int, blocks: Dataset | IterableDataset) -> int:
+    """Tokens trained on in so many steps. The last step of an epoch has only what is left of the blocks."""
+    if isinstance(blocks, IterableDataset):
+        return steps * recipe.tokens_per_step
+    sequences, epoch = recipe.tokens_per_step // recipe.data.block_size, len(blocks)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        # Accelerate fills the last batch up in every process
+        batch = recipe.training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+        epoch = -(-epoch // (batch * processes)) * batch * processes
+    epochs, rest = divmod(steps, -(-epoch // sequences))
+    return (epochs * epoch + min(rest * sequences, epoch)) * recipe.data.block_size
 
 
 def _is_trained(checkpoint: str) -> bool:

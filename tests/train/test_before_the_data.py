@@ -1,0 +1,74 @@
+"""What a training run tells before it prepares its data, and the tokens that it counts at its end."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from training import cli
+from training.errors import UserError
+from training.recipe import build_recipe
+from training.train import loop
+
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min": 1}}, "recipe: .*min"),
+        ({"lr_scheduler_kwargs": {"min_lr": "small"}, "lr_scheduler_type": "cosine_with_min_lr"}, "recipe: "),
+        # bitsandbytes, as most of the Trainer's optimizers, is no part of the set-up
+        ({"optim": "adamw_bnb_8bit"}, "recipe: .*bitsandbytes"),
+    ],
+)
+def test_optimization_is_refused_before_the_data(fields, message, recipe_values, tmp_path):
+    recipe = build_recipe({**recipe_values, "dataset": "no/such/data.jsonl", "output_dir": str(tmp_path), **fields})
+    with pytest.raises(UserError, match=message) as error:
+        loop.train(recipe)
+    assert "\n" not in str(error.value) and "no/such/data" not in str(error.value)
+
+
+def test_short_last_batch_of_an_epoch_is_counted_as_it_is(recipe_values, tmp_path):
+    run_dir = tmp_path / "run"
+    values = {**recipe_values, "per_device_train_batch_size": 7, "gradient_accumulation_steps": 3}
+    values |= {"max_steps": 90, "save_steps": 90, "logging_steps": 90, "include_num_input_tokens_seen": "all"}
+    loop.train(build_recipe({**values, "output_dir": str(run_dir)}))
+    results = json.loads((run_dir / "results.json").read_text())
+    # transformers' own count
+    seen = [
+        entry["num_input_tokens_seen"]
+        for entry in json.loads((run_dir / "log_history.json").read_text())
+        if "num_input_tokens_seen" in entry
+    ]
+    assert results["train_tokens"] == seen[-1] < 90 * 7 * 3 * 16
+
+
+def test_epochs_are_counted_in_blocks(recipe_values):
+    recipe = build_recipe({**recipe_values, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
+    blocks = Dataset.from_dict({"input_ids": [[0]] * 21})
+    # 8, 8, 5 sequences of 16 tokens, and again
+    counts = [loop.count_tokens(recipe, steps, blocks) // 16 for steps in range(8)]
+    assert counts == [0, 8, 16, 21, 29, 37, 42, 50]
+
+
+def test_padded_vocabulary_is_the_models(recipe_values, tmp_path):
+    values = {**recipe_values, "max_steps": 4, "output_dir": str(tmp_path / "first")}
+    first = loop.train(build_recipe(values))
+    named = {**values, "tokenizer": str(first / "model"), "vocab_size": 384, "output_dir": str(tmp_path / "second")}
+    second = loop.train(build_recipe(named))
+    assert json.loads((second / "model" / "config.json").read_text())["vocab_size"] == 384
+    with pytest.raises(UserError, match="vocab_size must be at least 300, .* got 299"):
+        loop.train(build_recipe({**named, "vocab_size": 299, "output_dir": str(tmp_path / "third")}))
+
+
+@pytest.mark.parametrize("verb", [["measure", "no/model", "--dataset", "stdlib"], ["import", "no/model", "out"]])
+def test_hub_that_cannot_be_reached_is_told_at_once(verb, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(
+        "training.texts.load_documents", lambda *args, **kwargs: {"eval": Dataset.from_dict({"a": ["b"]})}
+    )
+    assert cli.main(verb) == 1
+    assert "model 'no/model' is no folder, and the Hub cannot be reached" in capsys.readouterr().err
