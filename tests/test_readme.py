@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,17 @@ def test_the_readme_prints_what_the_quick_start_measured():
     measured = json.loads((ROOT / "docs" / "data" / "quickstart-perplexity.json").read_text())
     perplexity = {row["configuration"]: row["perplexity"][0] for row in measured["rows"]}["SM+R"]
     assert f"runs/first is finished: SM+R, perplexity {perplexity:.3f}\n" in PAGES["README.md"].read_text()
+
+
+def test_every_recipe_and_sweep_has_its_place_on_the_training_page():
+    for path in [*(ROOT / "training" / "recipes").glob("*.yaml"), *(ROOT / "training" / "sweeps").glob("*.yaml")]:
+        assert f"[{path.stem}](../training/{path.parent.name}/{path.name})" in PAGES["training.md"].read_text()
+
+
+def test_every_field_of_the_training_page_exists():
+    cells = re.findall(r"^\| (`[^|]+) \| ", PAGES["training.md"].read_text(), re.MULTILINE)
+    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert len(named) > 10 and set(named) <= {field.name for field in fields(DataArguments)}
 
 
 def test_the_sweep_of_the_training_page_names_a_recipe():
