@@ -2,7 +2,7 @@
 # Several nodes of 8 GPUs under Slurm, a process a GPU; the folder must be on a file system that all nodes share.
 #   sbatch --nodes 4 scripts/slurm.sh training/recipes/cluster_1b_t2048.yaml output_dir=runs/1b
 # Where Slurm does not count GPUs, or there are none: PROCESSES_PER_NODE=8 sbatch --gpus-per-node 0 scripts/slurm.sh ...
-# One node without Slurm: .venv/bin/torchrun --nproc_per_node 8 -m training.train RECIPE.yaml [key=value ...]
+# One node without Slurm: .venv/bin/torchrun --nproc_per_node 8 --no-python .venv/bin/lnfree train RECIPE [key=value ...]
 # A job that is requeued, or submitted again after its time, goes on from the last whole checkpoint.
 #SBATCH --job-name lnfree
 #SBATCH --nodes 2

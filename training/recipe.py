@@ -258,8 +258,10 @@ class Recipe:
 
     def build_arguments(self) -> TrainingArguments:
         """The Trainer's arguments; raises UserError for those that it refuses."""
-        # a NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators
-        defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": torch.accelerator.is_available()}
+        # A NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators. On a
+        # machine without one, processes of a launcher find each other only if the Trainer is told that it has none.
+        accelerated = torch.accelerator.is_available()
+        defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": accelerated, "use_cpu": not accelerated}
         if self.training.get("fp16") and (self.training.get("use_cpu") or not torch.accelerator.is_available()):
             raise UserError("fp16=True needs an accelerator: a CPU would train in float32 silently; bf16=True works")
         try:

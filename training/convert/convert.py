@@ -163,7 +163,7 @@ def load_in_family(model_id: str | Path) -> LNFreeForCausalLM:
 
 def _load(model_id: str | Path, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
     check_model_id(model_id)
-    check_reachable("model", model_id)
+    check_reachable("model", str(model_id))
     with explained(f"model {model_id!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(model_id, revision=revision)
         if config.model_type not in model_types:

@@ -119,10 +119,10 @@ class AttentionEntropyRecord:
             total = before + total
         self._totals[row] = (name, total)
         if logits is not None:
-            before = self._logits.get(row)
-            if before is not None:
-                largest = torch.maximum(before[:, :1], logits[:, :1])
-                logits = torch.cat([largest, before[:, 1:] + logits[:, 1:]], -1)
+            earlier = self._logits.get(row)
+            if earlier is not None:
+                largest = torch.maximum(earlier[:, :1], logits[:, :1])
+                logits = torch.cat([largest, earlier[:, 1:] + logits[:, 1:]], -1)
             self._logits[row] = logits
 
     @property

@@ -339,7 +339,7 @@ class _Recorder:
         # one a head; `sinks`, as of Inkling 2, are one a query
         if s_aux is not None:
             sinks = s_aux.view(1, -1, 1, 1)
-        scored = {"bias": bias, "softcap": softcap, "sinks": sinks}
+        scored: dict[str, Any] = {"bias": bias, "softcap": softcap, "sinks": sinks}
         entropy, largest, infinite = entropy_of_visible(query, key, scaling, visibility, **scored)
 
         number = visibility.number()
