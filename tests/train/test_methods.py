@@ -535,8 +535,11 @@ def test_stock_model_is_a_start_and_what_does_not_fit_is_told(parent, values, tm
         )
 
 
-def test_finetune_is_a_recipe_by_name(parent, values, tmp_path):
+def test_finetune_is_a_recipe_by_name(parent, values, tmp_path, capsys):
     changes = [f"{key}={json.dumps(value)}" for key, value in tuning(values).items()]
+    assert cli.main(["train", "--plan", "finetune", f"init_from={parent}", *changes]) == 0
+    parameters = runs.read_results(parent)["parameters"]
+    assert f"SM+LN+R on gpt2, {parameters:,} parameters" in capsys.readouterr().out
     assert cli.main(["train", "finetune", f"init_from={parent}", f"output_dir={tmp_path}", *changes]) == 0
     assert runs.read_results(tmp_path)["base_model"] == "first"
 

@@ -1,11 +1,20 @@
 """What is timed: the variants and the stock models at the same sizes, and their training steps."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, build_optimizer, record_attention_entropy, use_fast_cpu
+from modeling_lnfree import (
+    EntropyRegularizer,
+    LNFreeConfig,
+    LNFreeForCausalLM,
+    build_optimizer,
+    record_attention_entropy,
+    use_fast_cpu,
+)
 from modeling_lnfree.optimization import LayerOptimizer
 
 from ..train.plan import ATTENTION_FLOPS
@@ -55,9 +64,11 @@ def training_step(
 ) -> Action:
     """
     Forward, backward, clip, AdamW (or Muon for the matrices of the layers); with `measure`, also the entropy of every
-    head by `record` or by `maps`.
+    head by `record` or by `maps`, or AERO's penalty on it in the loss, by `penalty` (`EntropyRegularizer`) or by
+    `map penalty`.
     """
     model.train()
+    regularizer = EntropyRegularizer(model, weight=1e-5, margin=0.0)
     optimizer: torch.optim.Optimizer
     if layer_optimizer == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -73,6 +84,13 @@ def training_step(
             output = model(input_ids, labels=input_ids, use_cache=False, output_attentions=True)
             loss = output.loss
             entropy_of_maps(output.attentions)
+        elif measure == "penalty":
+            with regularizer.measure():
+                loss = model(input_ids, labels=input_ids, use_cache=False).loss
+            loss = loss + regularizer.penalty()
+        elif measure == "map penalty":
+            output = model(input_ids, labels=input_ids, use_cache=False, output_attentions=True)
+            loss = output.loss + 1e-5 * penalty_of_maps(output.attentions)
         else:
             loss = model(input_ids, labels=input_ids, use_cache=False).loss
         loss.backward()
@@ -81,6 +99,13 @@ def training_step(
         optimizer.zero_grad()
 
     return step
+
+
+def penalty_of_maps(attentions: tuple[Tensor, ...]) -> Tensor:
+    """AERO's penalty without a margin, thresholds at half of log T, as its published code computes it from maps."""
+    largest = math.log(attentions[0].shape[-1])
+    entropy = torch.stack([-(weights * (weights + 1e-9).log()).sum(-1).mean((0, 2)) for weights in attentions])
+    return (entropy - 0.5 * largest).square().mean()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2Model, PreTrainedModel, Trainer, Traini
 from modeling_lnfree import record_attention_entropy, use_fast_cpu
 
 from ..errors import UserError
+from ..parametrization import parametrize_weights, update_spectral_norms
 from ..quantities import BatchEntropy, Quantity, ResidualStream, ZeroActivations
 from ..recipe import load_recipe
 from ..train.callbacks import MeasurementCallback
@@ -223,6 +224,48 @@ def benchmark_entropy_in_training(settings: Settings) -> Iterator[Row]:
                 "record / maps": seconds["record"] / seconds["maps"],
                 "record adds MiB": mib["record"] - mib["plain"],
                 "maps add MiB": mib["maps"] - mib["plain"],
+            }
+
+
+def benchmark_methods(settings: Settings) -> Iterator[Row]:
+    """
+    SM+R's training step with AERO's penalty on entropy, beside one without it, one that only measures, and one that
+    takes the penalty from maps; 2,048 tokens. And with the matrices of the layers under sigma-reparametrization, the
+    power iteration after the step included.
+    """
+    device = settings.device
+    ways = {"plain": None, "record": "record", "penalty": "penalty", "map penalty": "map penalty", "sigma": None}
+    for size in settings.sizes:
+        for length in (128, 1024):
+            input_ids = torch.randint(SIZES[size]["vocab_size"], (2048 // length, length), device=device)
+
+            def prepare(way, size=size, length=length, input_ids=input_ids):
+                attention = "eager" if way == "map penalty" else "sdpa"
+                model = build_lnfree("SM+R", size, length, device, attn_implementation=attention)
+                if way != "sigma":
+                    step = training_step(model, input_ids, ways[way])
+                    return step, step
+                parametrize_weights(model, "sigma_reparam")
+                train = training_step(model, input_ids)
+
+                def step():
+                    train()
+                    update_spectral_norms(model)
+
+                return step, step
+
+            mib = {way: peak_memory(partial(prepare, way), device) for way in ways}
+            seconds = medians(take_turns({way: prepare(way)[1] for way in ways}, settings.rounds, device))
+            yield {
+                "size": size,
+                "T": length,
+                "plain ms": 1e3 * seconds["plain"],
+                "record / plain": seconds["record"] / seconds["plain"],
+                "penalty / plain": seconds["penalty"] / seconds["plain"],
+                "penalty / map penalty": seconds["penalty"] / seconds["map penalty"],
+                "penalty adds MiB": mib["penalty"] - mib["plain"],
+                "map penalty adds MiB": mib["map penalty"] - mib["plain"],
+                "sigma / plain": seconds["sigma"] / seconds["plain"],
             }
 
 
@@ -449,6 +492,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Settings], Iterable[Row]]]] = {
     "optimizer": ("Muon for the layers' matrices", benchmark_optimizer),
     "entropy": ("What measuring attention entropy adds to a forward pass", benchmark_entropy),
     "training-entropy": ("Entropy measured in every training step", benchmark_entropy_in_training),
+    "methods": ("Training methods: the penalty on entropy, and sigma-reparametrization", benchmark_methods),
     "callback": ("What is measured on the way, at the recipe's cadence", benchmark_callback),
     "generation": ("Generating 128 tokens", benchmark_generation),
     "command": ("The training command", benchmark_command),

@@ -148,6 +148,24 @@ def convert(
     return out_dir
 
 
+def config_in_family(model_id: str | Path) -> LNFreeConfig:
+    """
+    The configuration that `load_in_family` gives, but where the weights say otherwise.
+
+    Raises:
+        UserError: as there.
+    """
+    check_model_id(model_id)
+    with explained(f"model {model_id!r} cannot be loaded"):
+        config = AutoConfig.from_pretrained(model_id)
+        if config.model_type not in ("lnfree", *_NAMES):
+            raise UserError(
+                f"model {model_id!r} must be of type {', '.join(_NAMES)} or lnfree, got {config.model_type}"
+            )
+    convert_config = {"gpt2": _config_from_gpt2, "gpt_neox": _config_from_neox}.get(config.model_type)
+    return config if convert_config is None else convert_config(config)
+
+
 def load_in_family(model_id: str | Path) -> LNFreeForCausalLM:
     """
     A model of this family, or a stock one as a model of this family, in float32.
@@ -155,13 +173,13 @@ def load_in_family(model_id: str | Path) -> LNFreeForCausalLM:
     Raises:
         UserError: for a model that cannot be loaded, and one that the family cannot express.
     """
-    model = _load(model_id, ("lnfree", *_NAMES), None)
+    model = _load(str(model_id), ("lnfree", *_NAMES), None)
     if not isinstance(model, LNFreeForCausalLM):
         model = _from_stock(model)
     return model.float()
 
 
-def _load(model_id: str | Path, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
+def _load(model_id: str, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
     check_model_id(model_id)
     check_reachable("model", str(model_id))
     with explained(f"model {model_id!r} cannot be loaded"):

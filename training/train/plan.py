@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, build_optimizer
 
+from ..convert.convert import config_in_family
 from ..data import load_tokenizer, vocabulary_size
 from ..errors import UserError
 from ..recipe import Recipe
@@ -146,6 +147,8 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
 
 
 def _config(recipe: Recipe) -> LNFreeConfig:
+    if recipe.data.init_from is not None:
+        return config_in_family(recipe.data.init_from)
     # with a vocab_size in the recipe, a plan needs no tokenizer and no network
     if recipe.data.tokenizer is None or "vocab_size" in recipe.model:
         return recipe.build_config()
@@ -156,7 +159,7 @@ def _config(recipe: Recipe) -> LNFreeConfig:
 def print_plan(recipe: Recipe, processes: int, flops: float | None):
     """Prints the plan, a line a figure."""
     planned = plan(recipe, processes, flops)
-    config, fsdp_size = recipe.build_config(), recipe.data.fsdp_size
+    config, fsdp_size = _config(recipe), recipe.data.fsdp_size
     ways = [f"{fsdp_size} by FSDP2"] if fsdp_size > 1 else []
     ways += [f"{processes // fsdp_size} replicas"] if processes > fsdp_size else []
     lines = {
