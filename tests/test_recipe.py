@@ -1,5 +1,6 @@
 """Recipes: every file parses, and what a person gets wrong is one line that names it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,6 @@ def test_recipe_of_eight_processes_is_the_papers():
     [
         ("gpt2_t128", "gpt2", (12, 12, 768)),
         ("pythia70m_t128", "pythia", (6, 8, 512)),
-        ("pythia70m_t256", "pythia", (6, 8, 512)),
     ],
 )
 def test_papers_models(name, backbone, parameters):
@@ -59,6 +59,14 @@ def test_papers_models(name, backbone, parameters):
     assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == parameters
     assert config.biased_projections == ["q_proj", "k_proj"] and config.embedding_dropout == 0.1
     assert config.max_position_embeddings == int(name[-3:])
+
+
+def test_papers_pythia_at_twice_the_length_has_as_many_tokens_a_step():
+    path = next(path for path in RECIPES if path.stem == "pythia70m_t128")
+    (command,) = re.findall(r"#   lnfree train pythia70m_t128 (block_size=.*)", path.read_text())
+    longer = load_recipe(path, command.split())
+    assert longer.data.block_size == longer.build_config().max_position_embeddings == 256
+    assert longer.tokens_per_step == load_recipe(path).tokens_per_step == 65_536
 
 
 def test_command_line_overrides_the_file(tmp_path):
