@@ -144,7 +144,7 @@ def test_equal_global_batches_give_equal_runs(values, tmp_path, variant):
                 torch.tensor(ours["entropy"]), torch.tensor(theirs["entropy"]), atol=1e-4, rtol=0
             )
         # an ordinary model with its own code, whatever it was trained by
-        files, plain = (
+        found, plain = (
             {
                 path.name: path.read_bytes()
                 for path in (tmp_path / run / "model").iterdir()
@@ -152,7 +152,7 @@ def test_equal_global_batches_give_equal_runs(values, tmp_path, variant):
             }
             for run in (name, "one")
         )
-        assert files == plain
+        assert found == plain
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
         saved = load_file(tmp_path / name / "model" / "model.safetensors")
         # gathered from shards, the tied head is written under its own name too
