@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, constants
 from torch import nn
 
 from modeling_lnfree import record_attention_entropy
-from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy, summarize
+from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
+from modeling_lnfree.metrics.attention_entropy.summary import summarize
 
 from ..hub_server import TOKEN, HubServer
 from ..test_metric import TEXTS, make_model, quiet, tokenizer  # noqa: F401
