@@ -68,7 +68,8 @@ _ACTIVATIONS = {
     "relu": "relu",
     "leaky_relu": "leaky_relu",
 }
-_PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + ["mlp.up_proj", "mlp.down_proj"]  # of a block
+# of a block; the gate only where the MLP is gated
+_PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 # one of them comes with every tokenizer, those that are written in Python too
 _TOKENIZER_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"),
@@ -362,63 +363,95 @@ def _scale_queries(state: dict[str, Tensor], config: GPT2Config):
 
 
 @torch.no_grad()
-def fold_norms(state: dict[str, Tensor], config: LNFreeConfig) -> LNFreeConfig:
+def fold_norms(
+    state: dict[str, Tensor], config: LNFreeConfig, deviations: dict[str, list[float]] | None = None
+) -> LNFreeConfig:
     """
-    Folds LayerNorms whose epsilon dwarfs every variance into the weights around them, in place and in float64. Such a
-    norm is linear, `(x - mean(x)) * weight / sqrt(eps) + bias`: the scale and the bias go into the projections that
-    read it, and all that is written to the residual stream is centred, so that its mean is 0 everywhere. The bias of
-    the final norm, for which the output projection has no place, goes into the stream with the last block's output.
+    Folds norms that divide by a constant into the weights around them, in place and in float64. A LayerNorm is then
+    `(x - mean(x)) * weight / deviation + bias`: scale and bias go into the projections that read it, and all that is
+    written to the residual stream is centered, so that its mean is 0 everywhere. An RMSNorm is a scale alone. The bias
+    of the final norm, for which the output projection has no place, goes into the stream with the last block's output.
 
     Args:
-        state: weights under this family's names, LayerNorms included.
-        config: their configuration, with `norm_type="layernorm"`.
+        state: weights under this family's names, norms included.
+        config: their configuration, with norms before attention and MLP.
+        deviations: the constants by the norm's name, two for a norm before attention (query and key; value). A final
+            norm that is not among them stays. None: those of norms whose epsilon dwarfs every variance, its root.
 
     Returns:
-        The configuration without norms: `norm_type` and `final_norm_type` are `"none"`, all projections have biases,
-        and the output projection is a matrix of its own, unlike the embedding it may have been tied to.
+        The configuration without norms: `norm_type` is `"none"`, `final_norm_type` too unless that norm stays, the
+        projections around a LayerNorm have biases, and the output projection of a model without a final norm is a
+        matrix of its own, unlike the embedding it may have been tied to.
 
     Raises:
         UserError: if the final norm has a bias where its weight is 0.
     """
-    shrink = config.layer_norm_eps**-0.5
+    centers = config.norm_type == "layernorm"
+    keeps_final = config.final_norm_type == "none" or deviations is not None and "model.norm" not in deviations
 
-    def read_from(norm: str, *projections: str):
-        weight, bias = (state.pop(f"{norm}.{kind}").double() for kind in ("weight", "bias"))
+    def constant(norm: str, part: int = 0) -> float:
+        return config.layer_norm_eps**0.5 if deviations is None else deviations[norm][part]
+
+    def read_from(norm: str, projections: list[str], part: int = 0):
+        weight, bias = state[f"{norm}.weight"].double() / constant(norm, part), state.get(f"{norm}.bias")
         for name in projections:
             matrix = state[f"{name}.weight"]
-            state[f"{name}.bias"] = (state[f"{name}.bias"].double() + matrix.double() @ bias).to(matrix.dtype)
-            state[f"{name}.weight"] = (matrix.double() * (weight * shrink)).to(matrix.dtype)
+            if bias is not None:
+                before = state[f"{name}.bias"].double()
+                state[f"{name}.bias"] = (before + matrix.double() @ bias.double()).to(matrix.dtype)
+            state[f"{name}.weight"] = (matrix.double() * weight).to(matrix.dtype)
 
     def center(name: str, dim: int):
-        tensor = state[name].double()
-        state[name] = (tensor - tensor.mean(dim, keepdim=True)).to(state[name].dtype)
+        if centers:
+            tensor = state[name].double()
+            state[name] = (tensor - tensor.mean(dim, keepdim=True)).to(state[name].dtype)
 
     if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        if not keeps_final or centers:
+            state["lm_head.weight"] = state["lm_head.weight"].clone()
     center("model.embed_tokens.weight", -1)
     if config.position_embedding_type == "learned":
         center("model.embed_positions.weight", -1)
     for index in range(config.num_hidden_layers):
         block = f"model.layers.{index}"
-        for name in _PROJECTIONS:
-            matrix = state[f"{block}.{name}.weight"]
-            state.setdefault(f"{block}.{name}.bias", matrix.new_zeros(len(matrix)))
-        read_from(f"{block}.input_layernorm", *(f"{block}.self_attn.{p}_proj" for p in "qkv"))
-        read_from(f"{block}.post_attention_layernorm", f"{block}.mlp.up_proj")
+        names = [name for name in _PROJECTIONS if f"{block}.{name}.weight" in state]
+        if centers:
+            for name in names:
+                matrix = state[f"{block}.{name}.weight"]
+                state.setdefault(f"{block}.{name}.bias", matrix.new_zeros(len(matrix)))
+        read_from(f"{block}.input_layernorm", [f"{block}.self_attn.{p}_proj" for p in "qk"])
+        read_from(f"{block}.input_layernorm", [f"{block}.self_attn.v_proj"], part=-1)
+        inputs = [f"{block}.{name}" for name in names if name in ("mlp.gate_proj", "mlp.up_proj")]
+        read_from(f"{block}.post_attention_layernorm", inputs)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            for kind in ("weight", "bias"):
+                state.pop(f"{block}.{norm}.{kind}", None)
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             for kind in ("weight", "bias"):
-                center(f"{block}.{name}.{kind}", 0)
-    weight, bias = (state.pop(f"model.norm.{kind}").double() for kind in ("weight", "bias"))
-    weight *= shrink
-    shift = torch.where(bias == 0, 0, bias / weight)
-    if not shift.isfinite().all():
-        raise UserError("the final LayerNorm has a bias where its weight is 0, and cannot be folded away")
+                if f"{block}.{name}.{kind}" in state:
+                    center(f"{block}.{name}.{kind}", 0)
+    without = {"norm_type": "none", "layer_norm_eps": config.layer_norm_eps if keeps_final else 1e-5}
+    if centers:
+        without["biased_projections"] = [name.rpartition(".")[2] for name in names]
+    if not keeps_final:
+        _fold_final_norm(state, config, constant("model.norm"))
+        without["final_norm_type"] = "none"
+    if not keeps_final or centers:
+        without["tie_word_embeddings"] = False
+    return LNFreeConfig.from_dict({**config.to_dict(), **without})
+
+
+def _fold_final_norm(state: dict[str, Tensor], config: LNFreeConfig, deviation: float):
+    weight, bias = state.pop("model.norm.weight").double() / deviation, state.pop("model.norm.bias", None)
     matrix, last = state["lm_head.weight"], f"model.layers.{config.num_hidden_layers - 1}.mlp.down_proj.bias"
     state["lm_head.weight"] = (matrix.double() * weight).to(matrix.dtype)
+    if bias is None:
+        return
+    shift = torch.where(bias == 0, 0, bias.double() / weight)
+    if not shift.isfinite().all():
+        raise UserError("the final LayerNorm has a bias where its weight is 0, and cannot be folded away")
     state[last] = (state[last].double() + shift).to(matrix.dtype)
-    without = {"norm_type": "none", "final_norm_type": "none", "layer_norm_eps": 1e-5}
-    without |= {"biased_projections": list(PROJECTIONS), "tie_word_embeddings": False}
-    return LNFreeConfig.from_dict({**config.to_dict(), **without})
 
 
 def _config_from_gpt2(config: GPT2Config) -> LNFreeConfig:
