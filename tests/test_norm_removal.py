@@ -1,4 +1,4 @@
-"""Norms that are taken out while a model is fine-tuned: the wrapped model, its schedule, and what is folded at the end."""
+"""Norms taken out while a model is fine-tuned: the wrapped model, its schedule, and what is folded at the end."""
 
 import pytest
 import torch

@@ -165,7 +165,7 @@ def wrap_norms(model: LNFreeForCausalLM, keep_final_norm: bool, skip_first: bool
             f"norms can be removed from a model whose norms are all layernorm or all rmsnorm, got {config.variant} "
             f"(norm_type={config.norm_type!r}, final_norm_type={config.final_norm_type!r})"
         )
-    if getattr(config, "norm_position", "pre") != "pre" or getattr(config, "mlp_type", "") == "none":
+    if config.norm_position != "pre" or config.mlp_type == "none":
         raise UserError(
             "norms can be removed where they stand before attention and MLP (norm_position='pre'), whose weights take "
             f"them up; got norm_position={config.norm_position!r}, mlp_type={config.mlp_type!r}"
@@ -286,5 +286,5 @@ class NormRemovalCallback(TrainerCallback):
 
 
 def auxiliary_loss(model: LNFreeForCausalLM) -> Tensor:
-    """Mean squared distance, over the tokens of the last training pass, of the final norm's deviation from its mean."""
+    """Mean squared distance of the final norm's deviation from its mean, over the tokens of the last training pass."""
     return model.model.norm.spread
