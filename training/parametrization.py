@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from .errors import UserError
-from .recipe import WeightParametrization
+from .methods import WeightParametrization
 
 
 class SpectralNorm(nn.Module):

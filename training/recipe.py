@@ -26,10 +26,10 @@ from modeling_lnfree.configuration_lnfree import variant_slug
 from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
 
 from .errors import UserError, explained, one_line
+from .methods import MethodArguments, check_methods
 
 
 RECIPES, SWEEPS = Path(__file__).with_name("recipes"), Path(__file__).with_name("sweeps")
-WeightParametrization = Literal["sigma_reparam", "weight_norm", "spectral_norm"]
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -70,7 +70,7 @@ _Loader.add_implicit_resolver(
 
 
 @dataclass
-class DataArguments:
+class DataArguments(MethodArguments):
     """What is trained on, and what is measured on the way; the fields that neither the model nor the Trainer has."""
 
     variant: str | None = field(
@@ -162,37 +162,6 @@ class DataArguments:
             "match_rms_adamw"
         },
     )
-    entropy_weight: float | None = field(
-        default=None,
-        metadata={"help": "of the penalty on attention entropy in the loss (AERO: 1e-5, 5e-5); None: no penalty"},
-    )
-    entropy_margin: float = field(
-        default=0.2,
-        metadata={"help": "share of a head's largest entropy around its threshold where the penalty is 0"},
-    )
-    entropy_target_init: float = field(
-        default=0.5, metadata={"help": "start of the thresholds, as shares of a head's largest entropy"}
-    )
-    entropy_target_learned: bool = field(default=True, metadata={"help": "whether the thresholds are trained"})
-    weight_parametrization: WeightParametrization | None = field(
-        default=None,
-        metadata={
-            "help": "of the matrices of the layers while training: sigma_reparam, weight_norm or spectral_norm; the "
-            "finished model has ordinary weights"
-        },
-    )
-    parametrized_projections: list[str] | None = field(
-        default=None, metadata={"help": "the matrices that are parametrized, as q_proj; None: all"}
-    )
-    parametrization_gain_init: float | None = field(
-        default=None, metadata={"help": "start of sigma_reparam's gains; None: the spectral norm"}
-    )
-    batch_entropy_weight: float | None = field(
-        default=None,
-        metadata={"help": "of the penalty on batch entropy in the loss (0.005 to 0.1 in the paper); None: no penalty"},
-    )
-    batch_entropy_target: float = field(default=0.5, metadata={"help": "start of the targets, one a layer"})
-    batch_entropy_floor: float = field(default=0.2, metadata={"help": "least value that a target acts with"})
     fsdp_size: int = field(
         default=1,
         metadata={
@@ -205,13 +174,8 @@ class DataArguments:
 # of `DataArguments`: how the matrices of the layers are trained
 LAYER_FIELDS = ("layer_optimizer", "layer_learning_rate", "layer_base_width", "muon_momentum", "muon_adjustment")
 MUON_DEFAULTS = {"muon_momentum": 0.95, "muon_adjustment": "match_rms_adamw"}
-# of `DataArguments`: what is trained of which model, and how beside the optimizer
+# of `DataArguments`: what is trained of which model
 START_FIELDS = ("init_from", "trainable")
-METHOD_FIELDS = (
-    *("entropy_weight", "entropy_margin", "entropy_target_init", "entropy_target_learned"),
-    *("weight_parametrization", "parametrized_projections", "parametrization_gain_init"),
-    *("batch_entropy_weight", "batch_entropy_target", "batch_entropy_floor"),
-)
 DROPOUTS = ("embedding_dropout", "attention_dropout", "hidden_dropout")
 DATA_FIELDS = {f.name for f in fields(DataArguments)}
 TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
@@ -427,7 +391,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         )
     if not training.get("output_dir", "runs"):
         raise UserError(f"output_dir must be a folder, got {training['output_dir']!r}")
-    _check_methods(recipe, values)
+    check_methods(data, {**recipe.to_dict(), "max_steps": training.get("max_steps", -1)})
+    _check_start(recipe, values)
     if data.init_from is None:
         try:
             config = recipe.build_config()
@@ -480,43 +445,9 @@ def _check_layer_optimizer(recipe: Recipe):
         raise UserError(f"muon_momentum must be in [0, 1), got {data.muon_momentum}")
 
 
-def _check_methods(recipe: Recipe, values: dict[str, Any]):
-    """Refuses what would have no effect or cannot be had of `METHOD_FIELDS`, and writes out what follows from them."""
+def _check_start(recipe: Recipe, values: dict[str, Any]):
+    """Refuses what cannot be started from or trained, and writes out what follows from `START_FIELDS`."""
     data = recipe.data
-    for name, least, most in (
-        *(("entropy_margin", 0, 1), ("entropy_target_init", 0, 1)),
-        *(("batch_entropy_target", 0, math.inf), ("batch_entropy_floor", 0, math.inf)),
-    ):
-        if not least <= getattr(data, name) <= most:
-            raise UserError(f"{name} must be in [{least}, {most}], got {getattr(data, name)}")
-    for name in ("entropy_weight", "batch_entropy_weight", "parametrization_gain_init"):
-        if getattr(data, name) is not None and not 0 < getattr(data, name) < math.inf:
-            raise UserError(f"{name} must be finite and more than 0, got {getattr(data, name)}")
-    for name, needed in (
-        *((name, "entropy_weight") for name in ("entropy_margin", "entropy_target_init", "entropy_target_learned")),
-        *((name, "batch_entropy_weight") for name in ("batch_entropy_target", "batch_entropy_floor")),
-        *((name, "weight_parametrization") for name in ("parametrized_projections", "parametrization_gain_init")),
-    ):
-        default = DataArguments.__dataclass_fields__[name].default
-        if getattr(data, name) != default and getattr(data, needed) is None:
-            raise UserError(f"{name}={getattr(data, name)} has no effect without {needed}")
-    if data.parametrization_gain_init is not None and data.weight_parametrization != "sigma_reparam":
-        raise UserError(
-            f"parametrization_gain_init={data.parametrization_gain_init} has no effect with weight_parametrization="
-            f"{data.weight_parametrization!r}"
-        )
-    for name in ("entropy_weight", "batch_entropy_weight", "weight_parametrization"):
-        if getattr(data, name) is not None and data.fsdp_size > 1:
-            raise UserError(
-                f"{name}={getattr(data, name)} needs whole weights and an optimizer in every process, and "
-                f"fsdp_size={data.fsdp_size} shards them: train with fsdp_size=1 (DDP)"
-            )
-    sequences = recipe.training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
-    if data.batch_entropy_weight is not None and sequences < 2:
-        raise UserError(
-            "batch_entropy_weight needs a per_device_train_batch_size of at least 2, since a single sequence has no "
-            f"batch entropy, got {sequences}"
-        )
     if data.trainable is not None:
         try:
             re.compile(data.trainable)

@@ -19,9 +19,9 @@ from modeling_lnfree.configuration_lnfree import BASELINE, variant_order, varian
 
 from .errors import UserError, one_line
 from .files import read_json
+from .methods import METHOD_FIELDS
 from .recipe import (
     LAYER_FIELDS,
-    METHOD_FIELDS,
     MODEL_FIELDS,
     MUON_DEFAULTS,
     START_FIELDS,

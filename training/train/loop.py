@@ -66,6 +66,7 @@ from ..texts import perplexity
 from .batch_entropy import BatchEntropyLoss
 from .callbacks import BriefPrinterCallback, BriefProgressCallback, MeasurementCallback, SpeedCallback
 from .checkpoints import last_whole_checkpoint
+from .norm_removal import NormRemovalCallback, fold
 from .start import load_parent, start_model
 from .trainer import DATA_DIGEST, LNFreeTrainer
 
@@ -155,6 +156,8 @@ def train(recipe: Recipe) -> Path:
             target=recipe.data.batch_entropy_target,
             floor=recipe.data.batch_entropy_floor,
         )
+    if recipe.data.remove_norms_from is not None:
+        trainer.add_callback(NormRemovalCallback(trainer, recipe.data, run_dir))
     quantities = [ResidualStream(), BatchEntropy()]
     if recipe.data.weight_parametrization is not None:
         quantities.append(EntropyBound())
@@ -189,6 +192,8 @@ def train(recipe: Recipe) -> Path:
                     "has no more blocks to train on"
                 )
         fold_weights(model)
+        if recipe.data.remove_norms_from is not None:
+            model = trainer.model = trainer.model_wrapped = fold(model)
         with torch.no_grad(), record_attention_entropy(model) as record:
             metrics = trainer.evaluate(blocks["eval"])
         model.config.use_cache = True  # the Trainer switches it off for training

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM
 
 from ..convert.convert import fold_norms
 from ..errors import UserError
 from ..files import append_record, drop_records_after, read_records
+from ..methods import MethodArguments
 
 
 # share of the running mean that outlives a step of the optimizer; of the smoothed loss, that outlives a log
@@ -94,7 +95,7 @@ class RemovableNorm(nn.Module):
         self.seen.zero_()
 
 
-class RemovableAttentionNorm(RemovableNorm):
+class SplitNorm(RemovableNorm):
     """The norm before attention: queries and keys (part 0) and values (part 1) are normalized each for itself."""
 
     def __init__(self, norm: nn.Module, attention: nn.Module, skip_first: bool = False):
@@ -165,13 +166,13 @@ def wrap_norms(model: LNFreeForCausalLM, keep_final_norm: bool, skip_first: bool
             f"norms can be removed from a model whose norms are all layernorm or all rmsnorm, got {config.variant} "
             f"(norm_type={config.norm_type!r}, final_norm_type={config.final_norm_type!r})"
         )
-    if config.norm_position != "pre" or config.mlp_type == "none":
+    if getattr(config, "norm_position", "pre") != "pre" or getattr(config, "mlp_type", "") == "none":
         raise UserError(
             "norms can be removed where they stand before attention and MLP (norm_position='pre'), whose weights take "
-            f"them up; got norm_position={config.norm_position!r}, mlp_type={config.mlp_type!r}"
+            f"them up; got {config.variant}"
         )
     for layer in model.model.layers:
-        layer.input_layernorm = RemovableAttentionNorm(layer.input_layernorm, layer.self_attn, skip_first)
+        layer.input_layernorm = SplitNorm(layer.input_layernorm, layer.self_attn, skip_first)
         layer.post_attention_layernorm = RemovableNorm(layer.post_attention_layernorm, skip_first=skip_first)
     if not keep_final_norm and config.final_norm_type != "none":
         model.model.norm = RemovableNorm(model.model.norm, skip_first=skip_first)
@@ -203,55 +204,59 @@ def fold(model: LNFreeForCausalLM) -> LNFreeForCausalLM:
 
 class NormRemovalCallback(TrainerCallback):
     """
-    Removes the norms one after the other: by steps, or, with a tolerance, the next one when the loss is back.
-    `norm_removal.jsonl` has, at every log, the deviation and the share of every part, and the step of each removal.
+    Removes the norms one after the other: by steps, or, with a tolerance, the next one when the loss is back; then the
+    last go in any case before the training ends. `norm_removal.jsonl` has, at every log, the deviation and the share of every part, and the steps of the removals.
 
     Args:
-        model: with its norms wrapped.
-        removals: in order, with the step before which each goes; with a tolerance, only the first step counts.
-        taper_steps: steps over which a part goes from the norm to the constant, along a cosine; 0: at once.
-        tolerance: in nats. The next part goes when the smoothed training loss is not more than this above what it was
-            before the first one went.
+        trainer: of a model whose norms are wrapped.
+        options: the recipe's.
         run_dir: the run's folder.
-        end_run: ends an unstable run (`StabilityCallback.end`).
+
+    Raises:
+        UserError: for a schedule that does not end within the training's steps.
     """
 
-    def __init__(
-        self,
-        model: LNFreeForCausalLM,
-        removals: list[tuple[int, Removal]],
-        run_dir: Path,
-        end_run,
-        *,
-        taper_steps: int = 0,
-        tolerance: float | None = None,
-    ):
-        self.model, self.removals, self.taper_steps, self.tolerance = model, removals, taper_steps, tolerance
-        self.path, self.end_run = run_dir / "norm_removal.jsonl", end_run
+    def __init__(self, trainer: Trainer, options: MethodArguments, run_dir: Path):
+        self.trainer, self.path = trainer, run_dir / "norm_removal.jsonl"
+        self.taper_steps, self.tolerance = options.remove_norms_taper, options.remove_norms_tolerance
+        model = trainer.model
+        trainer.auxiliary_weight = options.remove_norms_auxiliary_weight
         self.norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, RemovableNorm)}
+        planned = plan_removals(
+            model.config.num_hidden_layers,
+            options.remove_norms_from,
+            options.remove_norms_gaps,
+            "model.norm" not in self.norms,
+        )
+        self.removals = [removal for _, removal in planned]
+        # the steps before which they go, as far as known
+        self.starts = [step for step, _ in planned] if self.tolerance is None else [planned[0][0]]
         self.loss: float | None = None
         self.reference: float | None = None
         self.first: dict[str, float] = {}
-        self.starts = [step for step, _ in removals] if tolerance is None else [removals[0][0]]
+        last = planned[-1][0] + self.taper_steps
+        if self.tolerance is None and last > trainer.args.max_steps:
+            raise UserError(
+                f"the last of {len(planned)} norms is gone at step {last}, and max_steps is {trainer.args.max_steps}: "
+                "raise it, or lower remove_norms_from, remove_norms_gaps or remove_norms_taper"
+            )
 
     def on_train_begin(self, args, state, control, **kwargs):
+        records = [record for record in read_records(self.path) if record["step"] <= state.global_step]
+        if state.global_step == 0:
+            records = []
+        if records:
+            self.loss, self.reference, self.starts = (records[-1][key] for key in ("loss", "reference", "starts"))
+            self.first = {name: values[-1] for name, values in records[0]["deviation"].items()}
         if state.is_world_process_zero:
             drop_records_after(self.path, state.global_step)
-        for record in read_records(self.path):
-            if record["step"] <= state.global_step:
-                self.loss, self.reference, self.starts = (record[key] for key in ("loss", "reference", "starts"))
-                self.first = self.first or {name: values[0] for name, values in record["deviation"].items()}
-        self._set_shares(state.global_step + 1)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._set_shares(state.global_step + 1)
-
-    def _set_shares(self, step: int):
-        for start, (_, removal) in zip(self.starts, self.removals, strict=False):
-            progress = (step - start + 1) / (self.taper_steps + 1)
+        for start, removal in zip(self.starts, self.removals, strict=False):
+            progress = (state.global_step + 2 - start) / (self.taper_steps + 1)
             if progress > 0:
-                share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-                self.norms[removal.name].share[removal.part] = share if progress < 1 else 0.0
+                share = 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * progress))
+                self.norms[removal.name].share[removal.part] = share
 
     def on_step_end(self, args, state, control, **kwargs):
         for norm in self.norms.values():
@@ -260,31 +265,47 @@ class NormRemovalCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs or not math.isfinite(logs["loss"]):
             return
-        self.loss = logs["loss"] if self.loss is None else MOMENTUM * self.loss + (1 - MOMENTUM) * logs["loss"]
         step = state.global_step
-        if self.tolerance is not None and step + 1 >= self.starts[0] and len(self.starts) < len(self.removals):
-            self.reference = self.loss if self.reference is None else self.reference
-            settled = step > self.starts[-1] + self.taper_steps
-            if settled and self.loss <= self.reference + self.tolerance:
+        self.loss = logs["loss"] if self.loss is None else MOMENTUM * self.loss + (1 - MOMENTUM) * logs["loss"]
+        if step < self.starts[0]:
+            self.reference = self.loss
+        elif self.tolerance is not None and len(self.starts) < len(self.removals):
+            left = len(self.removals) - len(self.starts)
+            # the last ones go in any case, one a log, before the training ends
+            is_late = state.max_steps - step <= (left + 1) * args.logging_steps + self.taper_steps
+            settled = step >= self.starts[-1] + self.taper_steps and self.reference is not None
+            if is_late or settled and self.loss <= self.reference + self.tolerance:
                 self.starts.append(step + 1)
         deviation = {name: norm.deviation.tolist() for name, norm in self.norms.items()}
-        record = {
-            "step": step,
-            "loss": self.loss,
-            "reference": self.reference,
-            "starts": list(self.starts),
-            "deviation": deviation,
-            "share": {name: norm.share.tolist() for name, norm in self.norms.items()},
-        }
         if state.is_world_process_zero:
-            append_record(self.path, record)
-        self.first = self.first or {name: values[0] for name, values in deviation.items()}
+            record = {"step": step, "loss": self.loss, "reference": self.reference, "starts": list(self.starts)}
+            shares = {name: norm.share.tolist() for name, norm in self.norms.items()}
+            append_record(self.path, {**record, "deviation": deviation, "share": shares})
+        self.first = self.first or {name: values[-1] for name, values in deviation.items()}
         for name, values in deviation.items():
             if not values[-1] <= EXPLODED * self.first[name]:
                 seen = f"the mean deviation before {name} is {values[-1]:.3g}, at first {self.first[name]:.3g}"
-                self.end_run(step, seen, None, f"of the norms, {name} exploded")
+                self.trainer.stability.end(step, seen, None, f"{name} is the norm that exploded")
 
 
-def auxiliary_loss(model: LNFreeForCausalLM) -> Tensor:
-    """Mean squared distance of the final norm's deviation from its mean, over the tokens of the last training pass."""
-    return model.model.norm.spread
+class NormRemovalMixin:
+    """
+    A Trainer with the auxiliary loss of norm removal, once `auxiliary_weight` is not 0: the mean squared distance of
+    the final norm's deviations from their mean (arXiv 2507.02559). The loss that is logged stays the model's own.
+    """
+
+    auxiliary_weight = 0.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        kwargs |= {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        computed = super().compute_loss(model, inputs, **kwargs)
+        if not self.auxiliary_weight or not model.training:
+            return computed
+        penalty = self.auxiliary_weight * self.model.model.norm.spread
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # what is a share of the whole batch already is not divided by the number of its parts
+            penalty = penalty / self.current_gradient_accumulation_steps
+        loss = computed[0] if return_outputs else computed
+        # gradients alone
+        loss = loss + (penalty - penalty.detach()).to(loss)
+        return (loss, *computed[1:]) if return_outputs else loss

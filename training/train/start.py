@@ -10,6 +10,7 @@ from ..convert.convert import load_in_family
 from ..errors import UserError
 from ..parametrization import parametrize_weights
 from ..recipe import DROPOUTS, Recipe
+from .norm_removal import wrap_norms
 
 
 def load_parent(recipe: Recipe) -> LNFreeForCausalLM | None:
@@ -59,6 +60,8 @@ def start_model(
         model.load_state_dict(parent.state_dict())
         model.generation_config = parent.generation_config
     choose_trainable(model, recipe)
+    if recipe.data.remove_norms_from is not None:
+        wrap_norms(model, recipe.data.keep_final_norm, recipe.data.remove_norms_skip_first)
     # before the layers get classes of their own
     use_fast_cpu(model)
     if recipe.data.weight_parametrization is not None:

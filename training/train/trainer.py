@@ -32,6 +32,7 @@ from ..runs import INCOMPLETE
 from ..texts import perplexity
 from .batch_entropy import BatchEntropyMixin
 from .checkpoints import remove_old_checkpoints, write_manifest
+from .norm_removal import NormRemovalMixin
 from .stability import StabilityCallback
 
 
@@ -40,7 +41,7 @@ SHARDED_OPTIMIZER, DATA_DIGEST = "optimizer_shards", "data.sha256"
 PARAMETRIZATION = Path("parametrization", "state.safetensors")
 
 
-class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, Trainer):
+class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMixin, Trainer):
     """
     The Trainer, with checkpoints that are whole or not there, perplexity beside the losses, an end to runs that are
     unstable, and no weight decay on learned negative slopes unless `decay_slopes` asks for it.

@@ -1,10 +1,21 @@
 """Norms taken out while a model is fine-tuned: the wrapped model, its schedule, and what is folded at the end."""
 
+import math
+
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM
+from training import cli
 from training.errors import UserError
+from training.files import read_records
+from training.methods import METHOD_FIELDS
+from training.recipe import build_recipe
+from training.runs import read_results
+from training.train import loop
 from training.train.norm_removal import (
     RemovableNorm,
     Removal,
@@ -13,7 +24,7 @@ from training.train.norm_removal import (
     wrap_norms,
 )
 
-from .conftest import every_backbone, random_ids, tiny_model
+from ..conftest import every_backbone, random_ids, tiny_model
 
 
 def removed(model: LNFreeForCausalLM, removals: list[Removal], constant: float = 1.7) -> LNFreeForCausalLM:
@@ -189,3 +200,145 @@ def test_what_cannot_be_folded_is_refused():
         wrap_norms(tiny_model("SM+R"), keep_final_norm=False)
     with pytest.raises(UserError, match="layers.1.input_layernorm.*not removed"):
         fold(wrapped("gpt2"))
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def parent(recipe_values, own_cache, tmp_path_factory):
+    """A finished run of a model with norms."""
+    folder = tmp_path_factory.mktemp("parents") / "with_norms"
+    loop.train(build_recipe({**recipe_values, "variant": "SM+LN+R", "save_strategy": "no", "output_dir": str(folder)}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def removal_values(recipe_values, parent):
+    kept = ("dataset", "eval_fraction", "block_size", "per_device_train_batch_size", "disable_tqdm", "use_cpu")
+    values = {name: recipe_values[name] for name in kept if name in recipe_values}
+    steps = {"max_steps": 12, "logging_steps": 1, "save_steps": 4, "remove_norms_from": 3, "embedding_dropout": 0.1}
+    return {**values, **steps, "init_from": str(parent), "remove_norms_gaps": [1, 1, 1, 1], "learning_rate": 1e-3}
+
+
+def run(values: dict, folder) -> dict[str, torch.Tensor]:
+    """By the command; the weights at the end."""
+    folder.mkdir()
+    path = folder / "recipe.yaml.in"
+    path.write_text(yaml.safe_dump({**values, "output_dir": str(folder / "run")}))
+    assert cli.main(["train", str(path)]) == 0
+    return load_file(folder / "run" / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def removed_weights(removal_values, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("removed") / "whole"
+    return folder / "run", run(removal_values, folder)
+
+
+def test_a_run_ends_as_an_ordinary_model_without_norms(removed_weights, parent):
+    folder, weights = removed_weights
+    results = read_results(folder)
+    assert results["variant"] == "SM+R-noLNf" and results["base_model"] == "with_norms"
+    assert not [name for name in weights if "norm" in name or "share" in name or "deviation" in name]
+    records = read_records(folder / "norm_removal.jsonl")
+    # seven parts of two layers, one a step from step 3 on
+    assert [sum(value == 0 for shares in r["share"].values() for value in shares) for r in records] == [
+        *(0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7)
+    ]
+    assert all(math.isfinite(value) for r in records for values in r["deviation"].values() for value in values)
+    model = LNFreeForCausalLM.from_pretrained(folder / "model").eval()
+    input_ids = random_ids(2, 8)
+    assert model(input_ids).logits.isfinite().all()
+    assert results["perplexity"] < 3 * read_results(parent)["perplexity"]
+
+
+def test_an_interrupted_run_goes_on_bit_by_bit(removal_values, removed_weights, tmp_path, monkeypatch):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (5, 7, 10) and state.global_step not in stopped:
+                stopped.append(state.global_step)
+                raise KeyboardInterrupt
+
+    stopped: list[int] = []
+    recipe = {**removal_values, "output_dir": str(tmp_path / "run")}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "BriefPrinterCallback", Interrupt)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                loop.train(build_recipe(recipe))
+        loop.train(build_recipe(recipe))
+    assert stopped == [5, 7, 10]
+    folder, expected = removed_weights
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in expected)
+    assert read_records(tmp_path / "run" / "norm_removal.jsonl") == read_records(folder / "norm_removal.jsonl")
+
+
+OPTIONS = [
+    {"remove_norms_from": 4},
+    {"remove_norms_gaps": [0, 2, 1, 1]},
+    {"remove_norms_taper": 2},
+    {"remove_norms_tolerance": 1e-6},
+    {"remove_norms_auxiliary_weight": 5.0},
+    {"remove_norms_skip_first": True},
+    {"keep_final_norm": True},
+]
+
+
+@pytest.mark.parametrize("change", OPTIONS, ids=lambda change: next(iter(change)))
+def test_every_option_acts_through_the_command(change, removal_values, removed_weights, tmp_path):
+    weights = run({**removal_values, "save_strategy": "no", **change}, tmp_path / "changed")
+    expected = removed_weights[1]
+    assert weights.keys() != expected.keys() or any(not weights[name].equal(expected[name]) for name in expected)
+    assert ("model.norm.weight" in weights) == ("keep_final_norm" in change)
+
+
+def test_every_option_has_a_test_that_it_acts():
+    ours = {name for name in METHOD_FIELDS if name.startswith("remove_norms")} | {"keep_final_norm"}
+    assert {name for change in OPTIONS for name in change} == ours
+
+
+def test_with_a_tolerance_the_next_norm_waits_for_the_loss(removal_values, tmp_path):
+    """One so large that the loss is always back, and one so small that it never is: then they go at the end."""
+    starts = {}
+    for tolerance in (100.0, 1e-6):
+        values = {**removal_values, "save_strategy": "no", "remove_norms_tolerance": tolerance, "learning_rate": 1e-9}
+        run(values, tmp_path / str(tolerance))
+        starts[tolerance] = read_records(tmp_path / str(tolerance) / "run" / "norm_removal.jsonl")[-1]["starts"]
+    assert starts[100.0] == [3, 4, 5, 6, 7, 8, 9]
+    assert starts[1e-6][0] == 3 and starts[1e-6][-1] <= 12 and starts[1e-6] > starts[100.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init_from": None, "variant": "SM+LN+R", "vocab_size": 300}, "needs init_from: a trained model that has"),
+        ({"remove_norms_from": 1}, "remove_norms_from must be at least 2, got 1"),
+        ({"remove_norms_gaps": [1, 2]}, r"must be four numbers of steps.* got \[1, 2\]"),
+        ({"remove_norms_taper": -1}, "remove_norms_taper must be in .* got -1"),
+        ({"remove_norms_tolerance": 0.0}, "remove_norms_tolerance must be finite and more than 0, got 0.0"),
+        ({"remove_norms_auxiliary_weight": 1.0, "keep_final_norm": True}, "no effect with keep_final_norm=True"),
+        ({"remove_norms_from": None, "keep_final_norm": True, "remove_norms_gaps": [2, 2, 3, 2]}, "no effect without"),
+        ({"trainable": "norms"}, "trainable='norms' and remove_norms_from do not go together"),
+        ({"max_steps": -1}, "needs a budget"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(change, message, removal_values):
+    with pytest.raises(UserError, match=message):
+        build_recipe({**removal_values, **change})
+
+
+def test_a_schedule_that_does_not_end_is_refused_before_training(removal_values, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**removal_values, "max_steps": 8, "output_dir": str(tmp_path / "run")}))
+    assert cli.main(["train", str(path)]) == 1
+    assert "the last of 7 norms is gone at step 9, and max_steps is 8" in capsys.readouterr().err
+
+
+def test_a_norm_that_explodes_ends_the_run_by_its_name(removal_values, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.train.norm_removal.EXPLODED", 0.5)  # the first deviation is too large at once
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**removal_values, "output_dir": str(tmp_path / "run")}))
+    assert cli.main(["train", str(path)]) == 1
+    assert "layers.0.input_layernorm is the norm that exploded" in capsys.readouterr().err
