@@ -22,9 +22,10 @@ def test_every_verb_has_help_with_an_example(capsys):
             cli.main([*verb, "--help"])
         return capsys.readouterr().out
 
-    verbs = re.findall(r"^    (\w+)(?: |$)", help_of(), re.MULTILINE)
+    verbs = re.findall(r"^    ([\w-]+)(?: |$)", help_of(), re.MULTILINE)
     assert {
-        *("train", "recipes", "sweep", "compare", "export", "measure", "cost", "import", "publish", "benchmark")
+        *("train", "recipes", "sweep", "compare", "export", "measure", "cost", "import", "remove-norms", "publish"),
+        "benchmark",
     } == set(verbs)
     for verb in verbs:
         assert re.search(rf"example:\n  lnfree {verb}( |\n|$)", help_of(verb))

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(verb, module, function, options)
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on" if verb in ("train", "sweep", "publish") else ""
+        goes_on = "; the same command goes on" if verb in ("train", "sweep", "remove-norms", "publish") else ""
         print(f"lnfree {verb}: interrupted{goes_on}", file=sys.stderr)
         return 130
     except OSError as error:
@@ -63,7 +63,19 @@ def build_parser() -> argparse.ArgumentParser:
     version = f"lnfree {importlib.metadata.version('lnfree')}"
     parser.add_argument("--version", action="version", version=version)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_train, _recipes, _sweep, _compare, _export, _measure, _cost, _import, _publish, _benchmark):
+    for add in (
+        _train,
+        _recipes,
+        _sweep,
+        _compare,
+        _export,
+        _measure,
+        _cost,
+        _import,
+        _remove_norms,
+        _publish,
+        _benchmark,
+    ):
         add(verbs)
     return parser
 
@@ -76,7 +88,7 @@ def _parse(argv: list[str] | None) -> dict:
         argcomplete.autocomplete(parser)
     arguments, rest = parser.parse_known_args(argv)
     # argparse gives `overrides` only what stands before the first option
-    if rest and (arguments.verb != "train" or any(value.startswith("-") for value in rest)):
+    if rest and (arguments.verb not in ("train", "remove-norms") or any(value.startswith("-") for value in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options = vars(arguments)
     if rest:
@@ -242,6 +254,22 @@ def _import(verbs):
     verb.add_argument("out_dir", metavar="OUT_DIR")
     verb.add_argument("--to-stock", action="store_true", help="write a model of this family as the stock class")
     verb.add_argument("--revision", help="branch, tag or commit of the model")
+
+
+def _remove_norms(verbs):
+    verb = _add_verb(
+        verbs,
+        "remove-norms",
+        "remove_norms:remove_norms",
+        "a trained GPT-2, Pythia or Llama without its norms: fine-tuned while they are taken out, folded and exported",
+        "lnfree remove-norms openai-community/gpt2 gpt2-without-norms --dataset texts.jsonl max_steps=300",
+    )
+    verb.add_argument("model_id", metavar="MODEL_ID_OR_PATH", help="model of the Hub, or a folder, with its tokenizer")
+    verb.add_argument("out_dir", metavar="OUT_DIR")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe remove_norms")
+    verb.add_argument("--dataset", metavar="NAME_OR_FILE", help="texts to fine-tune on (default: the recipe's)")
+    verb.add_argument("--keep-final-norm", action="store_true", help="leave the norm before the output projection")
+    verb.add_argument("--no-control", dest="control", action="store_false", help="no second run that keeps its norms")
 
 
 def _publish(verbs):

@@ -77,16 +77,13 @@ class MethodArguments:
 
 
 METHOD_FIELDS = tuple(f.name for f in fields(MethodArguments))
+NORM_REMOVAL_FIELDS = tuple(name for name in METHOD_FIELDS if name.startswith("remove_norms")) + ("keep_final_norm",)
 # without the field behind it, a field has no effect
 _NEEDS = {
     **dict.fromkeys(("entropy_margin", "entropy_target_init", "entropy_target_learned"), "entropy_weight"),
     **dict.fromkeys(("batch_entropy_target", "batch_entropy_floor"), "batch_entropy_weight"),
     **dict.fromkeys(("parametrized_projections", "parametrization_gain_init"), "weight_parametrization"),
-    **dict.fromkeys(
-        ("remove_norms_gaps", "remove_norms_taper", "remove_norms_tolerance", "remove_norms_auxiliary_weight")
-        + ("remove_norms_skip_first", "keep_final_norm"),
-        "remove_norms_from",
-    ),
+    **dict.fromkeys((name for name in NORM_REMOVAL_FIELDS if name != "remove_norms_from"), "remove_norms_from"),
 }
 
 

@@ -1,6 +1,7 @@
 """Heat maps of attention entropy, and curves over training."""
 
 import itertools
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -120,7 +121,7 @@ def plot_curves(runs: list[Run], titles: list[str]) -> Figure:
         style = ("-", "--", ":", "-.")[seeds.setdefault(run.seed, len(seeds)) % 4]
         logged = [entry for entry in read_json(run.folder / "log_history.json") if "loss" in entry]
         losses = [entry["loss"] for entry in logged]
-        steps, label = [entry["step"] for entry in logged], title.replace("\n", ", ")
+        steps, label = [entry["step"] for entry in logged], textwrap.fill(title.replace("\n", ", "), 44)
         loss_axis.plot(steps, losses, color=color, linestyle=style, label=label, linewidth=1.2)
         finite += [loss for loss in losses if np.isfinite(loss)]
     if finite:
@@ -151,8 +152,50 @@ def plot_curves(runs: list[Run], titles: list[str]) -> Figure:
 def _by_configuration(runs: list[Run]) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.configuration, []).append(run)
+        # a title that is wider than its panel leaves none
+        found.setdefault(textwrap.fill(run.configuration, 40), []).append(run)
     return found
+
+
+def plot_norm_removal(removed: Run, control: Run | None) -> Figure:
+    """
+    A run that lost its norms: its loss over steps with the removals marked, beside that of `control`, which kept them;
+    the mean deviation before every norm over steps; and the entropies by layer and head before and after.
+
+    Raises:
+        UserError: if what was measured on the way cannot be read.
+    """
+    records = read_records(removed.folder / "norm_removal.jsonl")
+    entropies = read_records(removed.folder / "attention_entropy.jsonl")
+    if not records or not entropies:
+        raise UserError(f"{removed.folder}: its norm_removal.jsonl or attention_entropy.jsonl has no record")
+    figure = Figure(figsize=(11, 7), layout="constrained", dpi=150)
+    loss_axis, deviation_axis, *panels = figure.subplots(2, 2).flat
+    for run, label in ((removed, "norms removed"), (control, "norms kept")):
+        if run is not None:
+            logged = [entry for entry in read_json(run.folder / "log_history.json") if "loss" in entry]
+            loss_axis.plot([entry["step"] for entry in logged], [entry["loss"] for entry in logged], label=label)
+    for start in records[-1]["starts"]:
+        loss_axis.axvline(start, color="gray", alpha=0.25, linewidth=0.8)
+    loss_axis.set(xlabel="step", ylabel="training loss (nats per token)", title="Loss; a line where a norm goes")
+    loss_axis.legend(fontsize=8)
+    steps = [record["step"] for record in records]
+    names = list(records[-1]["deviation"])
+    shades = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, len(names)))
+    for name, color in zip(names, shades, strict=True):
+        style = "--" if name.endswith("input_layernorm") else "-"
+        values = [record["deviation"][name][-1] for record in records]
+        deviation_axis.plot(steps, values, color=color, linestyle=style, linewidth=1)
+    deviation_axis.set(xlabel="step", ylabel="mean deviation", title="Deviation before every norm (dashed: attention)")
+    deviation_axis.set_yscale("log")
+    limit = float(np.max(removed.attention_entropy["max_entropy"]))
+    for axis, record, title in zip(panels, (entropies[0], entropies[-1]), ("before", "after"), strict=True):
+        image = axis.imshow(np.array(record["entropy"]), vmin=0, vmax=limit, cmap="viridis", aspect="auto")
+        axis.set(xlabel="head", ylabel="layer", title=f"Attention entropy {title}")
+        for locator in (axis.xaxis, axis.yaxis):
+            locator.set_major_locator(MaxNLocator(12, integer=True))
+    figure.colorbar(image, ax=panels, label="attention entropy (nats)", shrink=0.9)
+    return figure
 
 
 def plot_evaluations(runs: list[Run]) -> Figure | None:

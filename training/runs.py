@@ -7,6 +7,7 @@ import platform
 import re
 import statistics
 import subprocess
+import textwrap
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -231,7 +232,7 @@ class Run:
     def describe(self, *more: str) -> str:
         """A title for pictures, in lines: configuration, setting and seed, and whatever else is to be said."""
         setting = f"{self.results['backbone']}, T={self.results['block_size']}, seed {self.seed}"
-        return "\n".join([self.configuration, setting, *more])
+        return "\n".join([*textwrap.wrap(self.configuration, 40), setting, *more])
 
     def read_evaluations(self) -> list[tuple[int, float]]:
         """Training tokens and perplexity of the evaluations on the way. Raises UserError if they cannot be read."""

@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 from training import cli, files, parametrization, quantities, runs
 from training.errors import UserError
-from training.methods import METHOD_FIELDS
+from training.methods import METHOD_FIELDS, NORM_REMOVAL_FIELDS
 from training.recipe import START_FIELDS, build_recipe
 from training.train import batch_entropy, callbacks, loop, trainer
 
@@ -95,8 +95,7 @@ def test_every_option_acts_through_the_command(values, tmp_path, options, change
 def test_every_method_has_a_test_that_it_acts():
     tested = {name for pair in OPTIONS for option in pair for name in option}
     # those of norms that are taken out are tested in test_norm_removal.py
-    others = {name for name in METHOD_FIELDS if name.startswith("remove_norms")} | {"keep_final_norm"}
-    assert tested | others | {"init_from"} == {*METHOD_FIELDS, *START_FIELDS}
+    assert tested | {*NORM_REMOVAL_FIELDS} | {"init_from"} == {*METHOD_FIELDS, *START_FIELDS}
 
 
 @pytest.mark.parametrize(
