@@ -205,8 +205,8 @@ def fold(model: LNFreeForCausalLM) -> LNFreeForCausalLM:
 class NormRemovalCallback(TrainerCallback):
     """
     Removes the norms one after the other: by steps, or, with a tolerance, the next one when the loss is back; then the
-    last go in any case before the training ends. `norm_removal.jsonl` has, at every log, the deviation and the share of
-    every part, and the steps of the removals.
+    last go in any case before the training ends. `norm_removal.jsonl` has, at every log, the deviation and the share
+    of every part, and the steps of the removals.
 
     Args:
         trainer: of a model whose norms are wrapped.
