@@ -276,13 +276,13 @@ def run(folder: Path, prompt: str, new_tokens: int) -> dict[str, Any]:
         "largest_error": errors.max().item(),
         "mean_error": errors.mean().item(),
         "largest_logit": expected.abs().max().item(),
-        "prompt": _together([party[0] for party in parties]),
-        "new_token": _together([party[-1] for party in parties]) if new_tokens > 1 else None,
+        "prompt": _add_parties([party[0] for party in parties]),
+        "new_token": _add_parties([party[-1] for party in parties]) if new_tokens > 1 else None,
         "variances": variances,
     }
 
 
-def _together(parties: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+def _add_parties(parties: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Costs by operation and in total: each byte is counted where it is sent and where it arrives."""
     by_operation = {
         name: {

@@ -443,6 +443,21 @@ def test_measure_matches_naive(tmp_path, model, folder, tokenizer, corpus, strea
         assert row["perplexity"] == pytest.approx(nll.mean().exp().item(), rel=1e-5, nan_ok=True)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_measure_finds_the_only_column_of_texts(tmp_path, folder, corpus, streaming):
+    # "content" beside a column of numbers
+    found = measure(folder, dataset=corpus, streaming=streaming, device="cpu")
+    assert (found["text_column"], found["num_texts"]) == ("content", len(TEXTS))
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"code": "abc", "title": "ab", "stars": 3}\n')
+    with pytest.raises(UserError, match="text_column must name one of the columns of texts: code, title$"):
+        measure(folder, dataset=str(path), streaming=streaming)
+    assert measure(folder, dataset=str(path), text_column="title", streaming=streaming)["num_tokens"] == 2
+    path.write_text('{"stars": 3, "forks": 1}\n')
+    with pytest.raises(UserError, match="has no column of texts among stars, forks"):
+        measure(folder, dataset=str(path), streaming=streaming)
+
+
 def test_measure_of_some_rows_of_a_split(model, folder, tokenizer, corpus):
     results = measure(folder, dataset=str(Path(corpus).parent), split="train", max_samples=1, dtype="float64")
     assert results["nll"] == pytest.approx(naive(model, tokenizer, TEXTS[:1])[1][0].mean().item(), abs=1e-6)

@@ -316,8 +316,8 @@ def check_reachable(kind: str, name: str):
         if not Path(name).is_dir() and not any(isinstance(try_to_load_from_cache(name, f), str) for f in files):
             HfApi().model_info(name, timeout=10)
     except httpx2.TransportError as error:
-        told = f"{kind} {name!r} is no folder, and the Hub cannot be reached to look for it"
-        raise UserError(f"{told}: {one_line(error)}") from error
+        message = f"{kind} {name!r} is no folder, and the Hub cannot be reached to look for it"
+        raise UserError(f"{message}: {one_line(error)}") from error
     except (OSError, ValueError):
         # what loads it says what the Hub answers, and what is wrong with a name
         return

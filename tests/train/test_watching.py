@@ -320,7 +320,7 @@ def watch_norms(tmp_path, norms, warmup_steps=0, scaled=False) -> int | None:
     batch = {"input_ids": random_ids(1, 5), "labels": random_ids(1, 5)}
     for step, norm in enumerate(norms, start=1):
         try:
-            callback.see_gradient(step, norm, batch, scaled)
+            callback.check_gradient(step, norm, batch, scaled)
         except stability.UnstableRunError as error:
             assert scaled or not math.isfinite(norm) or "layer 2: the median gradient norm" in str(error)
             return step

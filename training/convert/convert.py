@@ -144,8 +144,8 @@ def convert(
         del target
         difference = _compare(model_class.from_pretrained(folder, dtype="auto").eval(), probe, expected)
         os.replace(folder, out_dir)
-    told = "no tokenizer came with it" if tokenizer is None else "with its tokenizer"
-    print(f"{out_dir}: {summary}, {told}; largest difference of a logit {difference:.2g}")
+    tokenizer_note = "no tokenizer came with it" if tokenizer is None else "with its tokenizer"
+    print(f"{out_dir}: {summary}, {tokenizer_note}; largest difference of a logit {difference:.2g}")
     return out_dir
 
 

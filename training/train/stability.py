@@ -64,7 +64,7 @@ class StabilityCallback(TrainerCallback):
         past_warmup = norms[: state.global_step][self.warmup_steps :]
         self.norms = [norm for norm in past_warmup if math.isfinite(norm)]
 
-    def see_gradient(self, step: int, norm: float, batch: dict[str, torch.Tensor], scaled: bool):
+    def check_gradient(self, step: int, norm: float, batch: dict[str, torch.Tensor], scaled: bool):
         """
         Looks at the gradient of a step that is about to be made.
 

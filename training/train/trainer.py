@@ -171,7 +171,7 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
         scaled = self.accelerator.scaler is not None
         # of the step that is about to be made, as is what the Trainer logs of the first group; the last is the layers'
         self.layer_learning_rate = self.optimizer.param_groups[-1]["lr"]
-        self.stability.see_gradient(self.state.global_step + 1, float(norm), self.last_batch, scaled)
+        self.stability.check_gradient(self.state.global_step + 1, float(norm), self.last_batch, scaled)
         return norm
 
     def _get_output_dir(self, trial):
