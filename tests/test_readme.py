@@ -138,7 +138,7 @@ def test_record_of_the_entropy_page(reader):
 
 
 def test_metric_of_the_entropy_page(reader):
-    code = code_of("entropy.md", "python")[1].replace(f'"{MODEL}"', f'"{MODEL}", trust_remote_code=True')
+    code = code_of("entropy.md", "python")[1]
     code += "import json\nprint(json.dumps([result['layer_entropy'], list(texts), result['num_queries']]))"
     entropy, texts, num_queries = json.loads(run(code, reader).splitlines()[-1])
 
