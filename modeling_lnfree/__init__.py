@@ -21,7 +21,7 @@ from .modeling_lnfree import (
     LNFreeModel,
     LNFreePreTrainedModel,
 )
-from .optimization import build_optimizer
+from .optimization import build_optimizer, get_parameter_groups
 
 
 # Where this is imported, the Auto classes know the model type and no remote code is needed.
@@ -50,6 +50,7 @@ __all__ = [
     "LNFreePreTrainedModel",
     "build_optimizer",
     "compute_attention_entropy",
+    "get_parameter_groups",
     "record_attention_entropy",
     "use_fast_cpu",
 ]

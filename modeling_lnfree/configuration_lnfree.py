@@ -13,14 +13,17 @@
 # limitations under the License.
 """LNFree configuration: decoder-only transformers with and without LayerNorm (arXiv 2410.09637)."""
 
+import copy
 import difflib
 import math
 import re
-from dataclasses import field, fields
-from typing import Literal
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, field, fields
+from typing import Any, Literal
 
 import transformers
 from huggingface_hub.dataclasses import strict
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18):
@@ -30,77 +33,121 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18
 
 logger = transformers.utils.logging.get_logger(__name__)
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+# The projections of attention, and of an MLP by its type; PROJECTIONS are those of GPT-2, GPT-NeoX and the paper.
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_TWO = ("up_proj", "down_proj")
+MLP_PROJECTIONS = {"two_layer": _TWO, "gated": (*_TWO, "gate_proj"), "fused": ("fused_proj",), "none": ()}
+PROJECTIONS = ATTENTION_PROJECTIONS + _TWO
+
+# What changes scores or weights between the products is the attention implementation's to do. These do it ("flash" is
+# all of that kind, which say themselves which version cannot); others drop it in silence.
+EXACT_ATTENTION = {"attn_logit_softcapping": ("eager", "flex_attention", "flash"), "softmax_clipping": ("eager",)}
 
 # Every save names all classes, not only the one that was saved: each Auto class loads what a fine-tuning wrote.
-AUTO_MAP = {
-    "AutoConfig": "configuration_lnfree.LNFreeConfig",
-    "AutoModel": "modeling_lnfree.LNFreeModel",
-    "AutoModelForCausalLM": "modeling_lnfree.LNFreeForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_lnfree.LNFreeForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_lnfree.LNFreeForTokenClassification",
+AUTO_MAP = {"AutoConfig": "configuration_lnfree.LNFreeConfig", "AutoModel": "modeling_lnfree.LNFreeModel"} | {
+    f"AutoModel{head}": f"modeling_lnfree.LNFree{head}"
+    for head in ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 }
 
 # What transformers itself passes to a config, or writes in a config.json, without declaring a field for it.
 _UNDECLARED_KEYS = {
-    "attn_implementation",
-    "auto_map",
-    "base_model_tp_plan",
-    "custom_pipelines",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "per_layer_config",
-    "quantization_config",
-    "task_specific_params",
-    "tie_last_hidden_states",
-    "torch_dtype",
+    *("attn_implementation", "auto_map", "base_model_tp_plan", "custom_pipelines", "experts_implementation"),
+    *("model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config", "quantization_config"),
+    *("task_specific_params", "tie_last_hidden_states", "torch_dtype"),
 }
 
-# ---- The paper's notation, SM[+NORM]+ACT[-noLNf], as tables: what each word says of the fields. Names are read and
+# ---- The notation, SM[+NORM]+ACT[-noLNf][@PRESET], as tables: what each word says of the fields. Names are read and
 # written by them, and nothing else in the project takes a name apart.
 
+NORM_WORDS = {"": "none", "LN": "layernorm", "RMS": "rmsnorm", "DyT": "dyt", "Derf": "derf"}
 # by position embedding: the GELU of the backbone, which G stands for
 GELUS = {"learned": "gelu_pytorch_tanh", "rotary": "gelu"}
-NORM_WORDS = {"": "none", "LN": "layernorm"}
-# a number follows LR: the fixed slope
+# a number follows LR, the fixed slope, unless a preset says it
 ACTIVATION_WORDS: dict[str, dict[str, tuple]] = {
     "G": {"hidden_act": tuple(GELUS.values())},
     "R": {"hidden_act": ("relu",)},
+    "S": {"hidden_act": ("silu",)},
+    "Lin": {"hidden_act": ("linear",)},
     "LR-layer": {"hidden_act": ("leaky_relu",), "slope_sharing": ("layer",)},
     "LR-global": {"hidden_act": ("leaky_relu",), "slope_sharing": ("global",)},
     "LR": {"hidden_act": ("leaky_relu",), "slope_sharing": (None,)},
 }
-FINAL_NORM_WORDS = {"": "layernorm", "-noLNf": "none"}
-BACKBONES: dict[str, dict[str, str | bool]] = {
+NO_FINAL_NORM = "-noLNf"
+
+# What makes a backbone; what else its models have; and the final norm where the blocks have none.
+BACKBONES: dict[str, dict[str, Any]] = {
     "gpt2": {"position_embedding_type": "learned", "parallel_residual": False, "tie_word_embeddings": True},
+    "llama": {
+        **{"position_embedding_type": "rotary", "partial_rotary_factor": 1.0},
+        **{"parallel_residual": False, "mlp_type": "gated"},
+    },
     "pythia": {"position_embedding_type": "rotary", "parallel_residual": True, "tie_word_embeddings": False},
 }
+_USUAL = {"llama": {"tie_word_embeddings": False, "biased_projections": [], "embedding_dropout": 0.0}}
+_FINAL_NORMS = {"llama": "rmsnorm"}
 
-# The paper's four, in its order. Changes are against the first, and ReLU is compared with GELU without and with norms.
-BASELINE = "SM+LN+G"
-PAPER_ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R")
-RELU_AGAINST_GELU = (("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G"))
-# what people read in place of a field's value
-LABELS = {
-    "layernorm": "LayerNorm",
-    "gelu": "GELU",
-    "gelu_pytorch_tanh": "GELU (tanh)",
-    "relu": "ReLU",
-    "leaky_relu": "leaky ReLU",
+# The designs of the field: what each sets, values at the start as in its paper, or a function of the configuration.
+# Those above PostLN are without a norm and with ReLU there where they set nothing else.
+_SKIPLESS = {"residual_gains": lambda c: [0.0, 1.0, 1.0, 0.1 * (18 / c.num_hidden_layers) ** 0.5]}
+_SHAPED = {"attention_gains": [1.0, 1.0, 1.0]}
+_SAS = {"identity_projections": ["v_proj", "o_proj"], "zero_init_projections": ["q_proj"], **_SHAPED, **_SKIPLESS}
+_FIXED = {"residual_gains_trainable": False}
+_SCALED = {"hidden_act": "linear", "residual_gains": [1.0, 1.0, 1.0, 1.0]}
+PRESETS: dict[str, dict[str, Any]] = {
+    # He et al. 2024 (arXiv 2405.19279): the outlier-protected block, and its normalized queries and keys alone
+    "QKNorm": {"normalized_projections": ["q_proj", "k_proj"]},
+    "OP": {
+        "normalized_projections": ["q_proj", "k_proj"],
+        **{"residual_gains": lambda c: [1.0, c.num_hidden_layers**-0.5] * 2, **_FIXED},
+    },
+    "Stable": {"residual_gains": lambda c: [1.0, (2 * c.num_hidden_layers) ** -0.5] * 2, **_FIXED},
+    # He & Hofmann 2023 (2311.01906); theirs trains the values of the first block
+    "SAS": {**_SAS, "parallel_residual": False},
+    "SAS-P": {**_SAS, "parallel_residual": True},
+    # He et al. 2023 (2302.10322), without the orthogonal starts of values and output
+    "V-SkipInit": {"attention_gains": [1.0, 0.0, 0.0], **_SKIPLESS},
+    # Noci et al. 2023 (2306.17759)
+    "Shaped": {
+        **{"attention_multiplier": lambda c: (c.hidden_size * c.head_dim) ** -0.5, **_SHAPED},
+        **{"residual_gains": [0.5**0.5] * 4, **_FIXED},
+        **{"hidden_act": "leaky_relu", "negative_slope": lambda c: 1 - c.intermediate_size**-0.5},
+    },
+    # Bondarenko et al. 2023 (2306.12929), values of OPT; clipping leaves nothing of a row near the uniform one
+    "Gated": {"attention_gate_init": 0.25},
+    "Clipped": {"softmax_clipping": 12.0},
+    "SoftCap": {"attn_logit_softcapping": 30.0},
+    # AERO (2410.13060): scaled feed-forward layers without activation, fused, and fused with its temperature
+    "ScFFN": _SCALED,
+    "ScFuFFN": {**_SCALED, "mlp_type": "fused"},
+    "AERO": {**_SCALED, "mlp_type": "fused", "softmax_temperature": 0.01},
+    # 2002.04745 (its own has no final norm: -noLNf), 2502.02732, 2503.04598
+    "PostLN": {"norm_position": "post"},
+    "PeriLN": {"norm_position": "peri"},
+    "HybridNorm": {"norm_position": "hybrid", "normalized_projections": ["q_proj", "k_proj", "v_proj"]},
 }
+CUSTOM = "custom"
+# what a preset may set beside norm and activation; at its neutral value in every model without one
+_DESIGN_FIELDS = {
+    *("norm_position", "normalized_projections", "identity_projections", "zero_init_projections", "attention_gains"),
+    *("attention_gate_init", "softmax_temperature", "attn_logit_softcapping", "softmax_clipping", "residual_gains"),
+    *("residual_gains_trainable", "embedding_multiplier", "attention_multiplier", "logits_multiplier", "mlp_type"),
+}
+NAMED_FIELDS = _DESIGN_FIELDS | {"norm_type", "final_norm_type", "norm_alpha_init", "hidden_act"}
+NAMED_FIELDS |= {"negative_slope", "slope_sharing", "parallel_residual"}
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "intermediate_size")
+# what layers may differ in, by `per_layer_config`
+_PER_LAYER = {"norm_position", "identity_projections", "zero_init_projections", "mlp_type", "residual_gains"}
 
-
-def variant_order(variant: str) -> tuple[int, str]:
-    """A sort key: the paper's variants in its order, then all others by name."""
-    return (PAPER_ORDER.index(variant), "") if variant in PAPER_ORDER else (len(PAPER_ORDER), variant)
-
-
-def variant_slug(variant: str) -> str:
-    """The variant as folders and repositories write it: `sm-ln-g`."""
-    return variant.lower().replace("+", "-")
+_DROPOUTS = ("embedding_dropout", "attention_dropout", "hidden_dropout", "classifier_dropout")
+_POSITIVE = ("layer_norm_eps", "softmax_temperature", "attn_logit_softcapping", "attention_multiplier", "rope_theta")
+_RANGES = (
+    (_DROPOUTS, lambda value: 0 <= value < 1, "in [0, 1)"),
+    (_POSITIVE, lambda value: 0 < value < math.inf, "finite and positive"),
+    (("initializer_range", "softmax_clipping"), lambda value: 0 <= value < math.inf, "finite and not negative"),
+    (("embedding_multiplier", "logits_multiplier"), math.isfinite, "finite"),
+    (("attention_gate_init",), lambda value: 0 < value < 1, "in (0, 1)"),
+    (("partial_rotary_factor",), lambda value: 0 < value <= 1, "in (0, 1]"),
+)
 
 
 def _alternatives(words) -> str:
@@ -109,63 +156,86 @@ def _alternatives(words) -> str:
 
 _VARIANT = re.compile(
     rf"SM(\+(?P<norm>{_alternatives(filter(None, NORM_WORDS))}))?\+(?P<act>{_alternatives(ACTIVATION_WORDS)})"
-    rf"(?P<slope>(?<=LR)-?\d+(\.\d+)?(e-?\d+)?)?(?P<final>{_alternatives(filter(None, FINAL_NORM_WORDS))})?"
+    rf"(?P<slope>(?<=LR)-?\d+(\.\d+)?(e-?\d+)?)?(?P<final>{NO_FINAL_NORM})?"
+    rf"(@(?P<preset>{_alternatives((*PRESETS, CUSTOM))}))?"
 )
+_FORM = (
+    f"SM[+NORM]+ACT[{NO_FINAL_NORM}][@PRESET] with NORM one of {', '.join(filter(None, NORM_WORDS))}, ACT one of "
+    f"{', '.join(ACTIVATION_WORDS).replace('LR,', 'LR<slope>,')}, and PRESET one of {', '.join(PRESETS)}"
+)
+
+
+def _require(holds: bool, message: str):
+    if not holds:
+        raise ValueError(message)
+
+
+def _start(value: Any, sizes: Any) -> Any:
+    """A preset's value, where it depends on them at these sizes."""
+    return value(sizes) if callable(value) else value
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    # the order of names says nothing, that of numbers all
+    names = isinstance(ours, list) and all(isinstance(name, str) for name in ours)
+    return sorted(ours) == sorted(theirs) if names and isinstance(theirs, list) else ours == theirs
 
 
 @strict
 class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see modeling_lnfree.py)
     r"""
     Configuration of an LNFree model. The defaults are the paper's GPT-2 without LayerNorm and with ReLU (`SM+R`,
-    arXiv 2410.09637), 124M parameters. The switches span the paper's two backbones: GPT-2 (learned positions,
-    sequential residual, tied embeddings) and Pythia / GPT-NeoX (rotary positions, parallel residual, untied
-    embeddings).
+    arXiv 2410.09637), 124M parameters. The switches span three backbones, GPT-2, Pythia (GPT-NeoX) and Llama
+    (`BACKBONES`), and the norm-free and norm-changing blocks of the field (`PRESETS`).
 
     Args:
-        vocab_size (`int`): number of tokens.
-        hidden_size (`int`): width of the residual stream.
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads (`int`): tokens, width, blocks, heads.
         intermediate_size (`int`, *optional*): width of the feed-forward layer; `4 * hidden_size` by default.
-        num_hidden_layers (`int`): number of blocks.
-        num_attention_heads (`int`): number of heads; has to divide `hidden_size`.
+        num_key_value_heads, head_dim (`int`, *optional*): heads of keys and values (grouped queries), all by default;
+            the width of a head, `hidden_size / num_attention_heads` by default.
         max_position_embeddings (`int`): context length. With learned positions it is a hard limit.
-        position_embedding_type (`str`): `"learned"` (GPT-2) or `"rotary"` (GPT-NeoX).
-        partial_rotary_factor (`float`): with rotary positions, the fraction of the head dimension that is rotated; the
-            rotated dimension `int(partial_rotary_factor * hidden_size / num_attention_heads)` has to be even.
-        rope_theta (`float`): with rotary positions, the base of the wavelengths.
+        position_embedding_type (`str`): `"learned"` (GPT-2) or `"rotary"` (GPT-NeoX, Llama).
+        partial_rotary_factor, rope_theta (`float`): the fraction of a head that is rotated; the base of wavelengths.
+        rope_parameters (`dict`, *optional*): transformers' own for scaled rotary positions (`rope_type` `"linear"`,
+            `"llama3"`, `"yarn"`, ...); its `rope_theta` and `partial_rotary_factor` go before the fields.
         parallel_residual (`bool`): `x + attn(norm(x)) + mlp(norm(x))` (GPT-NeoX), not one after the other (GPT-2).
         tie_word_embeddings (`bool`): whether the output projection is the token embedding (GPT-2).
-        norm_type (`str`): the two norms of every block, `"none"` or `"layernorm"`.
-        final_norm_type (`str`): the norm before the output projection, `"layernorm"` (kept in the paper's LN-free
-            models too) or `"none"` (an identity under the same name).
+        norm_type, final_norm_type (`str`): the norms of the blocks, and the one before the output projection (which
+            the paper's LN-free models keep): `"none"` (an identity), `"layernorm"`, `"rmsnorm"`, `"dyt"`
+            (weight * tanh(alpha x) + bias, arXiv 2503.10622), `"derf"` (with erf(alpha x + shift), arXiv 2512.10938).
+        norm_alpha_init (`float` or `list`): start of alpha, or of [those around attention, all others].
+        norm_position (`str`): `"pre"` x + f(N(x)), `"post"` N(x + f(x)), `"peri"` x + N(f(N(x))), or `"hybrid"`
+            H = N(x + attn(x)), H + mlp(H).
         layer_norm_eps (`float`): epsilon of the norms that are there.
-        hidden_act (`str`): `"gelu"` (erf, as in GPT-NeoX), `"gelu_pytorch_tanh"` (tanh, as in GPT-2), `"relu"` or
-            `"leaky_relu"`.
-        negative_slope (`float`, *optional*): slope of `"leaky_relu"` for negative inputs, 0.01 by default; where the
-            slope is learned, its initial value.
-        slope_sharing (`str`, *optional*): makes the slope of `"leaky_relu"` a parameter, one per `"layer"` or one
-            `"global"` parameter that all layers share. `None` keeps it fixed.
-        biased_projections (`list[str]`): which of q_proj, k_proj, v_proj, o_proj, up_proj and down_proj
-            have a bias. The paper: query and key only; GPT-2 and GPT-NeoX themselves: all.
-        embedding_dropout, attention_dropout, hidden_dropout (`float`): dropout probability of the embeddings, the
-            attention weights, and the output of attention and feed-forward layer.
+        mlp_type (`str`): `"two_layer"`, `"gated"`, `"fused"` (one matrix, no activation), or `"none"`.
+        hidden_act (`str`): `"gelu"` is by erf (GPT-NeoX), `"gelu_pytorch_tanh"` by tanh (GPT-2), `"linear"` none.
+        negative_slope (`float`, *optional*): of `"leaky_relu"`, 0.01 by default; of a learned slope, the start.
+        slope_sharing (`str`, *optional*): makes that slope a parameter, one per `"layer"` or one `"global"` one.
+        biased_projections (`list[str]`): which have a bias. The paper: query and key; GPT-2 and GPT-NeoX: all.
+        normalized_projections (`list[str]`): which of q_proj, k_proj and v_proj have an RMSNorm over each head.
+        identity_projections, zero_init_projections (`list[str]`): which of v_proj and o_proj are the identity, without
+            a parameter; which of all start at 0.
+        attention_gains (`list[float]`, *optional*): starts of a, b, c, learned by head, of the weights a I + b A - c C
+            with C uniform over what the query sees (arXiv 2311.01906, 2306.17759).
+        attention_gate_init (`float`, *optional*): start of a learned gate on a head's output (arXiv 2306.12929).
+        softmax_temperature (`float`, *optional*): start of a divisor of the scores, by head (arXiv 2410.13060).
+        attn_logit_softcapping (`float`, *optional*): cap; scores become cap * tanh(scores / cap).
+        softmax_clipping (`float`, *optional*): alpha; of n seen keys, clip((1 + alpha / n) p - alpha / n, 0, 1).
+        attention_multiplier (`float`, *optional*): of the dot products, in place of `head_dim ** -0.5`.
+        residual_gains (`list[float]`, *optional*): starts of [skip, attention, skip, MLP], two without an MLP;
+            parameters unless `residual_gains_trainable` is False, and saved in any case.
+        embedding_multiplier, logits_multiplier (`float`): times the embeddings, and times the logits.
+        embedding_dropout, attention_dropout, hidden_dropout, classifier_dropout (`float`): of embeddings, attention
+            weights, outputs of attention and feed-forward layer, and before classification heads.
         initializer_range (`float`): standard deviation of the initial weights; no extra scaling with depth.
-        classifier_dropout (`float`): dropout before the classification heads.
+        per_layer_config (`dict`, *optional*): transformers' own, for the fields in `_PER_LAYER`.
 
     Raises:
-        ValueError: for a combination that makes no model (also as `huggingface_hub`'s `StrictDataclassError`), and for
-            a field that does not exist.
+        ValueError: for a combination that makes no model (`StrictDataclassError`), and a field that does not exist.
     """
 
     model_type = "lnfree"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -177,19 +247,38 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
     intermediate_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
     max_position_embeddings: int = 1024
     position_embedding_type: Literal["learned", "rotary"] = "learned"
     partial_rotary_factor: float | int = 0.25
     rope_theta: float | int = 10000.0
+    rope_parameters: dict | None = None
     parallel_residual: bool = False
     tie_word_embeddings: bool = True
-    norm_type: Literal["none", "layernorm"] = "none"
-    final_norm_type: Literal["layernorm", "none"] = "layernorm"
+    norm_type: Literal["none", "layernorm", "rmsnorm", "dyt", "derf"] = "none"
+    final_norm_type: Literal["layernorm", "none", "rmsnorm", "dyt", "derf"] = "layernorm"
+    norm_alpha_init: float | int | list[float | int] = 0.5
+    norm_position: Literal["pre", "post", "peri", "hybrid"] = "pre"
     layer_norm_eps: float | int = 1e-5
-    hidden_act: Literal["gelu", "gelu_pytorch_tanh", "relu", "leaky_relu"] = "relu"
+    mlp_type: Literal["two_layer", "gated", "fused", "none"] = "two_layer"
+    hidden_act: Literal["gelu", "gelu_pytorch_tanh", "relu", "leaky_relu", "silu", "linear"] = "relu"
     negative_slope: float | int | None = None
     slope_sharing: Literal["layer", "global"] | None = None
     biased_projections: list[str] = field(default_factory=lambda: ["q_proj", "k_proj"])
+    normalized_projections: list[str] = field(default_factory=list)
+    identity_projections: list[str] = field(default_factory=list)
+    zero_init_projections: list[str] = field(default_factory=list)
+    attention_gains: list[float | int] | None = None
+    attention_gate_init: float | None = None
+    softmax_temperature: float | int | None = None
+    attn_logit_softcapping: float | int | None = None
+    softmax_clipping: float | int | None = None
+    attention_multiplier: float | int | None = None
+    residual_gains: list[float | int] | None = None
+    residual_gains_trainable: bool = True
+    embedding_multiplier: float | int = 1.0
+    logits_multiplier: float | int = 1.0
     embedding_dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -202,21 +291,63 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown_fields(kwargs)
+        self.rope_parameters = copy.deepcopy(self.rope_parameters)  # the caller's
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
         if self.negative_slope is None and self.hidden_act == "leaky_relu":
             self.negative_slope = 0.01
-        if self.slope_sharing is not None:
-            # each rank's part of a feed-forward layer adds to the gradient of a learned slope
-            plan = {**type(self).base_model_tp_plan, "learned_slope": "replicated_with_grad_allreduce"}
-            self.base_model_tp_plan = plan
+        scaled = self.rope_parameters is not None
         super().__post_init__(**{**kwargs, "auto_map": dict(AUTO_MAP)})
+        self.rope_parameters = self.rope_parameters if scaled else None  # transformers makes one in any case
+        if scaled:
+            self._take_from_rope_parameters()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         # what overrides a saved field is part of the construction, so that the validators see it
         overrides = {f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs and f.name != "dtype"}
+        # and what was derived from it is derived anew
+        width, heads = config_dict.get("hidden_size"), config_dict.get("num_attention_heads")
+        if width and heads and overrides.keys() & {"hidden_size", "num_attention_heads"}:
+            derived = {"head_dim": width // heads, "num_key_value_heads": heads}
+            config_dict = {key: value for key, value in config_dict.items() if derived.get(key, ...) != value}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def _take_from_rope_parameters(self):
+        for name, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.25)):
+            ours, theirs = getattr(self, name), self.rope_parameters.setdefault(name, getattr(self, name))
+            _require(ours in (default, theirs), f"{name}={ours} contradicts rope_parameters, where it is {theirs}")
+            setattr(self, name, theirs)
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """Which matrices are shared out over the heads or the feed-forward width, and what goes with them."""
+        plan: dict[str, str] = {}
+        # an identity has no part of the heads, and a gate reads all of the input
+        if not any(layer.identity_projections for layer in self._layers) and self.attention_gate_init is None:
+            plan |= {f"layers.*.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
+            plan["layers.*.self_attn.o_proj"] = "rowwise"
+            # each rank's heads add to the gradient of what all heads share
+            for name in self.normalized_projections:
+                plan[f"layers.*.self_attn.{name[0]}_norm"] = "replicated_with_grad_allreduce"
+            for name, start in (("attention_gains", self.attention_gains), ("temperature", self.softmax_temperature)):
+                if start is not None:
+                    plan |= {f"layers.*.self_attn.{name}": "rowwise", "layers.*.self_attn": "local_params"}
+        matrices = {name for layer in self._layers for name in MLP_PROJECTIONS[layer.mlp_type]} - {"fused_proj"}
+        plan |= {f"layers.*.mlp.{name}": "rowwise" if name == "down_proj" else "colwise" for name in matrices}
+        if self.slope_sharing is not None:
+            # and each rank's part of a feed-forward layer to that of a learned slope
+            plan["learned_slope"] = "replicated_with_grad_allreduce"
+        return plan
+
+    @property
+    def _layers(self) -> Sequence["LNFreeConfig"]:
+        """The configurations of the layers that differ, or this one."""
+        return self.per_layer_config if self.is_heterogeneous else [self]
 
     def _refuse_unknown_fields(self, kwargs):
         # PreTrainedConfig accepts any keyword in silence, so a misspelt field would leave its default in place.
@@ -235,134 +366,232 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
             raise ValueError(f"LNFreeConfig has no field {key!r} (got {key}={kwargs[key]!r}){hint}")
 
     def validate_sizes(self):
-        """Sizes are positive, and the heads divide the width."""
+        """Sizes are positive; the heads divide the width, and those of keys and values the heads."""
+        width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be divisible by num_attention_heads, got hidden_size={self.hidden_size} and "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
+        for name in (*sizes, "max_position_embeddings", "head_dim", "num_key_value_heads"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        fits = width % heads == 0 or self.head_dim != width // heads
+        _require(
+            fits, f"hidden_size must be divisible by num_attention_heads, got {width}, num_attention_heads={heads}"
+        )
+        fits = heads % kv_heads == 0
+        _require(fits, f"num_key_value_heads must divide num_attention_heads={heads}, got {kv_heads}")
 
-    def validate_probabilities(self):
-        """Dropout probabilities lie in [0, 1); the scale of the initial weights is not negative."""
-        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout", "classifier_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.initializer_range < math.inf:
-            raise ValueError(f"initializer_range must be finite and not negative, got {self.initializer_range}")
-        if not 0 < self.layer_norm_eps < math.inf:
-            raise ValueError(f"layer_norm_eps must be finite and positive, got {self.layer_norm_eps}")
+    def validate_numbers(self):
+        """Probabilities, factors, and the starts of what is learned lie where they make sense."""
+        for names, holds, where in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                _require(value is None or holds(value), f"{name} must be {where}, got {value}")
+        finite = len(self.norm_alphas) == 2 and all(map(math.isfinite, self.norm_alphas))
+        _require(finite, f"norm_alpha_init must be one or two finite numbers, got {self.norm_alpha_init}")
 
     def validate_positions(self):
-        """The rotated part of a head is even and not empty."""
+        """The rotated part of a head is even and not empty, and transformers knows the scaling."""
         if self.position_embedding_type != "rotary":
+            _require(self.rope_parameters is None, "rope_parameters is an option of position_embedding_type='rotary'")
             return
-        if not 0 < self.rope_theta < math.inf:
-            raise ValueError(f"rope_theta must be finite and positive, got {self.rope_theta}")
-        if not 0 < self.partial_rotary_factor <= 1:
-            raise ValueError(f"partial_rotary_factor must be in (0, 1], got {self.partial_rotary_factor}")
-        if self.rotary_dim == 0 or self.rotary_dim % 2:
-            raise ValueError(
-                f"the rotary dimension int(partial_rotary_factor * head dimension) must be even and at least 2, got "
-                f"{self.rotary_dim} from partial_rotary_factor={self.partial_rotary_factor} and a head dimension of "
-                f"{self.hidden_size // self.num_attention_heads}"
-            )
+        _require(
+            self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
+            f"the rotary dimension int(partial_rotary_factor * head_dim) must be even and at least 2, got "
+            f"{self.rotary_dim} from partial_rotary_factor={self.partial_rotary_factor} and head_dim={self.head_dim}",
+        )
+        known = ["default", *ROPE_INIT_FUNCTIONS]
+        _require(self.rope_type in known, f"rope_type must be one of {', '.join(known)}; got {self.rope_type!r}")
 
     def validate_activation(self):
-        """Options of the negative slope go with the leaky ReLU only."""
-        if self.hidden_act == "leaky_relu":
-            if self.negative_slope is None or not math.isfinite(self.negative_slope):
-                raise ValueError(
-                    f"hidden_act='leaky_relu' needs a finite negative_slope, got negative_slope={self.negative_slope}"
-                )
-            return
+        """Options of the negative slope go with the leaky ReLU only, and a learned one with an MLP that has it."""
+        leaky = self.hidden_act == "leaky_relu"
+        sloped = self.negative_slope is not None and math.isfinite(self.negative_slope)
+        _require(
+            not leaky or sloped, f"hidden_act='leaky_relu' needs a finite negative_slope, got {self.negative_slope}"
+        )
         for name in ("negative_slope", "slope_sharing"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} is an option of hidden_act='leaky_relu'; hidden_act={self.hidden_act!r} has no negative "
-                    f"slope, got {name}={getattr(self, name)!r}"
+            _require(
+                leaky or getattr(self, name) is None,
+                f"{name} is an option of hidden_act='leaky_relu', got hidden_act={self.hidden_act!r} and "
+                f"{name}={getattr(self, name)!r}",
+            )
+        for layer in self._layers:
+            _require(
+                self.slope_sharing is None or layer.mlp_type not in ("fused", "none"),
+                f"slope_sharing={self.slope_sharing!r} needs an activation; mlp_type={layer.mlp_type!r} has none",
+            )
+
+    def validate_projections(self):
+        """Projections are named where they are, and an identity has neither bias nor another width."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        for layer in self._layers:
+            present = (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS[layer.mlp_type])
+            matrices = [name for name in present if name not in layer.identity_projections]
+            for option, allowed in (
+                ("identity_projections", ["v_proj", "o_proj"]),
+                ("normalized_projections", ["q_proj", "k_proj", "v_proj"]),
+                ("biased_projections", matrices),
+                ("zero_init_projections", matrices),
+            ):
+                for name in getattr(layer, option):
+                    _require(name in allowed, f"{option} must be a list from {', '.join(allowed)}; got {name!r}")
+            _require(
+                "v_proj" not in layer.identity_projections or kv_heads == heads,
+                "identity_projections may not name v_proj with grouped queries, got num_key_value_heads="
+                f"{kv_heads} and num_attention_heads={heads}",
+            )
+            for option in ("identity_projections", "attention_gate_init"):
+                _require(
+                    not getattr(layer, option) or heads * self.head_dim == self.hidden_size,
+                    f"{option}={getattr(layer, option)} needs heads that share out the width, got hidden_size="
+                    f"{self.hidden_size}, num_attention_heads={heads} and head_dim={self.head_dim}",
                 )
 
-    def validate_biases(self):
-        """Biases are named by projection."""
-        for name in self.biased_projections:
-            if name not in PROJECTIONS:
-                raise ValueError(f"biased_projections must be a list from {', '.join(PROJECTIONS)}; got {name!r}")
+    def validate_residual(self):
+        """Gains have an entry for each of what they scale, and the input has a way through every block."""
+        mix = self.attention_gains
+        finite = mix is None or (len(mix) == 3 and all(map(math.isfinite, mix)))
+        _require(finite, f"attention_gains must be three finite numbers, got {mix}")
+        for layer in self._layers:
+            gains, entries = layer.residual_gains, 2 if layer.mlp_type == "none" else 4
+            _require(
+                layer.norm_position in ("pre", "peri") or not self.parallel_residual,
+                f"norm_position={layer.norm_position!r} has no form with parallel_residual=True",
+            )
+            _require(
+                gains is None or (len(gains) == entries and all(map(math.isfinite, gains))),
+                f"residual_gains must be {entries} finite numbers, [skip, attention; skip, MLP], with "
+                f"mlp_type={layer.mlp_type!r}; got {gains}",
+            )
+            _require(
+                not gains or gains[0] != 0 or self.parallel_residual or bool(mix and mix[0]),
+                f"residual_gains={gains} leaves no way past attention: its first entry may be 0 only where "
+                "attention_gains start with another number, or with parallel_residual=True",
+            )
+        scaled = any(layer.residual_gains is not None for layer in self._layers)
+        _require(
+            self.residual_gains_trainable or scaled, "residual_gains_trainable=False needs residual_gains, got None"
+        )
+
+    def validate_layers(self):
+        """Layers differ in what no client reads, and attention, where it is named, computes what the fields say."""
+        for name in self.per_layer_attributes or ():
+            _require(name in _PER_LAYER, f"per_layer_config may set {', '.join(sorted(_PER_LAYER))}; got {name!r}")
+        if self._attn_implementation is not None:
+            self.check_attention_implementation(self._attn_implementation)
+
+    def check_attention_implementation(self, implementation: str):
+        """Raises ValueError, with what to take, if this implementation of attention would drop a field in silence."""
+        for name, exact in EXACT_ATTENTION.items():
+            _require(
+                getattr(self, name) is None
+                or implementation in exact
+                or ("flash" in exact and "flash" in implementation),
+                f"{name}={getattr(self, name)} would be dropped by attn_implementation={implementation!r}: take "
+                f"{' or '.join(map(repr, exact))}",
+            )
+
+    @property
+    def norm_alphas(self) -> list[float]:
+        """Starts of alpha of the norms around attention, and of all others."""
+        return self.norm_alpha_init if isinstance(self.norm_alpha_init, list) else [self.norm_alpha_init] * 2
+
+    @property
+    def rope_type(self) -> str:
+        """Of rotary positions, as transformers names it."""
+        return (self.rope_parameters or {}).get("rope_type", "default")
 
     @property
     def rotary_dim(self) -> int:
         """Rotated dimensions of a head."""
-        return int(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
+        return int((self.head_dim or 0) * self.partial_rotary_factor)
+
+    @property
+    def preset(self) -> str | None:
+        """The row of `PRESETS` whose fields these are, None for a model without any, `"custom"` for others."""
+        if self.is_heterogeneous:
+            return CUSTOM
+        known = {f.name: f for f in fields(self)}
+        neutral = {name: known[name].default for name in _DESIGN_FIELDS}
+        neutral |= {name: [] for name in neutral if neutral[name] is MISSING}
+        for name, values in ((None, {}), *PRESETS.items()):
+            expected = {**neutral, **{key: _start(value, self) for key, value in values.items()}}
+            # a gated MLP goes without saying on the backbone that has it
+            if "mlp_type" not in values and self._has(BACKBONES["llama"], but=values):
+                expected["mlp_type"] = "gated"
+            if self._has(expected):
+                return name
+        return CUSTOM
 
     @property
     def variant(self) -> str:
-        """
-        The variant in the paper's notation: `SM+LN+G`, `SM+LN+R`, `SM+G`, `SM+R`, with `LR` for the leaky ReLU
-        (`SM+LR0.01` fixed, `SM+LR-layer` and `SM+LR-global` learned), and `-noLNf` where the final norm is removed.
-        """
+        """In the notation: `SM+LN+G`, `SM+R`, `SM+LR0.01`, `SM+LR-layer`, `SM+R-noLNf`, `SM+R@OP`, `SM+R@custom`."""
+        preset = self.preset
         norm = next(word for word, norm_type in NORM_WORDS.items() if norm_type == self.norm_type)
-        final = next(word for word, norm_type in FINAL_NORM_WORDS.items() if norm_type == self.final_norm_type)
         activation = next(
             word
             for word, values in ACTIVATION_WORDS.items()
             if all(getattr(self, name) in allowed for name, allowed in values.items())
         )
-        slope = f"{self.negative_slope:g}" if activation == "LR" else ""
-        return "+".join(["SM", *filter(None, [norm]), activation + slope + final])
+        if activation == "LR" and "negative_slope" not in PRESETS.get(preset or "", {}):
+            activation += f"{self.negative_slope:g}"
+        if self.final_norm_type == "none":
+            activation += NO_FINAL_NORM
+        elif self.final_norm_type != self._usual_final_norm():
+            preset = CUSTOM
+        return "+".join(["SM", *filter(None, [norm]), activation]) + (f"@{preset}" if preset else "")
 
     @property
     def backbone(self) -> str:
-        """`"gpt2"`, `"pythia"`, or `"custom"` for a mixture of the two."""
+        """`"gpt2"`, `"pythia"`, `"llama"`, or `"custom"` for a mixture of them, whatever its preset changes."""
+        changed = PRESETS.get(self.preset or "", {}).keys() | (self.per_layer_attributes or set())
         for name, values in BACKBONES.items():
-            if all(getattr(self, key) == value for key, value in values.items()):
+            if self._has(values, but=changed):
                 return name
         return "custom"
+
+    def _has(self, values: dict[str, Any], but: Collection[str] = ()) -> bool:
+        return all(key in but or _same(getattr(self, key), value) for key, value in values.items())
+
+    def _usual_final_norm(self) -> str:
+        return _FINAL_NORMS.get(self.backbone, "layernorm") if self.norm_type == "none" else self.norm_type
 
     @classmethod
     def from_variant(cls, variant: str, backbone: str | None = None, **kwargs) -> "LNFreeConfig":
         """
         The configuration of a variant in the paper's notation (see `variant`); `kwargs` are further fields. `G` stands
         for the backbone's own GELU: tanh with learned positions (GPT-2), erf with rotary ones (GPT-NeoX). `backbone`
-        names a row of `BACKBONES`, whose fields `kwargs` may change.
+        names a row of `BACKBONES`, whose fields `kwargs` may change. The final norm is of the blocks' type; where they
+        have none it is LayerNorm, RMSNorm on the Llama backbone.
 
         Raises:
-            ValueError: if `variant` is not in the paper's notation, `kwargs` contradict it, or there is no such
-                backbone.
+            ValueError: if `variant` is not in the notation, `kwargs` contradict it, or there is no such backbone.
         """
         match = _VARIANT.fullmatch(variant)
-        if match is None or (match["act"] == "LR") != (match["slope"] is not None):
-            raise ValueError(
-                "variant must be SM+[LN+]ACT[-noLNf] with ACT one of G, R, LR<slope>, LR-layer and LR-global, for "
-                f"example SM+LN+G, SM+R or SM+LR0.01; got {variant!r}"
-            )
-        if backbone is not None:
-            if backbone not in BACKBONES:
-                raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
-            kwargs = {**BACKBONES[backbone], **kwargs}
+        preset = PRESETS.get(match["preset"], {}) if match else {}
+        if match is None or (match["act"] == "LR") != (match["slope"] is not None or "negative_slope" in preset):
+            raise ValueError(f"variant must be {_FORM}, for example SM+LN+G, SM+R or SM+LR0.01; got {variant!r}")
+        _require(backbone in (None, *BACKBONES), f"backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
+        kwargs = {**BACKBONES.get(backbone or "", {}), **_USUAL.get(backbone or "", {}), **preset, **kwargs}
         named = {name: values[0] for name, values in ACTIVATION_WORDS[match["act"]].items()}
         if match["act"] == "G":
             named["hidden_act"] = GELUS.get(kwargs.get("position_embedding_type", ""), GELUS["learned"])
         if match["slope"]:
             named["negative_slope"] = float(match["slope"])
-        named["norm_type"] = NORM_WORDS[match["norm"] or ""]
-        named["final_norm_type"] = FINAL_NORM_WORDS[match["final"] or ""]
-        config = cls(**{**named, **kwargs})
-        # a slope is written as 0.1, and may be read as 0.10
+        for name, value in named.items():
+            _require(
+                name not in preset or callable(preset[name]) or preset[name] == value,
+                f"{match['preset']} has {name}={preset.get(name)!r}, which {match['act']} in {variant} is not",
+            )
+        sizes = cls(**{name: kwargs[name] for name in _SIZES if name in kwargs})
+        named |= {name: _start(value, sizes) for name, value in kwargs.items()}
+        named.setdefault("norm_type", NORM_WORDS[match["norm"] or ""])
+        named.setdefault("final_norm_type", "none" if match["final"] else cls(**named)._usual_final_norm())
+        config = cls(**named)
+        # a slope is written as 0.1, and may be read as 0.10; fields of no preset may be added to a plain name
         slope = match["slope"] or ""
         plain = variant.replace(f"LR{slope}", f"LR{float(slope):g}") if slope else variant
-        if config.variant != plain:
-            raise ValueError(f"these fields make {config.variant}, not variant={variant!r}: {kwargs}")
+        fits = config.variant == plain or (not match["preset"] and config.variant.partition("@")[0] == plain)
+        _require(fits, f"these fields make {config.variant}, not variant={variant!r}: {kwargs}")
         return config
-
-    def as_variant(self, variant: str) -> "LNFreeConfig":
-        """The configuration of another variant of the same sizes and backbone."""
-        named = {name for values in ACTIVATION_WORDS.values() for name in values}
-        named |= {"norm_type", "final_norm_type", "negative_slope"}
-        same = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in named}
-        return type(self).from_variant(variant, **same)
 
 
 __all__ = ["LNFreeConfig"]

@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-LNFree: decoder-only transformers with and without LayerNorm (arXiv 2410.09637), on the GPT-2 and GPT-NeoX backbones.
+LNFree: decoder-only transformers with and without LayerNorm (arXiv 2410.09637), on the GPT-2, GPT-NeoX and Llama
+backbones.
 
-Attention, MLP, block, decoder, heads, from top to bottom. What the variants differ in are rows of the tables in
+Attention, block, decoder, heads, from top to bottom. What the variants differ in are rows of the tables in
 `parts_lnfree.py`, looked up when a module is built; no forward pass asks the config.
 
 Shapes in the comments: B batch, T queries, S keys, D hidden size, H heads, d head dimension, F feed-forward width.
@@ -27,6 +28,7 @@ import inspect
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,15 +58,35 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_lnfree import LNFreeConfig
+from .configuration_lnfree import EXACT_ATTENTION, LNFreeConfig
 from .parts_lnfree import (
-    ACTIVATIONS,
+    GAINS,
+    MLPS,
     NORMS,
     POSITIONS,
+    ROTARY,
     ROTATIONS,
     SLOPES,
     WIRINGS,
+    LNFreeClipping,
+    LNFreeHeadGate,
+    LNFreeNothing,
+    LNFreeRMSNorm,
+    LNFreeScaledRotary,
+    LNFreeSoftCap,
+    LNFreeUniform,
+    add,
+    add_nothing,
+    add_scaled,
+    build,
+    build_linear,
+    build_scale,
+    divide_by_temperature,
     eager_attention_forward,
+    fill,
+    keep,
+    keep_heads,
+    shape_heads,
 )
 
 
@@ -76,23 +98,51 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).paramet
 class LNFreeAttention(nn.Module):
     """Causal multi-head self-attention, computed by the implementation that the config names."""
 
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    o_proj: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    v_norm: nn.Module
 
     def __init__(self, config: LNFreeConfig, layer_idx: int):
         super().__init__()
-        self.config = config
+        layer = config.per_layer_config[layer_idx]
+        heads = config.num_attention_heads
+        kv_heads: int = config.num_key_value_heads  # type: ignore[assignment]  # the config fills both in
+        self.head_dim: int = config.head_dim  # type: ignore[assignment]
+        self.config = config  # the model's, whose attention implementation may be changed
         self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling = config.attention_multiplier or self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            bias = name in config.biased_projections
-            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=bias))
+        self.q_proj = build_linear(layer, "q_proj", config.hidden_size, heads * self.head_dim)
+        self.k_proj = build_linear(layer, "k_proj", config.hidden_size, kv_heads * self.head_dim)
+        self.v_proj = build_linear(layer, "v_proj", config.hidden_size, kv_heads * self.head_dim)
+        self.o_proj = build_linear(layer, "o_proj", heads * self.head_dim, config.hidden_size)
+        for name in ("q", "k", "v"):
+            normed = f"{name}_proj" in config.normalized_projections
+            norm = LNFreeRMSNorm(self.head_dim, config.layer_norm_eps) if normed else LNFreeNothing()
+            self.add_module(f"{name}_norm", norm)
         self.rotate = ROTATIONS[config.position_embedding_type]
+        self.cap = build(LNFreeSoftCap, config.attn_logit_softcapping)
+        self.clip = build(LNFreeClipping, config.softmax_clipping)
+        # for implementations that know these, and for what reads the calls
+        options = {"softcap": config.attn_logit_softcapping, "softmax_clipping": config.softmax_clipping}
+        self.options = {name: value for name, value in options.items() if value is not None}
+        self.starts = {}
+        self.cool: Callable[..., torch.Tensor] = keep
+        self.temperature: nn.Parameter | None = None
+        # CODEPATH: a temperature for each head (AERO).
+        if config.softmax_temperature is not None:
+            self.cool, self.temperature = divide_by_temperature, nn.Parameter(torch.empty(heads))
+            self.starts["temperature"] = partial(init.constant_, val=config.softmax_temperature)
+        self.mix_heads: Callable[..., torch.Tensor] = keep_heads
+        self.attention_gains: nn.Parameter | None = None
+        # CODEPATH: shaped attention (SAS, SAS-P, V-SkipInit, Shaped).
+        if config.attention_gains is not None:
+            self.mix_heads, self.attention_gains = shape_heads, nn.Parameter(torch.empty(3, heads))
+            self.starts["attention_gains"] = partial(fill, values=config.attention_gains)
+            self.uniform = LNFreeUniform(self)
+        self.head_gate = build(partial(LNFreeHeadGate, config), config.attention_gate_init)
 
     def forward(
         self,
@@ -104,16 +154,17 @@ class LNFreeAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, d)
-        key_states = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-        query_states = self.rotate(query_states, *position_embeddings)
+        query_states = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)  # (B, H, T, d)
+        key_states = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        own_states = self.v_norm(self.v_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        query_states = self.cool(self.rotate(query_states, *position_embeddings), self.temperature)
         key_states = self.rotate(key_states, *position_embeddings)
 
+        value_states = own_states
         if layer_past is not None:
             # the paged cache of `generate_batch` finds in the keywords where to read and write
             key_states, value_states = layer_past.update(
-                key_states, value_states, self.layer_idx, kwargs=kwargs
+                key_states, own_states, self.layer_idx, kwargs=kwargs
             )  # (B, H, S, d)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -127,26 +178,20 @@ class LNFreeAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            **self.options,
             **kwargs,
-        )
+        )  # (B, T, H, d)
+
+        def uniform() -> torch.Tensor:
+            queries = torch.zeros_like(query_states)
+            return attention_interface(
+                self.uniform, queries, key_states, value_states, attention_mask, scaling=self.scaling, **kwargs
+            )[0]
+
+        attn_output = self.mix_heads(self.attention_gains, attn_output, own_states, uniform)
+        attn_output = self.head_gate(attn_output, hidden_states)
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1))  # (B, T, D)
         return attn_output, attn_weights
-
-
-class LNFreeMLP(nn.Module):
-    """Two projections with the variant's activation between them."""
-
-    def __init__(self, config: LNFreeConfig):
-        super().__init__()
-        biased = config.biased_projections
-        width: int = config.intermediate_size  # type: ignore[assignment]  # the config fills it in
-        self.up_proj = nn.Linear(config.hidden_size, width, bias="up_proj" in biased)
-        self.act_fn = ACTIVATIONS[config.hidden_act](config)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias="down_proj" in biased)
-
-    def forward(self, hidden_states: torch.Tensor, *negative_slope: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.act_fn(self.up_proj(hidden_states), *negative_slope)  # (B, T, F)
-        return self.down_proj(hidden_states)
 
 
 class LNFreeDecoderLayer(GradientCheckpointingLayer):
@@ -154,12 +199,27 @@ class LNFreeDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LNFreeConfig, layer_idx: int):
         super().__init__()
-        self.input_layernorm = NORMS[config.norm_type](config)
+        layer = config.per_layer_config[layer_idx]
+        self.wire, norms = WIRINGS[layer.norm_position, config.parallel_residual]
+        around_attention, around_mlp = config.norm_alphas
+        has_mlp, gains = layer.mlp_type != "none", layer.residual_gains
+
+        def norm(name: str, alpha: float, is_there: bool = True) -> nn.Module:
+            norm_type = config.norm_type if name in norms and is_there else "none"
+            return NORMS[norm_type](config.hidden_size, config.layer_norm_eps, alpha)
+
+        self.input_layernorm = norm("input_layernorm", around_attention)
         self.self_attn = LNFreeAttention(config, layer_idx)
-        self.post_attention_layernorm = NORMS[config.norm_type](config)
-        self.mlp = LNFreeMLP(config)
+        self.attention_output_norm = norm("attention_output_norm", around_attention)
+        self.post_attention_layernorm = norm("post_attention_layernorm", around_mlp, has_mlp)
+        self.mlp = MLPS[layer.mlp_type](layer)
+        self.mlp_output_norm = norm("mlp_output_norm", around_mlp, has_mlp)
         self.hidden_dropout = nn.Dropout(config.hidden_dropout)
-        self.wire = WIRINGS[config.parallel_residual]
+        self.add_attn = add if gains is None else add_scaled
+        self.add_mlp = self.add_attn if has_mlp else add_nothing
+        kind = GAINS[config.residual_gains_trainable]
+        self.residual_gains = None if gains is None else kind(torch.empty(len(gains)))
+        self.starts = {} if gains is None else {"residual_gains": partial(fill, values=gains)}
 
     def forward(
         self,
@@ -176,7 +236,13 @@ class LNFreeDecoderLayer(GradientCheckpointingLayer):
         def mlp(states):
             return self.hidden_dropout(self.mlp(states, *negative_slope))
 
-        return self.wire(hidden_states, attn, mlp, self.input_layernorm, self.post_attention_layernorm)
+        def add_attn(x, branch):
+            return self.add_attn(self.residual_gains, 0, x, branch)
+
+        def add_mlp(x, branch):
+            return self.add_mlp(self.residual_gains, 2, x, branch)
+
+        return self.wire(self, hidden_states, attn, mlp, add_attn, add_mlp)
 
 
 class LNFreePreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
@@ -195,8 +261,16 @@ class LNFreePreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        for name, value in getattr(module, "starts", {}).items():
-            init.constant_(getattr(module, name), value)
+        for name, start in getattr(module, "starts", {}).items():
+            start(getattr(module, name))
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """transformers' own choice; where none is named, one that computes all that the config says."""
+        if requested_attention is not None:
+            self.config.check_attention_implementation(requested_attention)
+        elif any(getattr(self.config, name) is not None for name in EXACT_ATTENTION):
+            requested_attention = "eager"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def save_pretrained(self, save_directory, **kwargs):
         """
@@ -224,14 +298,18 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
         config.validate()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # CODEPATH: learned positions on the GPT-2 backbone, none on the Pythia backbone.
+        # CODEPATH: learned positions on the GPT-2 backbone, rotary ones on those of Pythia and Llama.
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.rotary = ROTARY.get(config.rope_type, LNFreeScaledRotary)(config)
         self.add_positions = POSITIONS[config.position_embedding_type]
+        self.embedding_scale = build_scale(config.embedding_multiplier)
         self.learned_slope = SLOPES[config.slope_sharing](config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([LNFreeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = NORMS[config.final_norm_type](config)
+        alpha = config.norm_alphas[1]
+        self.norm = NORMS[config.final_norm_type](config.hidden_size, config.layer_norm_eps, alpha)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -284,7 +362,7 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
         )
 
         hidden_states, position_embeddings = self.add_positions(self, inputs_embeds, position_ids)
-        hidden_states = self.embedding_dropout(hidden_states)
+        hidden_states = self.embedding_dropout(self.embedding_scale(hidden_states))
         for layer, negative_slope in zip(self.layers, self.learned_slope(), strict=True):
             hidden_states = layer(
                 hidden_states,
@@ -325,6 +403,7 @@ class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: 
         self.model = LNFreeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.logits_scale = build_scale(config.logits_multiplier)
         self.post_init()
 
     @can_return_tuple
@@ -360,7 +439,7 @@ class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: 
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = self.logits_scale(self.lm_head(outputs.last_hidden_state[:, kept, :]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Conv1D, PreTrainedModel
 
 
 LayerOptimizer = Literal["adamw", "muon"]
@@ -71,9 +71,7 @@ def build_optimizer(
 
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     matrices = _matrices(base, nn.Linear)
-    if decayed is None:
-        weights = _matrices(model, (nn.Linear, nn.Embedding))
-        decayed = [name for name, parameter in model.named_parameters() if id(parameter) in weights]
+    decayed = get_decayed_parameters(model) if decayed is None else decayed
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -97,6 +95,28 @@ def build_optimizer(
         torch.optim.AdamW(others, lr=learning_rate, **adamw),
         torch.optim.Muon(layers, lr=layer_learning_rate, momentum=muon_momentum, adjust_lr_fn=muon_adjustment),
     )
+
+
+def get_decayed_parameters(model: nn.Module) -> list[str]:
+    """
+    Names of the parameters that weight decay is for: the weights of linear layers and embeddings. Not biases and
+    norms, and not gains, gates, temperatures, alphas, shifts and slopes, which it would pull to zero.
+    """
+    weights = _matrices(model, (nn.Linear, nn.Embedding, Conv1D))
+    return [name for name, parameter in model.named_parameters() if id(parameter) in weights]
+
+
+def get_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """
+    The parameters that are trained, those with weight decay (`get_decayed_parameters`) and those without, for an
+    optimizer of torch: `Trainer(..., optimizers=(torch.optim.AdamW(get_parameter_groups(model, 0.1)), None))`.
+    """
+    decayed = set(get_decayed_parameters(model))
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name in decayed].append(parameter)
+    return [{"params": groups[decays], "weight_decay": weight_decay * decays} for decays in groups]
 
 
 def _matrices(model: nn.Module, kinds: type | tuple[type, ...]) -> set[int]:

@@ -14,45 +14,165 @@
 """
 The parts of LNFree models, each a small class or function and a row in the table that a config's value picks it from.
 
+What is not there is an identity under the same name, so that no forward pass asks. `starts` of a module says how its
+parameters begin: a name and what fills it in place.
+
 Shapes in the comments: B batch, T queries, S keys, D hidden size, H heads, d head dimension, F feed-forward width.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_utils import PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_lnfree import LNFreeConfig
 
 
-# ---- norms: `norm_type` and `final_norm_type`
+def fill(tensor: torch.Tensor, values: list[float]):
+    """Row by row."""
+    rows = tensor.new_tensor(values).view(-1, *[1] * (tensor.ndim - 1))
+    init.copy_(tensor, rows.expand_as(tensor))
 
-NORMS: dict[str, Callable[[LNFreeConfig], nn.Module]] = {
-    "none": lambda config: nn.Identity(),
-    "layernorm": lambda config: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+
+ONES, ZEROS = partial(init.constant_, val=1.0), partial(init.constant_, val=0.0)
+
+
+def keep(states: torch.Tensor, *args) -> torch.Tensor:
+    """What stands where a function would, and is none."""
+    return states
+
+
+class LNFreeNothing(nn.Module):
+    """What stands where a module would, and is none: its first input, as it came."""
+
+    def forward(self, states: torch.Tensor, *args) -> torch.Tensor:
+        return states
+
+
+class LNFreeScale(nn.Module):
+    """Times a constant: `embedding_multiplier`, `logits_multiplier`."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states * self.factor
+
+
+def build_scale(factor: float) -> nn.Module:
+    return nn.Identity() if factor == 1 else LNFreeScale(factor)
+
+
+# ---- norms: `norm_type`, `final_norm_type`, `normalized_projections`
+
+
+class LNFreeRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 at least (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.starts = {"weight": ONES}
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(states.dtype)
+
+
+class LNFreeDynamicTanh(nn.Module):
+    """weight * tanh(alpha x) + bias, in place of a norm (arXiv 2503.10622)."""
+
+    def __init__(self, size: int, alpha: float):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.starts = {"weight": ONES, "bias": ZEROS, "alpha": partial(init.constant_, val=alpha)}
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * torch.tanh(self.alpha * states) + self.bias
+
+
+class LNFreeDynamicErf(LNFreeDynamicTanh):
+    """weight * erf(alpha x + shift) + bias, in place of a norm (arXiv 2512.10938)."""
+
+    def __init__(self, size: int, alpha: float):
+        super().__init__(size, alpha)
+        self.shift = nn.Parameter(torch.empty(1))
+        self.starts |= {"shift": ZEROS}
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * torch.erf(self.alpha * states + self.shift) + self.bias
+
+
+# given width, epsilon and the start of alpha
+NORMS: dict[str, Callable[[int, float, float], nn.Module]] = {
+    "none": lambda size, eps, alpha: nn.Identity(),
+    "layernorm": lambda size, eps, alpha: nn.LayerNorm(size, eps=eps),
+    "rmsnorm": lambda size, eps, alpha: LNFreeRMSNorm(size, eps),
+    "dyt": lambda size, eps, alpha: LNFreeDynamicTanh(size, alpha),
+    "derf": lambda size, eps, alpha: LNFreeDynamicErf(size, alpha),
 }
 
 
-# ---- positions: `position_embedding_type`
+# ---- positions: `position_embedding_type`, `rope_parameters`
 
 
-def rotary_cos_sin(position_ids: torch.Tensor, config: LNFreeConfig, dtype: torch.dtype):
+class LNFreeRotary(nn.Module):
     """
-    Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864, in GPT-NeoX's half-split layout).
-
-    Args:
-        position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`).
-
-    Returns:
-        Two tensors of shape `(batch_size, 1, seq_len, config.rotary_dim)`, computed in float32 and cast to `dtype`.
+    Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864, in GPT-NeoX's half-split layout): of
+    `position_ids` `(batch_size, seq_len)` two tensors of shape `(batch_size, 1, seq_len, config.rotary_dim)`, computed
+    in float32 and cast to `dtype`.
     """
-    exponents = torch.arange(0, config.rotary_dim, 2, device=position_ids.device, dtype=torch.float32)
-    inverse_frequencies = 1.0 / (config.rope_theta ** (exponents / config.rotary_dim))
-    angles = position_ids[:, None, :, None].float() * inverse_frequencies  # (B, 1, T, rotary_dim / 2)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def __init__(self, config: LNFreeConfig):
+        super().__init__()
+        self.config = config
+        self.factor = 1.0
+
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[:, None, :, None].float() * self.inverse_frequencies(position_ids)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+
+    def inverse_frequencies(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Of shape `(rotary_dim / 2,)`. No buffer, which would lose its value or its precision with the model's."""
+        dim = self.config.rotary_dim
+        exponents = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32)
+        return 1.0 / (self.config.rope_theta ** (exponents / dim))
+
+
+class LNFreeScaledRotary(LNFreeRotary):
+    """Frequencies that transformers' function for the config's `rope_type` gives, the same for every length."""
+
+    def __init__(self, config: LNFreeConfig):
+        super().__init__(config)
+        with torch.device("cpu"):  # a model that is being loaded is built without values
+            frequencies, self.factor = ROPE_INIT_FUNCTIONS[config.rope_type](config, torch.device("cpu"))
+        self.frequencies = frequencies.tolist()
+
+    def inverse_frequencies(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.frequencies, device=position_ids.device)
+
+
+class LNFreeGrowingRotary(LNFreeScaledRotary):
+    """Frequencies that depend on how far the sequence has come (`"dynamic"`, `"longrope"`)."""
+
+    def inverse_frequencies(self, position_ids: torch.Tensor) -> torch.Tensor:
+        length = position_ids.max() + 1
+        return ROPE_INIT_FUNCTIONS[self.config.rope_type](self.config, position_ids.device, seq_len=length)[0]
+
+
+ROTARY = {"default": LNFreeRotary, "dynamic": LNFreeGrowingRotary, "longrope": LNFreeGrowingRotary}
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -63,19 +183,15 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat((rotated, passed), dim=-1)
 
 
-def learned_positions(model: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor):
+def learned_positions(model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor):
     """The embeddings with those of their positions added (GPT-2); nothing to rotate by."""
     model.check_positions(position_ids)
     return hidden_states + model.embed_positions(position_ids), ()
 
 
-def rotary_positions(model: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor):
+def rotary_positions(model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor):
     """The embeddings as they are, and what queries and keys are rotated by (GPT-NeoX)."""
-    return hidden_states, rotary_cos_sin(position_ids, model.config, hidden_states.dtype)
-
-
-def keep(states: torch.Tensor) -> torch.Tensor:
-    return states
+    return hidden_states, model.rotary(position_ids, hidden_states.dtype)
 
 
 POSITIONS = {"learned": learned_positions, "rotary": rotary_positions}
@@ -83,11 +199,45 @@ POSITIONS = {"learned": learned_positions, "rotary": rotary_positions}
 ROTATIONS: dict[str, Callable[..., torch.Tensor]] = {"learned": keep, "rotary": rotate}
 
 
-# ---- attention weights
+# ---- scores and weights: `attn_logit_softcapping`, `softmax_clipping`; None for what is not there
+
+
+class LNFreeSoftCap(nn.Module):
+    """Scores -> cap * tanh(scores / cap)."""
+
+    def __init__(self, cap: float):
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.cap * torch.tanh(scores / self.cap)
+
+
+class LNFreeClipping(nn.Module):
+    """
+    Weights p -> clip((1 - g) p + g, 0, 1) with g = -alpha / n, n the keys that the query sees: what is below alpha / n
+    becomes nothing (arXiv 2306.12929; n in place of the length, after arXiv 2402.12102).
+    """
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, weights: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        number: int | torch.Tensor = weights.shape[-1]
+        if attention_mask is not None:
+            number = (attention_mask.exp() > 0).sum(-1, keepdim=True, dtype=weights.dtype).clamp(min=1)  # (B, 1, T, 1)
+        least = self.alpha / number
+        return ((1 + least) * weights - least).clamp(0.0, 1.0)
+
+
+def build(present: Callable[[float], nn.Module], value: float | None) -> nn.Module:
+    """What a field's value makes, or nothing for None."""
+    return LNFreeNothing() if value is None else present(value)
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -97,13 +247,78 @@ def eager_attention_forward(
     **kwargs,
 ):
     """Attention by its definition, with the weights `(B, H, T, S)`; in training these are after dropout."""
-    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, T, S)
+    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    attn_weights = module.cap(torch.matmul(query, key.transpose(2, 3)) * scaling)  # (B, H, T, S)
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
-    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=wide)
+    attn_weights = module.clip(attn_weights, attention_mask).to(query.dtype)
     attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
     attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()  # (B, T, H, d)
     return attn_output, attn_weights
+
+
+# ---- heads: `softmax_temperature`, `attention_gains`, `attention_gate_init`
+
+
+def divide_by_temperature(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Which divides the scores, `(B, H, T, d)` by `(H,)`."""
+    return query / temperature[:, None, None].to(query.dtype)
+
+
+class LNFreeUniform(nn.Module):
+    """
+    What stands for the module in the second call of an attention function, the one with zero queries: every function
+    gives the mean of the values that a query sees, whatever mask, cache and packing say. It is no attention of the
+    model, so what measures those does not see it.
+    """
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = attention.config, attention.layer_idx, True
+        self.num_key_value_groups = attention.num_key_value_groups
+        self.cap, self.clip = LNFreeNothing(), LNFreeNothing()
+
+
+def shape_heads(
+    gains: torch.Tensor, output: torch.Tensor, own: torch.Tensor, uniform: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """
+    (a I + b A - c C) v, of A v, the queries' `own` values, and C v (arXiv 2311.01906, 2306.17759).
+
+    Args:
+        gains (`torch.Tensor` of shape `(3, num_heads)`): a, b and c.
+        output (`torch.Tensor` of shape `(batch_size, seq_len, num_heads, head_dim)`): A v.
+        own (`torch.Tensor` of shape `(batch_size, num_key_value_heads, seq_len, head_dim)`).
+    """
+    a, b, c = gains[:, :, None].to(output.dtype)  # (H, 1) each
+    own = repeat_kv(own, gains.shape[1] // own.shape[1]).transpose(1, 2)  # (B, T, H, d)
+    # the difference first: it is 0, and not nearly, where both are the same
+    return a * own + (b * output.reshape(own.shape) - c * uniform().reshape(own.shape))
+
+
+def keep_heads(gains: None, output: torch.Tensor, own: torch.Tensor, uniform: Callable) -> torch.Tensor:
+    return output
+
+
+class LNFreeHeadGate(nn.Module):
+    """Times sigmoid(w . x + b) for each head, x its slice of attention's input (arXiv 2306.12929)."""
+
+    def __init__(self, config: LNFreeConfig, probability: float):
+        super().__init__()
+        head_dim: int = config.head_dim  # type: ignore[assignment]  # the config fills it in
+        self.weight = nn.Parameter(torch.empty(config.num_attention_heads, head_dim))
+        self.bias = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.starts = {
+            "weight": partial(init.normal_, std=config.initializer_range),
+            "bias": partial(init.constant_, val=math.log(probability / (1 - probability))),
+        }
+
+    def forward(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        slices = hidden_states.view(*hidden_states.shape[:-1], *self.weight.shape)  # (B, T, H, d)
+        gate = torch.sigmoid((slices * self.weight).sum(-1) + self.bias)  # (B, T, H)
+        return output.reshape(slices.shape) * gate[..., None]
 
 
 # ---- activations: `hidden_act` and `slope_sharing`
@@ -123,10 +338,9 @@ class LNFreeLeakyReLU(nn.Module):
 
 
 ACTIVATIONS: dict[str, Callable[[LNFreeConfig], nn.Module]] = {
-    "gelu": lambda config: ACT2FN["gelu"],
-    "gelu_pytorch_tanh": lambda config: ACT2FN["gelu_pytorch_tanh"],
-    "relu": lambda config: ACT2FN["relu"],
+    **{name: lambda config: ACT2FN[config.hidden_act] for name in ("gelu", "gelu_pytorch_tanh", "relu", "silu")},
     "leaky_relu": LNFreeLeakyReLU,
+    "linear": lambda config: nn.Identity(),
 }
 
 
@@ -150,8 +364,8 @@ class LNFreeLearnedSlope(nn.Module):
     def __init__(self, config: LNFreeConfig, num_slopes: int):
         super().__init__()
         self.num_layers = config.num_hidden_layers
-        self.starts = {"negative_slope": config.negative_slope}
         self.negative_slope = nn.Parameter(torch.empty(num_slopes))
+        self.starts = {"negative_slope": partial(init.constant_, val=config.negative_slope)}
 
     def forward(self) -> list[tuple[torch.Tensor]]:
         slopes = self.negative_slope.split(1)  # (1,) each
@@ -165,18 +379,129 @@ SLOPES: dict[str | None, Callable[[LNFreeConfig], nn.Module]] = {
 }
 
 
-# ---- wirings: `parallel_residual`
+# ---- feed-forward layers: `mlp_type`
 
 
-def pre_norm(x, attn, mlp, norm_1, norm_2):
-    """One after the other (GPT-2)."""
-    x = x + attn(norm_1(x))
-    return x + mlp(norm_2(x))
+def build_linear(config: LNFreeConfig, name: str, in_features: int, out_features: int) -> nn.Module:
+    """The projection of that name, or the identity in its place."""
+    if name in config.identity_projections:
+        return nn.Identity()
+    layer = nn.Linear(in_features, out_features, bias=name in config.biased_projections)
+    if name in config.zero_init_projections:
+        layer.starts = {"weight": ZEROS}  # type: ignore[assignment]
+    return layer
 
 
-def parallel(x, attn, mlp, norm_1, norm_2):
+class LNFreeMLP(nn.Module):
+    """Two projections with the variant's activation between them."""
+
+    def __init__(self, config: LNFreeConfig):
+        super().__init__()
+        width: int = config.intermediate_size  # type: ignore[assignment]  # the config fills it in
+        self.up_proj = build_linear(config, "up_proj", config.hidden_size, width)
+        self.act_fn = ACTIVATIONS[config.hidden_act](config)
+        self.down_proj = build_linear(config, "down_proj", width, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, *negative_slope: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.act_fn(self.up_proj(hidden_states), *negative_slope)  # (B, T, F)
+        return self.down_proj(hidden_states)
+
+
+class LNFreeGatedMLP(LNFreeMLP):
+    """The same with a third projection, which is multiplied in behind the activation (Llama, arXiv 2002.05202)."""
+
+    def __init__(self, config: LNFreeConfig):
+        super().__init__(config)
+        width: int = config.intermediate_size  # type: ignore[assignment]
+        self.gate_proj = build_linear(config, "gate_proj", config.hidden_size, width)
+
+    def forward(self, hidden_states: torch.Tensor, *negative_slope: torch.Tensor) -> torch.Tensor:
+        gate = self.act_fn(self.gate_proj(hidden_states), *negative_slope)  # (B, T, F)
+        return self.down_proj(gate * self.up_proj(hidden_states))
+
+
+class LNFreeFusedMLP(nn.Module):
+    """One square matrix, what two are without an activation between them (arXiv 2410.13060)."""
+
+    def __init__(self, config: LNFreeConfig):
+        super().__init__()
+        self.fused_proj = build_linear(config, "fused_proj", config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fused_proj(hidden_states)
+
+
+MLPS: dict[str, Callable[[LNFreeConfig], nn.Module]] = {
+    "two_layer": LNFreeMLP,
+    "gated": LNFreeGatedMLP,
+    "fused": LNFreeFusedMLP,
+    "none": lambda config: LNFreeNothing(),
+}
+
+
+# ---- blocks: `norm_position`, `parallel_residual`, `residual_gains`
+
+
+# by whether residual gains are trained: loading makes every parameter one that is
+GAINS = {True: nn.Parameter, False: nn.Buffer}
+
+
+def add(gains: None, skip: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    return x + branch
+
+
+def add_scaled(gains: torch.Tensor, skip: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """By the gains at `skip` and behind it."""
+    return gains[skip] * x + gains[skip + 1] * branch
+
+
+def add_nothing(gains: torch.Tensor | None, skip: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """Where there is no MLP."""
+    return x
+
+
+def pre_norm(block, x, attn, mlp, add_attn, add_mlp):
+    """One after the other (GPT-2, Llama)."""
+    x = add_attn(x, attn(block.input_layernorm(x)))
+    return add_mlp(x, mlp(block.post_attention_layernorm(x)))
+
+
+def parallel(block, x, attn, mlp, add_attn, add_mlp):
     """Side by side (GPT-NeoX)."""
-    return x + attn(norm_1(x)) + mlp(norm_2(x))
+    y = add_attn(x, attn(block.input_layernorm(x)))
+    return add_mlp(y, mlp(block.post_attention_layernorm(x)))
 
 
-WIRINGS = {False: pre_norm, True: parallel}
+def post_norm(block, x, attn, mlp, add_attn, add_mlp):
+    """Norms over the sums (arXiv 2002.04745)."""
+    x = block.attention_output_norm(add_attn(x, attn(x)))
+    return block.mlp_output_norm(add_mlp(x, mlp(x)))
+
+
+def peri_norm(block, x, attn, mlp, add_attn, add_mlp):
+    """Norms before and behind each branch (arXiv 2502.02732)."""
+    x = add_attn(x, block.attention_output_norm(attn(block.input_layernorm(x))))
+    return add_mlp(x, block.mlp_output_norm(mlp(block.post_attention_layernorm(x))))
+
+
+def parallel_peri_norm(block, x, attn, mlp, add_attn, add_mlp):
+    y = add_attn(x, block.attention_output_norm(attn(block.input_layernorm(x))))
+    return add_mlp(y, block.mlp_output_norm(mlp(block.post_attention_layernorm(x))))
+
+
+def hybrid_norm(block, x, attn, mlp, add_attn, add_mlp):
+    """No norm before attention; the MLP's is over the sum, and its output also the skip (arXiv 2503.04598)."""
+    x = block.post_attention_layernorm(add_attn(x, attn(x)))
+    return add_mlp(x, mlp(x))
+
+
+# by norm position, and whether the branches are parallel: the wiring, and the norms that it has
+_BEFORE, _BEHIND = ("input_layernorm", "post_attention_layernorm"), ("attention_output_norm", "mlp_output_norm")
+WIRINGS: dict[tuple[str, bool], tuple[Callable, tuple[str, ...]]] = {
+    ("pre", False): (pre_norm, _BEFORE),
+    ("pre", True): (parallel, _BEFORE),
+    ("post", False): (post_norm, _BEHIND),
+    ("peri", False): (peri_norm, _BEFORE + _BEHIND),
+    ("peri", True): (parallel_peri_norm, _BEFORE + _BEHIND),
+    ("hybrid", False): (hybrid_norm, _BEFORE[1:]),
+}

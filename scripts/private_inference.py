@@ -44,7 +44,7 @@ from torch import Tensor, multiprocessing, nn
 from transformers import AutoTokenizer
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
-from modeling_lnfree.configuration_lnfree import variant_order
+from modeling_lnfree.variants import variant_order
 
 
 # CrypTen imports from it what it needs for ONNX only; torch has dropped it

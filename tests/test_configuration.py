@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.variants import BASELINE, as_variant, variant_order, variant_slug
 
 from .conftest import BACKBONES, VARIANTS, every_backbone, every_variant, tiny_config
 
@@ -19,9 +20,9 @@ def test_variant_and_backbone_follow_from_the_fields(variant, backbone):
 
 
 @given(
-    norm=st.sampled_from(["", "+LN"]),
+    norm=st.sampled_from(["", "+LN", "+RMS", "+DyT", "+Derf"]),
     # a subnormal slope does not have three digits
-    activation=st.sampled_from(["G", "R", "LR-layer", "LR-global"])
+    activation=st.sampled_from(["G", "R", "S", "Lin", "LR-layer", "LR-global"])
     | st.floats(0, 1, allow_subnormal=False).map(lambda slope: f"LR{slope:.3g}"),
     final=st.sampled_from(["", "-noLNf"]),
 )
@@ -77,9 +78,9 @@ WRONG = [
     ({"rope_theta": 0, "position_embedding_type": "rotary"}, "rope_theta must be finite and positive, got 0"),
     ({"layer_norm_eps": -1}, "layer_norm_eps must be finite and positive, got -1"),
     ({"hidden_act": "leaky_relu", "negative_slope": float("nan")}, "needs a finite negative_slope, got .*nan"),
-    ({"hidden_act": "silu"}, "hidden_act.*gelu_pytorch_tanh.*silu"),
-    ({"norm_type": "rmsnorm"}, "norm_type.*layernorm.*rmsnorm"),
-    ({"final_norm_type": "rmsnorm"}, "final_norm_type.*rmsnorm"),
+    ({"hidden_act": "swish"}, "hidden_act.*gelu_pytorch_tanh.*swish"),
+    ({"norm_type": "batchnorm"}, "norm_type.*layernorm.*batchnorm"),
+    ({"final_norm_type": "batchnorm"}, "final_norm_type.*batchnorm"),
     ({"position_embedding_type": "alibi"}, "position_embedding_type.*rotary.*alibi"),
     ({"hidden_size": 100}, "hidden_size.*divisible.*num_attention_heads=12"),
     ({"hidden_size": "768"}, "hidden_size.*int"),
@@ -92,6 +93,65 @@ WRONG = [
     ({"biased_projections": ["query"]}, "biased_projections.*q_proj.*'query'"),
     ({"embedding_dropout": 1.5}, r"embedding_dropout must be in \[0, 1\), got 1.5"),
     ({"initializer_range": -0.1}, "initializer_range.*got -0.1"),
+    ({"num_key_value_heads": 5}, "num_key_value_heads must divide num_attention_heads=12, got 5"),
+    ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+    ({"norm_alpha_init": [0.5, 0.5, 0.5]}, "norm_alpha_init must be one or two finite numbers"),
+    ({"norm_position": "sandwich"}, "norm_position.*hybrid.*sandwich"),
+    ({"norm_position": "post", "parallel_residual": True}, "norm_position='post' has no form with parallel_residual"),
+    ({"norm_position": "hybrid", "parallel_residual": True}, "norm_position='hybrid' has no form"),
+    (
+        {"normalized_projections": ["o_proj"]},
+        "normalized_projections must be a list from q_proj, k_proj, v_proj",
+    ),
+    ({"identity_projections": ["q_proj"]}, "identity_projections must be a list from v_proj, o_proj; got 'q_proj'"),
+    (
+        {"identity_projections": ["v_proj"], "num_key_value_heads": 4},
+        "identity_projections may not name v_proj",
+    ),
+    ({"identity_projections": ["o_proj"], "head_dim": 32}, "identity_projections.*head_dim=32"),
+    (
+        {"identity_projections": ["o_proj"], "biased_projections": ["o_proj"]},
+        "biased_projections must be a list from q_proj, k_proj, v_proj, up_proj, down_proj; got 'o_proj'",
+    ),
+    ({"biased_projections": ["gate_proj"]}, "biased_projections.*'gate_proj'"),
+    ({"mlp_type": "fused", "biased_projections": ["up_proj"]}, "biased_projections.*fused_proj; got 'up_proj'"),
+    ({"zero_init_projections": ["lm_head"]}, "zero_init_projections.*'lm_head'"),
+    ({"attention_gains": [1.0, 1.0]}, r"attention_gains must be three finite numbers, got \[1.0, 1.0\]"),
+    ({"attention_gate_init": 1.0}, r"attention_gate_init must be in \(0, 1\), got 1.0"),
+    ({"attention_gate_init": 0.5, "head_dim": 32}, "attention_gate_init.*head_dim=32"),
+    ({"softmax_temperature": 0.0}, "softmax_temperature must be finite and positive, got 0"),
+    ({"softmax_temperature": -1}, "softmax_temperature must be finite and positive, got -1"),
+    ({"attn_logit_softcapping": -5.0}, "attn_logit_softcapping must be finite and positive, got -5"),
+    ({"softmax_clipping": -0.1}, "softmax_clipping must be finite and not negative, got -0.1"),
+    ({"attention_multiplier": 0}, "attention_multiplier must be finite and positive, got 0"),
+    ({"embedding_multiplier": float("inf")}, "embedding_multiplier must be finite, got inf"),
+    ({"logits_multiplier": float("nan")}, "logits_multiplier must be finite, got nan"),
+    ({"residual_gains": [1.0, 1.0]}, "residual_gains must be 4 finite numbers.*two_layer"),
+    ({"residual_gains": [1.0] * 4, "mlp_type": "none"}, "residual_gains must be 2 finite numbers.*'none'"),
+    ({"residual_gains": [0.0, 1.0, 1.0, 1.0]}, "leaves no way past attention"),
+    ({"residual_gains": [0, 1, 1, 1], "attention_gains": [0, 1, 1]}, "leaves no way past attention"),
+    ({"residual_gains_trainable": False}, "residual_gains_trainable=False needs residual_gains"),
+    (
+        {"hidden_act": "leaky_relu", "slope_sharing": "layer", "mlp_type": "fused"},
+        "slope_sharing='layer' needs an activation; mlp_type='fused' has none",
+    ),
+    (
+        {"softmax_clipping": 1.0, "attn_implementation": "sdpa"},
+        "softmax_clipping=1.0 would be dropped.*take 'eager'",
+    ),
+    ({"softmax_clipping": 1.0, "attn_implementation": "flex_attention"}, "softmax_clipping=1.0 would be dropped"),
+    ({"attn_logit_softcapping": 30, "attn_implementation": "sdpa"}, "attn_logit_softcapping=30 would be dropped"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "option of position_embedding_type='rotary'"),
+    (
+        {"rope_parameters": {"rope_type": "rings"}, "position_embedding_type": "rotary"},
+        "rope_type must be one of default, linear.*'rings'",
+    ),
+    (
+        {"rope_parameters": {"rope_theta": 2.0}, "rope_theta": 3.0, "position_embedding_type": "rotary"},
+        "rope_theta=3.0 contradicts rope_parameters, where it is 2.0",
+    ),
+    ({"per_layer_config": {0: {"norm_type": "layernorm"}}}, "per_layer_config may set.*norm_position.*'norm_type'"),
+    ({"per_layer_config": {0: {"norm_position": "post"}}, "parallel_residual": True}, "has no form"),
     ({"hiden_size": 64}, "hiden_size.*did you mean 'hidden_size'"),
     ({"n_embd": 64}, "n_embd.*its fields are.*hidden_size"),
 ]
@@ -105,7 +165,7 @@ def test_wrong_field_is_named_with_what_is_allowed(kwargs, message):
         LNFreeConfig(**kwargs)
 
 
-@pytest.mark.parametrize("variant", ["LN+G", "SM+X", "SM+LR", "SM+R+LN", "sm+r", ""])
+@pytest.mark.parametrize("variant", ["LN+G", "SM+X", "SM+LR", "SM+R+LN", "sm+r", "", "SM+R@", "SM+R@XX", "SM+G0.1"])
 def test_name_outside_the_notation_is_refused(variant):
     with pytest.raises(ValueError, match="variant must be"):
         LNFreeConfig.from_variant(variant)
@@ -114,6 +174,75 @@ def test_name_outside_the_notation_is_refused(variant):
 def test_fields_that_contradict_the_variant_are_refused():
     with pytest.raises(ValueError, match="make SM\\+LN\\+R, not variant='SM\\+R'"):
         LNFreeConfig.from_variant("SM+R", norm_type="layernorm")
+
+
+def test_fields_of_no_preset_may_be_added_to_a_name():
+    config = LNFreeConfig.from_variant("SM+R", residual_gains=[1.0, 0.5, 1.0, 0.5])
+    assert config.variant == "SM+R@custom" and config.preset == "custom"
+    assert LNFreeConfig.from_variant("SM+R@custom", residual_gains=[1.0, 0.5, 1.0, 0.5]) == config
+    same = LNFreeConfig.from_variant("SM+R", normalized_projections=["k_proj", "q_proj"])
+    assert same.variant == "SM+R@QKNorm"
+    with pytest.raises(ValueError, match="make SM\\+R@custom, not variant='SM\\+R@OP'"):
+        LNFreeConfig.from_variant("SM+R@OP", residual_gains=[1.0, 0.5, 1.0, 0.5])
+    with pytest.raises(ValueError, match="ScFFN has hidden_act='linear', which R in SM\\+R@ScFFN is not"):
+        LNFreeConfig.from_variant("SM+R@ScFFN")
+
+
+@pytest.mark.parametrize(
+    ("variant", "backbone", "final"),
+    [
+        ("SM+R", "gpt2", "layernorm"),
+        ("SM+RMS+S", "llama", "rmsnorm"),
+        ("SM+S", "llama", "rmsnorm"),
+        ("SM+LN+S", "llama", "layernorm"),
+        ("SM+DyT+G", "pythia", "dyt"),
+        ("SM+RMS+S-noLNf", "llama", "none"),
+    ],
+)
+def test_final_norm_follows_the_blocks(variant, backbone, final):
+    config = LNFreeConfig.from_variant(variant, backbone)
+    assert (config.final_norm_type, config.variant, config.backbone) == (final, variant, backbone)
+    other = "derf" if final != "derf" else "dyt"
+    assert LNFreeConfig.from_dict({**config.to_dict(), "final_norm_type": other}).variant.endswith("@custom")
+
+
+def test_defaults_of_sizes_are_derived_and_derived_anew(tmp_path):
+    LNFreeConfig().save_pretrained(tmp_path)
+    config = LNFreeConfig.from_pretrained(tmp_path, num_attention_heads=6)
+    assert (config.head_dim, config.num_key_value_heads) == (128, 6)
+    LNFreeConfig(head_dim=32, num_key_value_heads=4).save_pretrained(tmp_path)
+    config = LNFreeConfig.from_pretrained(tmp_path, num_attention_heads=8)
+    assert (config.head_dim, config.num_key_value_heads) == (32, 4)
+
+
+def test_rotary_parameters_are_the_callers_own(tmp_path):
+    given = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    kept = dict(given)
+    config = LNFreeConfig.from_variant("SM+RMS+S", "llama", rope_parameters=given)
+    assert given == kept and config.rope_theta == 5e5 and config.rope_type == "linear"
+    config.save_pretrained(tmp_path)
+    assert LNFreeConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert LNFreeConfig.from_variant("SM+RMS+S", "llama").rope_parameters is None
+
+
+def test_layers_may_differ(tmp_path):
+    layers = {0: {"norm_position": "pre"}}
+    config = LNFreeConfig.from_variant("SM+LN+G@HybridNorm", per_layer_config=None)
+    starred = LNFreeConfig.from_dict({**config.to_dict(), "per_layer_config": layers})
+    assert starred.variant == "SM+LN+G@custom" and starred.backbone == "gpt2"
+    starred.save_pretrained(tmp_path)
+    loaded = LNFreeConfig.from_pretrained(tmp_path)
+    assert [loaded.per_layer_config[i].norm_position for i in range(3)] == ["pre", "hybrid", "hybrid"]
+
+
+def test_slugs_and_order_of_variants():
+    names = ["SM+R@OP", "SM+R", "SM+LN+G", "SM+RMS+S", "SM+LN+R"]
+    assert sorted(names, key=variant_order) == ["SM+LN+G", "SM+LN+R", "SM+R", "SM+R@OP", "SM+RMS+S"]
+    assert [variant_slug(name) for name in names[:2]] == ["sm-r-op", "sm-r"]
+    other = as_variant(
+        LNFreeConfig.from_variant("SM+R@SAS-P", "pythia", hidden_size=64, num_attention_heads=4), BASELINE
+    )
+    assert (other.variant, other.backbone, other.hidden_size) == (BASELINE, "pythia", 64)
 
 
 def test_config_file_keeps_what_other_tools_added(caplog):

@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
-from modeling_lnfree.configuration_lnfree import ACTIVATION_WORDS, BACKBONES, FINAL_NORM_WORDS, NORM_WORDS
+from modeling_lnfree.configuration_lnfree import ACTIVATION_WORDS, BACKBONES, NO_FINAL_NORM, NORM_WORDS, PRESETS
 from training import cli, data
 from training.pages import find_pages
 from training.recipe import DataArguments
@@ -176,7 +176,8 @@ def test_every_word_of_the_notation_has_a_row():
     names = re.findall(r"^\| `(SM\+[^`]+)` \|", PAGES["variants.md"].read_text(), re.MULTILINE)
     for word in (*ACTIVATION_WORDS, *NORM_WORDS):
         assert any(f"+{word}" in name for name in names), word
-    assert all(any(name.endswith(word) for name in names) for word in FINAL_NORM_WORDS)
+    for ending in (NO_FINAL_NORM, *(f"@{preset}" for preset in PRESETS)):
+        assert any(name.endswith(ending) for name in names), ending
     fields = [field for values in BACKBONES.values() for field in values.items()]
     for name, value in fields:
         assert f"`{name}={str(value).lower()}`" in PAGES["variants.md"].read_text(), (name, value)

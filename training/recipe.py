@@ -22,8 +22,8 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from modeling_lnfree import LNFreeConfig
-from modeling_lnfree.configuration_lnfree import variant_slug
 from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
+from modeling_lnfree.variants import variant_slug
 
 from .errors import UserError, explained, one_line
 from .methods import MethodArguments, check_methods

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from modeling_lnfree import LNFreeConfig
-from modeling_lnfree.configuration_lnfree import BASELINE, variant_order, variant_slug
+from modeling_lnfree.variants import BASELINE, variant_order, variant_slug
 
 from .errors import UserError, one_line
 from .files import read_json

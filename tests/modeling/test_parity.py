@@ -15,6 +15,7 @@ from modeling_lnfree import (
 from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
 from ..conftest import every_backbone, every_variant, greedy, random_ids, randomized, tiny_config, tiny_model
+from .naive import naive_logits
 
 
 def test_sm_ln_g_logits_and_generation_match_gpt2():
@@ -84,69 +85,6 @@ def test_sm_ln_g_logits_and_generation_match_gpt_neox():
     assert greedy(ours, input_ids).equal(greedy(theirs, input_ids, eos_token_id=None))
 
 
-def naive_logits(model: LNFreeForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
-    """A plain float64 forward, token by token and head by head, written from the paper's description."""
-    config = model.config
-    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
-
-    def linear(x, name):
-        y = x @ weights[f"{name}.weight"].T
-        return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
-
-    def norm(x, name):
-        if f"{name}.weight" not in weights:
-            return x
-        centred = x - x.mean(-1, keepdim=True)
-        scale = (centred.pow(2).mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
-        return centred / scale * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    def activation(x, layer):
-        if config.hidden_act == "gelu":
-            return 0.5 * x * (1 + torch.erf(x / 2**0.5))
-        if config.hidden_act == "gelu_pytorch_tanh":
-            return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-        slope = config.negative_slope or 0.0
-        if config.slope_sharing is not None:
-            slopes = weights["model.learned_slope.negative_slope"]
-            slope = slopes[layer if config.slope_sharing == "layer" else 0]
-        return torch.where(x > 0, x, slope * x)
-
-    def rotate(vector, position):
-        half = config.rotary_dim // 2
-        out = vector.clone()
-        for i in range(half):
-            angle = torch.tensor(position / config.rope_theta ** (2 * i / config.rotary_dim), dtype=torch.float64)
-            a, b = vector[i], vector[i + half]
-            out[i], out[i + half] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
-        return out
-
-    def attention(x, name):
-        heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        q, k, v = (linear(x, f"{name}.{p}_proj").view(len(x), heads, width) for p in "qkv")
-        if config.position_embedding_type == "rotary":
-            q, k = (torch.stack([torch.stack([rotate(h, t) for h in row]) for t, row in enumerate(s)]) for s in (q, k))
-        out = torch.zeros_like(q)
-        for t in range(len(x)):
-            for h in range(heads):
-                scores = (k[: t + 1, h] @ q[t, h]) / width**0.5
-                out[t, h] = (scores.exp() / scores.exp().sum()) @ v[: t + 1, h]
-        return linear(out.flatten(1), f"{name}.o_proj")
-
-    logits = []
-    for row in input_ids:
-        x = weights["model.embed_tokens.weight"][row]
-        if config.position_embedding_type == "learned":
-            x = x + weights["model.embed_positions.weight"][: len(row)]
-        for layer in range(config.num_hidden_layers):
-            name = f"model.layers.{layer}"
-            attended = x + attention(norm(x, f"{name}.input_layernorm"), f"{name}.self_attn")
-            source = norm(x if config.parallel_residual else attended, f"{name}.post_attention_layernorm")
-            hidden = activation(linear(source, f"{name}.mlp.up_proj"), layer)
-            x = attended + linear(hidden, f"{name}.mlp.down_proj")
-        logits.append(norm(x, "model.norm") @ weights["lm_head.weight"].T)
-    return torch.stack(logits)
-
-
 @every_variant
 @every_backbone
 def test_logits_match_a_naive_float64_forward(variant, backbone):
@@ -155,8 +93,9 @@ def test_logits_match_a_naive_float64_forward(variant, backbone):
     if model.config.slope_sharing == "layer":
         model.model.learned_slope.negative_slope.data = torch.tensor([0.3, -0.2, 0.7])
     input_ids = random_ids(2, 13)
-    torch.testing.assert_close(model(input_ids).logits.double(), naive_logits(model, input_ids), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.double()(input_ids).logits, naive_logits(model, input_ids), atol=1e-6, rtol=1e-6)
+    expected = naive_logits(model.config, model.double().state_dict(), input_ids)
+    torch.testing.assert_close(model(input_ids).logits, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model.float()(input_ids).logits.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["SM+G", "SM+R", "SM+LR-layer", "SM+LR-global", "SM+R-noLNf"])

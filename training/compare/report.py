@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from modeling_lnfree.configuration_lnfree import BASELINE
+from modeling_lnfree.variants import BASELINE
 
 from ..encryption.tables import compare_costs
 from ..tables import Block, Heading, Table

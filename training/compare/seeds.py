@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from modeling_lnfree.configuration_lnfree import RELU_AGAINST_GELU
+from modeling_lnfree.variants import RELU_AGAINST_GELU
 
 from ..errors import UserError
 from ..runs import Run, find_baseline

@@ -35,8 +35,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modeling_lnfree.configuration_lnfree import BASELINE
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
+from modeling_lnfree.variants import BASELINE, as_variant
 
 from .prices import estimate
 
@@ -126,7 +126,7 @@ def count_operations(
     }
     if counts["variant"] not in (None, BASELINE):
         sizes = {"length": length, "batch_size": batch_size, "new_tokens": new_tokens}
-        baseline = count_operations(model_class, config.as_variant(BASELINE), **sizes)
+        baseline = count_operations(model_class, as_variant(config, BASELINE), **sizes)
         counts["baseline"] = {
             "variant": BASELINE,
             **{phase: baseline[phase] and _totals(baseline[phase]) for phase in ("forward", "generation")},

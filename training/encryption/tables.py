@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modeling_lnfree.configuration_lnfree import BASELINE
+from modeling_lnfree.variants import BASELINE
 
 from ..tables import Block, Table, to_markdown
 from .counting import count_operations

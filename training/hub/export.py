@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from model_cards.card import build_card
 from model_cards.diagram import draw_block
 from modeling_lnfree import LNFreeForCausalLM
-from modeling_lnfree.configuration_lnfree import BASELINE
+from modeling_lnfree.variants import BASELINE
 
 from ..encryption.tables import describe_forward
 from ..errors import UserError, explained

@@ -25,6 +25,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from modeling_lnfree import EntropyRegularizationMixin, LNFreeForCausalLM, build_optimizer
+from modeling_lnfree.optimization import get_decayed_parameters
 
 from ..errors import UserError, one_line
 from ..parametrization import is_parametrized, split_state, update_spectral_norms
@@ -117,10 +118,10 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
         return samples
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        names = super().get_decay_parameter_names(model)
-        names = [name for name in names if self.decay_slopes or not name.endswith("negative_slope")]
-        # those of parametrized weights
-        return [name for name in names if not name.endswith(".gain")]
+        decayed = set(get_decayed_parameters(model))
+        slopes = [name for name, _ in model.named_parameters() if name.endswith("negative_slope")]
+        decayed.update(slopes if self.decay_slopes else ())
+        return [name for name, _ in model.named_parameters() if name in decayed]
 
     def create_optimizer(self, *args, **kwargs):
         is_new = self.optimizer is None

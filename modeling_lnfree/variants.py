@@ -1,0 +1,41 @@
+# Copyright 2026 The LNFree Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The variants of the paper: the baseline, their order, the pairs compared, and names for folders. Not on the Hub."""
+
+from dataclasses import fields
+
+from .configuration_lnfree import BACKBONES, NAMED_FIELDS, LNFreeConfig
+
+
+# The paper's four, in its order. Changes are against the first, and ReLU is compared with GELU without and with norms.
+BASELINE = "SM+LN+G"
+PAPER_ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R")
+RELU_AGAINST_GELU = (("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G"))
+
+
+def variant_order(variant: str) -> tuple[int, str]:
+    """A sort key: the paper's variants in its order, then all others by name."""
+    return (PAPER_ORDER.index(variant), "") if variant in PAPER_ORDER else (len(PAPER_ORDER), variant)
+
+
+def variant_slug(variant: str) -> str:
+    """The variant as folders and repositories write it: `sm-ln-g`, `sm-r-op`."""
+    return variant.lower().replace("+", "-").replace("@", "-")
+
+
+def as_variant(config: LNFreeConfig, variant: str) -> LNFreeConfig:
+    """The configuration of another variant of the same sizes and backbone."""
+    same = {f.name: vars(config)[f.name] for f in fields(config) if f.name not in NAMED_FIELDS}
+    same |= BACKBONES.get(config.backbone, {"parallel_residual": config.parallel_residual})
+    return type(config).from_variant(variant, **same)
