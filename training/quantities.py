@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeling_lnfree import LNFreeConfig
+
 from .parametrization import (
     entropy_lower_bound,
     gram_norm,
@@ -157,6 +159,15 @@ class EntropyBound(Quantity):
 
     name = "entropy_bound"
 
+    @staticmethod
+    def holds(config: LNFreeConfig) -> bool:
+        """Whether attention is the softmax of scores that the projections alone bound."""
+        normed = {"q_proj", "k_proj"} & set(config.normalized_projections)
+        # others multiply cosine and sine by a factor
+        rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+        plain_positions = rope_type in ("default", "linear", "dynamic", "llama3")
+        return not normed and config.softmax_clipping is None and plain_positions
+
     @contextmanager
     def watch(self, model):
         config = model.config
@@ -173,6 +184,8 @@ class EntropyBound(Quantity):
             has_bias = attention.q_proj.bias is not None or attention.k_proj.bias is not None
             gram = gram_norm(states, with_bias=has_bias, rotated=rotated)  # (B,)
             logit_norm = attention.scaling * self.norms[index][:, None] * gram[:, None, None]  # (B, H, 1)
+            if attention.temperature is not None:
+                logit_norm = logit_norm / attention.temperature.detach().abs()[:, None]
             visible = (position_ids + 1)[:, None]  # (B, 1, T)
             bound = entropy_lower_bound(logit_norm, visible).expand(len(states), -1, -1)
             self.sums[index, :, 0] += bound.sum((0, 2)).cpu()

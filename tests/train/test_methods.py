@@ -381,8 +381,11 @@ def test_norm_of_query_and_key_matches_a_float64_svd(biased):
 @pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("scale", [0.02, 0.3, 3.0])
-def test_measured_entropy_is_never_below_the_bound(backbone, packed, scale):
-    model = tiny_model("SM+LN+G", backbone, initializer_range=scale, biased_projections=["q_proj", "k_proj"])
+@pytest.mark.parametrize("fields", [{}, {"softmax_temperature": 0.3, "num_key_value_heads": 2}], ids=str)
+def test_measured_entropy_is_never_below_the_bound(backbone, packed, scale, fields):
+    fields = {**fields, "initializer_range": scale, "biased_projections": ["q_proj", "k_proj"]}
+    model = tiny_model("SM+LN+G", backbone, **fields)
+    assert quantities.EntropyBound.holds(model.config)
     probe = {"input_ids": random_ids(3, 12), "use_cache": False}
     if packed:
         probe["position_ids"] = torch.tensor([[*range(5), *range(7)]] * 3)
@@ -392,12 +395,18 @@ def test_measured_entropy_is_never_below_the_bound(backbone, packed, scale):
     values, scalars = quantity.measure(model)
     bound = torch.tensor(values["bound"])
     assert (record.entropy >= bound - 1e-5).all() and (bound >= 0).all()
-    if scale == 0.02 and not packed:
+    if scale == 0.02 and not packed and not model.config.softmax_temperature:
         # near uniform
         assert (bound > 0.05 * record.max_entropy).all()
     weight = model.model.layers[2].mlp.up_proj.weight
     assert scalars["spectral_norm/layer_2/mlp.up_proj"] == pytest.approx(torch.linalg.svdvals(weight)[0].item())
     assert scalars["entropy_bound/layer_1/mean"] == pytest.approx(bound[1].mean().item())
+
+
+def test_bound_is_left_out_where_the_projections_do_not_bound_the_scores():
+    for fields in ({"normalized_projections": ["k_proj"]}, {"softmax_clipping": 2.0, "attn_implementation": "eager"}):
+        assert not quantities.EntropyBound.holds(tiny_model("SM+G", **fields).config)
+    assert quantities.EntropyBound.holds(tiny_model("SM+G", normalized_projections=["v_proj"]).config)
 
 
 # ------------------------------------------------------------------------------------------ batch entropy
