@@ -129,18 +129,18 @@ def check_methods(data: MethodArguments, given: dict[str, Any]):
             f"batch entropy, got {sequences}"
         )
     if data.remove_norms_from is not None:
-        _check_norm_removal(data, given)
+        _check_norm_removal(data, data.remove_norms_from, given)
 
 
-def _check_norm_removal(data: MethodArguments, given: dict[str, Any]):
+def _check_norm_removal(data: MethodArguments, first_step: int, given: dict[str, Any]):
     if given.get("init_from") is None:
-        raise UserError(f"remove_norms_from={data.remove_norms_from} needs init_from: a trained model that has norms")
+        raise UserError(f"remove_norms_from={first_step} needs init_from: a trained model that has norms")
     for name in ("weight_parametrization", "trainable"):
         if given.get(name) is not None:
             raise UserError(f"{name}={given[name]!r} and remove_norms_from do not go together")
-    if data.remove_norms_from < 2:
+    if first_step < 2:
         # the running mean needs a step
-        raise UserError(f"remove_norms_from must be at least 2, got {data.remove_norms_from}")
+        raise UserError(f"remove_norms_from must be at least 2, got {first_step}")
     if len(data.remove_norms_gaps) != 4 or min(data.remove_norms_gaps) < 0:
         raise UserError(
             "remove_norms_gaps must be four numbers of steps: MLP, query and key, value, and before the final norm; "

@@ -47,8 +47,11 @@ class LNFreeArchitectureAdapter(ArchitectureAdapter):
                 return GeneralizedComponent(name=name, config=self.cfg)
             return NormalizationBridge(name=name, config=self.cfg, use_native_layernorm_autograd=True)
 
-        attention = {letter: LinearBridge(name=f"{letter}_proj") for letter in "qkvo"}
-        mlp = {"in": LinearBridge(name="up_proj"), "out": LinearBridge(name="down_proj")}
+        attention: dict[str, GeneralizedComponent] = {letter: LinearBridge(name=f"{letter}_proj") for letter in "qkvo"}
+        mlp: dict[str, GeneralizedComponent] = {
+            "in": LinearBridge(name="up_proj"),
+            "out": LinearBridge(name="down_proj"),
+        }
         block_class = ParallelBlockBridge if config.parallel_residual else BlockBridge
         self.component_mapping = {
             "embed": EmbeddingBridge(name="model.embed_tokens"),

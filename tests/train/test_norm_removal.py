@@ -6,9 +6,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from modeling_lnfree import LNFreeForCausalLM
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from training import cli
 from training.errors import UserError
 from training.files import read_records
@@ -25,6 +25,9 @@ from training.train.norm_removal import (
 )
 
 from ..conftest import every_backbone, random_ids, tiny_model
+
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def removed(model: LNFreeForCausalLM, removals: list[Removal], constant: float = 1.7) -> LNFreeForCausalLM:
@@ -163,6 +166,47 @@ def test_a_model_of_constant_deviations_loses_nothing():
     torch.testing.assert_close(fold(model)(input_ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("keep", [False, True], ids=["all", "but-the-final"])
+def test_rms_norms_of_a_llama_fold_too(keep):
+    """By the stock class with its norms replaced by the constants, in float64."""
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = LNFreeConfig.from_variant("SM+RMS+S", backbone="llama", **sizes, **heads, initializer_range=0.2)
+    model = LNFreeForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    stock = LlamaForCausalLM(LlamaConfig(**sizes, **heads, rms_norm_eps=config.layer_norm_eps, hidden_act="silu"))
+    stock.load_state_dict(model.state_dict())
+    stock = stock.double().eval()
+    wrap_norms(model, keep_final_norm=keep)
+    removals = [removal for _, removal in plan_removals(2, 1, [1, 1, 1, 1], keep)]
+    removed(model, removals)
+    constants = {(removal.name, removal.part): 1.7 + 0.3 * index for index, removal in enumerate(removals)}
+    for index, layer in enumerate(stock.model.layers):
+        name = f"model.layers.{index}"
+        mlp = layer.post_attention_layernorm.weight / constants[f"{name}.post_attention_layernorm", 0]
+        layer.post_attention_layernorm.forward = lambda states, scale=mlp: states * scale
+        weight = layer.input_layernorm.weight
+        layer.input_layernorm.forward = lambda states: states
+        for letter, part in (("q", 0), ("k", 0), ("v", 1)):
+            scale = weight / constants[f"{name}.input_layernorm", part]
+            projection = getattr(layer.self_attn, f"{letter}_proj")
+            projection.register_forward_pre_hook(lambda module, args, scale=scale: (args[0] * scale,))
+    if not keep:
+        final = stock.model.norm.weight / constants["model.norm", 0]
+        stock.model.norm.forward = lambda states: states * final
+    input_ids = random_ids(2, 9)
+    expected = stock(input_ids).logits
+    torch.testing.assert_close(model(input_ids).logits.double(), expected, atol=1e-4, rtol=1e-4)
+    folded = fold(model)
+    assert folded.config.variant == ("SM+S" if keep else "SM+S-noLNf") and folded.config.backbone == "llama"
+    assert folded.config.biased_projections == []
+    torch.testing.assert_close(folded(input_ids).logits.double(), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_running_mean_is_over_all_tokens_of_a_step_and_stands_still_once_removed():
     norm = RemovableNorm(torch.nn.LayerNorm(8), skip_first=True).train()
     streams = torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -198,6 +242,16 @@ def test_removals_go_in_the_published_order():
 def test_what_cannot_be_folded_is_refused():
     with pytest.raises(UserError, match="norm_type='none'"):
         wrap_norms(tiny_model("SM+R"), keep_final_norm=False)
+    for fields, message in (
+        ({"norm_position": "peri"}, "norm_position one of 'pre', .* got 'peri'"),
+        ({"attention_gate_init": 0.5}, "attention_gate_init one of None, .* got 0.5"),
+        ({"identity_projections": ["v_proj"]}, r"identity_projections one of .* got \['v_proj'\]"),
+        ({"mlp_type": "fused"}, "mlp_type one of 'two_layer', 'gated', .* got 'fused'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            wrap_norms(
+                LNFreeForCausalLM(LNFreeConfig(norm_type="layernorm", **SIZES, **fields)), keep_final_norm=False
+            )
     with pytest.raises(UserError, match="layers.1.input_layernorm.*not removed"):
         fold(wrapped("gpt2"))
 

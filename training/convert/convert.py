@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -431,7 +432,7 @@ def fold_norms(
             for kind in ("weight", "bias"):
                 if f"{block}.{name}.{kind}" in state:
                     center(f"{block}.{name}.{kind}", 0)
-    without = {"norm_type": "none", "layer_norm_eps": config.layer_norm_eps if keeps_final else 1e-5}
+    without: dict[str, Any] = {"norm_type": "none", "layer_norm_eps": config.layer_norm_eps if keeps_final else 1e-5}
     if centers:
         without["biased_projections"] = [name.rpartition(".")[2] for name in names]
     if not keeps_final:

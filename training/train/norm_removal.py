@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,17 +49,21 @@ class RemovableNorm(nn.Module):
             stands still once the part is removed.
     """
 
-    def __init__(self, norm: nn.Module, parts: int = 1, skip_first: bool = False):
+    weight: Tensor
+    share: Tensor
+    deviation: Tensor
+    seen: Tensor
+
+    def __init__(self, norm: Any, parts: int = 1, skip_first: bool = False):
         super().__init__()
         self.weight, self.bias = norm.weight, getattr(norm, "bias", None)
         # an RMSNorm has no bias, and leaves the mean
         self.centers = self.bias is not None
-        self.eps, self.skip_first = norm.eps, skip_first
-        like = {"dtype": torch.float32, "device": norm.weight.device}
-        self.register_buffer("share", torch.ones(parts, **like))
-        self.register_buffer("deviation", torch.full((parts,), torch.nan, **like))
+        self.eps, self.skip_first, device = norm.eps, skip_first, norm.weight.device
+        self.register_buffer("share", torch.ones(parts, device=device))
+        self.register_buffer("deviation", torch.full((parts,), torch.nan, device=device))
         # sum over the tokens of this step, and their number
-        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64, device=norm.weight.device), persistent=False)
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64, device=device), persistent=False)
         self.spread: Tensor | None = None
 
     def normalize(self, hidden_states: Tensor, part: int = 0) -> Tensor:
@@ -98,7 +103,7 @@ class RemovableNorm(nn.Module):
 class SplitNorm(RemovableNorm):
     """The norm before attention: queries and keys (part 0) and values (part 1) are normalized each for itself."""
 
-    def __init__(self, norm: nn.Module, attention: nn.Module, skip_first: bool = False):
+    def __init__(self, norm: Any, attention: Any, skip_first: bool = False):
         super().__init__(norm, parts=2, skip_first=skip_first)
         for name, part in (("q_proj", 0), ("k_proj", 0), ("v_proj", 1)):
             hook = functools.partial(self._normalize_input, part=part)
@@ -146,10 +151,10 @@ def plan_removals(
         [Removal(f"model.layers.{layer}.input_layernorm", 1) for layer in layers],
         [] if keep_final_norm else [Removal("model.norm")],
     ]
-    planned, step = [], first_step
+    planned: list[tuple[int, Removal]] = []
     for group, gap in zip(groups, gaps, strict=True):
         for removal in group:
-            planned.append((step if not planned else planned[-1][0] + gap, removal))
+            planned.append((planned[-1][0] + gap if planned else first_step, removal))
     return planned
 
 
@@ -166,11 +171,14 @@ def wrap_norms(model: LNFreeForCausalLM, keep_final_norm: bool, skip_first: bool
             f"norms can be removed from a model whose norms are all layernorm or all rmsnorm, got {config.variant} "
             f"(norm_type={config.norm_type!r}, final_norm_type={config.final_norm_type!r})"
         )
-    if getattr(config, "norm_position", "pre") != "pre" or getattr(config, "mlp_type", "") == "none":
-        raise UserError(
-            "norms can be removed where they stand before attention and MLP (norm_position='pre'), whose weights take "
-            f"them up; got {config.variant}"
-        )
+    # what else reads a norm's output has no weights that take it up
+    taken_up = {"norm_position": ("pre",), "mlp_type": ("two_layer", "gated"), "attention_gate_init": (None,)}
+    for name, allowed in {**taken_up, "identity_projections": ([], ["o_proj"])}.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(
+                f"norms can be removed from models with {name} one of {', '.join(map(repr, allowed))}, whose weights "
+                f"take them up; got {getattr(config, name)!r}"
+            )
     for layer in model.model.layers:
         layer.input_layernorm = SplitNorm(layer.input_layernorm, layer.self_attn, skip_first)
         layer.post_attention_layernorm = RemovableNorm(layer.post_attention_layernorm, skip_first=skip_first)
@@ -225,7 +233,7 @@ class NormRemovalCallback(TrainerCallback):
         self.norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, RemovableNorm)}
         planned = plan_removals(
             model.config.num_hidden_layers,
-            options.remove_norms_from,
+            int(options.remove_norms_from or 0),
             options.remove_norms_gaps,
             "model.norm" not in self.norms,
         )
