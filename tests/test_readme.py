@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import ACTIVATION_WORDS, BACKBONES, NO_FINAL_NORM, NORM_WORDS, PRESETS
 from training import cli, data
 from training.pages import find_pages
-from training.recipe import DataArguments
+from training.recipe import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIELDS, DataArguments
 
 from .conftest import tiny_config
 from .hub_server import TOKEN, HubServer
@@ -92,6 +91,14 @@ def test_entropy_and_fine_tuning_of_the_readme(reader):
         "False",
         "LNFreeForCausalLM",
     ]
+
+
+def test_entropy_as_a_loss_of_the_methods_page(reader):
+    code = code_of("README.md", "python")[1].split("collator = ")[0] + code_of("training_methods.md", "python")[0]
+    code += "rows = [{'input_ids': row[:8], 'labels': row[:8]} for row in dataset['input_ids'] if len(row) > 8]\n"
+    code += "train(model, TrainingArguments('out', max_steps=2, logging_steps=1, report_to='none'), rows)\n"
+    printed = run(code, reader)
+    assert "entropy_penalty" in printed and "attention_entropy/layer_0/mean" in printed
 
 
 def test_pushes_during_training_and_after_it_load_elsewhere(reader, tmp_path):
@@ -237,10 +244,11 @@ def test_every_recipe_and_sweep_has_its_place_on_the_training_page():
         assert f"[{path.stem}](../training/{path.parent.name}/{path.name})" in PAGES["training.md"].read_text()
 
 
-def test_every_field_of_the_training_page_exists():
-    cells = re.findall(r"^\| (`[^|]+) \| ", PAGES["training.md"].read_text(), re.MULTILINE)
-    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
-    assert len(named) > 10 and set(named) <= {field.name for field in fields(DataArguments)}
+@pytest.mark.parametrize("name", ["training.md", "training_methods.md", "variants.md"])
+def test_fields_of_a_page_exist(name):
+    text = re.sub(r"```.*?```", "", PAGES[name].read_text(), flags=re.DOTALL)
+    named = {field for code in re.findall(r"`([^`]+)`", text) for field in re.findall(r"(?:^| )(\w+)=", code)}
+    assert named and named <= DATA_FIELDS | MODEL_FIELDS | TRAINING_FIELDS | {"key", "use_reentrant"}
 
 
 def test_the_sweep_of_the_training_page_names_a_recipe():
