@@ -243,7 +243,8 @@ def test_the_readme_prints_what_the_quick_start_measured():
 def test_fields_of_a_page_exist(name):
     text = re.sub(r"```.*?```", "", PAGES[name].read_text(), flags=re.DOTALL)
     named = {field for code in re.findall(r"`([^`]+)`", text) for field in re.findall(r"(?:^| )(\w+)=", code)}
-    assert named and named <= DATA_FIELDS | MODEL_FIELDS | TRAINING_FIELDS | {"key", "use_reentrant"}
+    others = {"backbone", "key", "per_layer_config", "use_reentrant"}
+    assert named and named <= DATA_FIELDS | MODEL_FIELDS | TRAINING_FIELDS | others
 
 
 def test_the_sweep_of_the_training_page_names_a_recipe():
