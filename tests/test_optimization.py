@@ -247,6 +247,17 @@ def test_command_trains_the_layers_at_the_rate_of_their_width(recipe_values, mon
     assert len(rates) == 4 and all(layers == pytest.approx(twice) for twice, layers in rates)
 
 
+@needs_muon
+def test_command_trains_the_preset_of_the_recipe(recipe_values, monkeypatch, tmp_path):
+    overrides = ["preset=Stable", "layer_optimizer=muon", "max_steps=2"]
+    run, seen = train_by_command(monkeypatch, tmp_path, recipe_values, *overrides)
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["residual_gains"] == pytest.approx([1, 0.5, 1, 0.5])  # 1 / sqrt(2 * 2 layers)
+    assert runs.read_results(run)["variant"] == "SM+R@Stable"
+    # gains that are not trained have no optimizer
+    assert not any("residual_gains" in name for name in seen[0])
+
+
 def test_without_options_nothing_is_changed(recipe_values, monkeypatch, tmp_path):
     run, seen = train_by_command(monkeypatch, tmp_path, {**recipe_values, "max_steps": 2})
     assert not any("layer_learning_rate" in entry for entry in json.loads((run / "log_history.json").read_text()))

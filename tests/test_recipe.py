@@ -22,10 +22,11 @@ def test_no_key_has_two_meanings():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 # a fine-tuned model has the variant that it has
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != "finetune"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in RECIPES if "init_from:" not in p.read_text()], ids=lambda path: path.stem)
 def test_every_recipe_makes_every_variant(path, variant):
     recipe = load_recipe(path, [f"variant={variant}"])
-    assert recipe.build_config().variant == variant
+    preset = "@Stable" if path.stem.endswith("_stable") else ""
+    assert recipe.build_config().variant == variant + preset
     assert f"lnfree train {path.stem} " in path.read_text().splitlines()[1]
     arguments = TrainingArguments(**{**recipe.training, "fp16": False, "bf16": False})
     tokens = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * recipe.data.block_size
@@ -35,6 +36,23 @@ def test_every_recipe_makes_every_variant(path, variant):
         assert (arguments.learning_rate, arguments.weight_decay, arguments.warmup_steps) == (0.001, 0.1, 0.05)
         assert (arguments.max_grad_norm, arguments.adam_epsilon, arguments.seed) == (1.0, 1e-8, 1337)
         assert recipe.training["fp16"] and recipe.build_config().initializer_range == 0.02
+
+
+@pytest.mark.parametrize(
+    ("stable", "plain", "gain"), [("small_stable", "quick", 12**-0.5), ("gpt2_t128_stable", "gpt2_t128", 24**-0.5)]
+)
+def test_stable_recipes_differ_in_gains_and_the_optimizer_of_the_layers_alone(stable, plain, gain):
+    stable, plain = (load_recipe(RECIPES[0].with_name(f"{name}.yaml"), ["variant=SM+G"]) for name in (stable, plain))
+    ours, theirs = stable.to_dict(), plain.to_dict()
+    differing = {key for key in ours if ours[key] != theirs.get(key)} - {"output_dir"}
+    muon = {"muon_momentum", "muon_adjustment"}
+    assert differing == {"preset", "layer_optimizer", "layer_learning_rate", *muon} and ours.keys() == theirs.keys()
+    config = stable.build_config()
+    assert config.residual_gains == pytest.approx([1, gain, 1, gain]) and not config.residual_gains_trainable
+    # one rule for both widths, as for the initial weights
+    width = config.hidden_size
+    assert ours["layer_learning_rate"] == pytest.approx(0.012 * (128 / width) ** 0.5, rel=0.03)
+    assert config.initializer_range == pytest.approx(0.02 * (768 / width) ** 0.5, rel=0.01)
 
 
 def test_recipe_of_eight_processes_is_the_papers():
@@ -67,6 +85,19 @@ def test_papers_pythia_at_twice_the_length_has_as_many_tokens_a_step():
     longer = load_recipe(path, command.split())
     assert longer.data.block_size == longer.build_config().max_position_embeddings == 256
     assert longer.tokens_per_step == load_recipe(path).tokens_per_step == 65_536
+
+
+def test_preset_is_of_a_variant_that_names_none():
+    values = {**SMALLEST, "preset": "Stable"}
+    assert build_recipe({**values, "variant": "SM+R"}).build_config().variant == "SM+R@Stable"
+    assert build_recipe({**values, "variant": "SM+R@Stable"}).name.startswith("gpt2-sm-r-stable-")
+    assert build_recipe({**values, "variant": "SM+R", "preset": None}).build_config().variant == "SM+R"
+    with pytest.raises(UserError, match="preset='Stable' has no effect on variant='SM\\+R@QKNorm'"):
+        build_recipe({**values, "variant": "SM+R@QKNorm"})
+    with pytest.raises(UserError, match="SM\\+R@Stabel"):
+        build_recipe({**values, "variant": "SM+R", "preset": "Stabel"})
+    with pytest.raises(UserError, match="preset='Stable' has no effect with init_from"):
+        build_recipe({**SMALLEST, "preset": "Stable", "init_from": "gpt2"})
 
 
 def test_command_line_overrides_the_file(tmp_path):

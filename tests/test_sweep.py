@@ -120,6 +120,27 @@ def test_study_is_the_one_that_it_says():
     }
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+def test_stable_study_is_the_one_that_it_says():
+    _, runs = sweep.load_sweep("stable")
+    recipes = [load_recipe(run.command[4], run.command[5:]) for run in runs]
+    # the rates were chosen with seed 2
+    assert 2 not in {recipe.training["seed"] for recipe in recipes}
+    seen = Counter(
+        (recipe.build_config().variant, recipe.data.layer_optimizer, recipe.data.layer_learning_rate)
+        for recipe in recipes
+    )
+    adamw, rates = ("adamw", None), {"SM+LN+G": 0.006, "SM+LN+R": 0.006}
+    assert seen == {
+        **{(f"{variant}@Stable", "muon", 0.012): 10 for variant in ("SM+G", "SM+R")},
+        **{(variant, "muon", rate): 5 for variant, rate in rates.items()},
+        **{(variant, *adamw): 5 for variant in ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")},
+        **{(variant, "muon", 0.012): 3 for variant in ("SM+G", "SM+R")},
+        **{(f"{variant}@Stable", *adamw): 3 for variant in ("SM+G", "SM+R")},
+    }
+    assert {recipe.training["max_steps"] * recipe.tokens_per_step for recipe in recipes} == {819_200}
+
+
 WRONG = [
     (
         {"grids": [{"variant": "SM+R", "learnin_rate": 1}]},

@@ -77,6 +77,9 @@ class DataArguments(MethodArguments):
         default="SM+R",
         metadata={"help": "the paper's notation: SM+LN+G, SM+LN+R, SM+G, SM+R, ...; with init_from, its own"},
     )
+    preset: str | None = field(
+        default=None, metadata={"help": "of a variant that names none: Stable makes SM+R to SM+R@Stable"}
+    )
     init_from: str | None = field(
         default=None,
         metadata={
@@ -218,7 +221,13 @@ class Recipe:
         if self.data.init_from is not None:
             raise UserError(f"init_from={self.data.init_from}: its configuration is known when it is loaded")
         named = {"max_position_embeddings": self.data.block_size, **self.model, **overrides}
-        return LNFreeConfig.from_variant(self.data.variant or "", **named)
+        return LNFreeConfig.from_variant(self.variant, **named)
+
+    @property
+    def variant(self) -> str:
+        """The variant with its preset: `SM+R@Stable`; empty where `init_from` says which."""
+        variant = self.data.variant or ""
+        return variant if self.data.preset is None or "@" in variant else f"{variant}@{self.data.preset}"
 
     def build_arguments(self) -> TrainingArguments:
         """The Trainer's arguments; raises UserError for those that it refuses."""
@@ -380,6 +389,10 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     for name in ("learning_rate", "layer_learning_rate", "num_train_epochs"):
         if given.get(name) is not None and not 0 < given[name] < math.inf:
             raise UserError(f"{name} must be finite and more than 0, got {given[name]}")
+    if data.preset is not None and data.init_from is not None:
+        raise UserError(f"preset={data.preset!r} has no effect with init_from={data.init_from!r}, a model as it is")
+    if data.preset is not None and not recipe.variant.endswith(f"@{data.preset}"):
+        raise UserError(f"preset={data.preset!r} has no effect on variant={data.variant!r}, which names its own")
     _check_layer_optimizer(recipe)
     if training["seed"] >= 2**32:
         raise UserError(f"seed must be less than 2**32, got {training['seed']}")
