@@ -36,13 +36,13 @@ def test_every_mark_has_data_and_all_data_is_shown():
 
 
 def test_measured_rows_reach_the_page_and_a_hand_in_them_is_found(docs):
-    rows = [{"model": "SM+R", "ms": 107.6, "of stock": 0.6012}, {"model": "stock", "ms": 1790.0, "of stock": None}]
+    rows = [{"model": "SM+R", "ms": 107.6, "of stock": 0.60124}, {"model": "stock", "ms": 1790.0, "of stock": None}]
     write_table(
-        docs, "step", rows, "lnfree benchmark step", {"of stock": "{:.3f}"}, machine="An EPYC", commit="c" * 40
+        docs, "step", rows, "lnfree benchmark step", {"of stock": "{:.4f}"}, machine="An EPYC", commit="c" * 40
     )
     text = (docs / "speed.md").read_text()
     assert text.startswith("# Speed\n\nBefore.\n\n<!-- table step -->\n| model | ms | of stock |\n|---|---:|---:|\n")
-    assert "\n| SM+R | 108 | 0.601 |\n| stock | 1,790 |  |\n\n`lnfree benchmark step` (An EPYC; torch " in text
+    assert "\n| SM+R | 108 | 0.6012 |\n| stock | 1,790 |  |\n\n`lnfree benchmark step` (An EPYC; torch " in text
     assert "; commit ccccccc, " in text and text.endswith("\n<!-- end -->\n\nAfter.\n")
     assert json.loads((docs / "data" / "step.json").read_text())["rows"] == rows
     for edited in (
@@ -65,7 +65,7 @@ def test_measured_rows_reach_the_page_and_a_hand_in_them_is_found(docs):
         (None, "{:.2f}", ""),
         (1091, None, "1,091"),
         (True, None, "yes"),
-        (0.0123, None, "0.01"),
+        (0.0123, None, "0.012"),
         (12.34, None, "12.3"),
         (18828.4, None, "18,828"),
         ([-1.2, 4.845], "{:+.1f} to {:+.1f} %", "-1.2 to +4.8 %"),
