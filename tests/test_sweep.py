@@ -96,6 +96,16 @@ def test_command_of_a_run_makes_its_recipe(write_sweep):
     assert recipe.build_config().biased_projections == ["v_proj"] and recipe.training["output_dir"] == str(run.folder)
 
 
+def test_recipe_of_a_sweep_goes_by_name_or_by_a_path_from_its_folder(write_sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    _, [job] = sweep.load_sweep(write_sweep([{"variant": "SM+R"}], recipe="quick"))
+    assert "gpt2-sm-r-t128-seed1337" in job.folder.name and str(RECIPES / "quick.yaml") in job.command
+    _, [job] = sweep.load_sweep(write_sweep([{"variant": "SM+R"}]))
+    assert "gpt2-sm-r-t16-seed1337" in job.folder.name and str(tmp_path / "base.yaml") in job.command
+    with pytest.raises(UserError, match="grids.0. of .*, variant=SM.R: recipe 'quik' is neither .* nearest: quick"):
+        sweep.load_sweep(write_sweep([{"variant": "SM+R"}], recipe="quik"))
+
+
 def test_budget_in_tokens_is_one_for_all_contexts(write_sweep):
     path = write_sweep([{"block_size": [16, 32]}], train_tokens=16 * 4 * 10)
     assert [run.max_steps for run in sweep.load_sweep(path)[1]] == [10, 5]
