@@ -222,8 +222,8 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         attn_logit_softcapping (`float`, *optional*): cap; scores become cap * tanh(scores / cap).
         softmax_clipping (`float`, *optional*): alpha; of n seen keys, clip((1 + alpha / n) p - alpha / n, 0, 1).
         attention_multiplier (`float`, *optional*): of the dot products, in place of `head_dim ** -0.5`.
-        residual_gains (`list[float]`, *optional*): starts of [skip, attention, skip, MLP], two without an MLP;
-            parameters unless `residual_gains_trainable` is False, and saved in any case.
+        residual_gains, residual_gains_trainable (`list[float]`, *optional*, and `bool`): starts of [skip, attention,
+            skip, MLP], two without an MLP; and whether they are trained. They are saved in any case.
         embedding_multiplier, logits_multiplier (`float`): times the embeddings, and times the logits.
         embedding_dropout, attention_dropout, hidden_dropout, classifier_dropout (`float`): of embeddings, attention
             weights, outputs of attention and feed-forward layer, and before classification heads.
@@ -350,7 +350,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         return self.per_layer_config if self.is_heterogeneous else [self]
 
     def _refuse_unknown_fields(self, kwargs):
-        # PreTrainedConfig accepts any keyword in silence, so a misspelt field would leave its default in place.
+        # PreTrainedConfig accepts any keyword in silence, so a misspelled field would leave its default in place.
         declared = [name for name in (f.name for f in fields(self)) if name != "transformers_version"]
         generation = transformers.GenerationConfig._get_default_generation_params()
         for key in kwargs:

@@ -378,7 +378,7 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def check_positions(self, position_ids: torch.LongTensor):
-        """Raises ValueError for a position past the learned ones, where reading it costs no synchronisation."""
+        """Raises ValueError for a position past the learned ones, where reading it costs no synchronization."""
         if position_ids.device.type != "cpu" or is_tracing(position_ids) or position_ids.numel() == 0:
             return
         first, last = int(position_ids.min()), int(position_ids.max())
@@ -392,7 +392,7 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
 
 
 class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: TRF057
-    """The decoder with a language-modelling head, tied to the token embedding for `tie_word_embeddings=True`."""
+    """The decoder with a language-modeling head, tied to the token embedding for `tie_word_embeddings=True`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

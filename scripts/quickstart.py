@@ -10,6 +10,7 @@ and then `lnfree compare runs/quickstart`. A run that is finished is left as it 
 import sys
 from pathlib import Path
 
+from modeling_lnfree.variants import PAPER_ORDER, variant_slug
 from training.compare.comparison import compare
 from training.errors import UserError
 from training.hub.export import export
@@ -17,18 +18,16 @@ from training.recipe import load_recipe
 from training.train.loop import train
 
 
-RECIPE, RUNS = "training/recipes/quickstart.yaml", Path("runs/quickstart")
-VARIANTS = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
+RECIPE, RUNS = "quickstart", Path("runs/quickstart")
 
 
 def main():
     """Trains, exports and compares; an error that a user can mend is one line."""
     try:
-        for variant in VARIANTS:
+        for variant in PAPER_ORDER:
             train(load_recipe(RECIPE, [f"variant={variant}", f"output_dir={RUNS / variant}"]))
-        for variant in VARIANTS:
-            name = f"lnfree-gpt2-{variant.lower().replace('+', '-')}-t128"
-            export(RUNS / variant, RUNS / "exports" / name)
+        for variant in PAPER_ORDER:
+            export(RUNS / variant, RUNS / "exports" / f"lnfree-gpt2-{variant_slug(variant)}-t128")
         compare(RUNS)
     except UserError as error:
         sys.exit(f"quickstart: error: {error}")

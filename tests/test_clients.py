@@ -35,8 +35,8 @@ from .convert.test_convert import remove_layernorm_by_scaling, tiny_gpt2, tiny_n
 # what these packages warn about in themselves is not ours to mend
 pytestmark = pytest.mark.filterwarnings("default")
 
-LICENCE = (ROOT / "LICENSE").read_text()  # a text that does not change
-TEXTS = [LICENCE[start : start + 300] for start in range(0, len(LICENCE), 1000)]
+LICENSE = (ROOT / "LICENSE").read_text()  # a text that does not change
+TEXTS = [LICENSE[start : start + 300] for start in range(0, len(LICENSE), 1000)]
 
 
 def needs(package: str):

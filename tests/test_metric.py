@@ -230,7 +230,7 @@ def test_errors_say_what_is_wrong(metric, model, tokenizer, arguments, message):
         metric.compute(**arguments)
 
 
-def test_misspelt_arguments_are_named(metric):
+def test_misspelled_arguments_are_named(metric):
     with pytest.raises(TypeError, match="prediction"):
         metric.compute(prediction=["a"])
     with pytest.raises(TypeError, match="references"):

@@ -47,7 +47,7 @@ class SpectralNorm(nn.Module):
 
 class SigmaReparam(SpectralNorm):
     """
-    gain * W / sigma(W) with a learned gain (sigma-reparametrisation, arXiv 2303.06296).
+    gain * W / sigma(W) with a learned gain (sigma-reparametrization, arXiv 2303.06296).
 
     Args:
         gain: its start; None: sigma(W), so that the weight is W at first.
@@ -94,7 +94,7 @@ def parametrize_weights(
 
     Args:
         projections: their names, as `q_proj`; None: all.
-        gain: start of sigma-reparametrisation's gain; None: the spectral norm.
+        gain: start of sigma-reparametrization's gain; None: the spectral norm.
 
     Raises:
         UserError: for a name that the model does not have.

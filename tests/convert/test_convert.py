@@ -163,7 +163,7 @@ def test_published_ln_free_models_become_really_ln_free(build, tmp_path):
     torch.testing.assert_close(ours(input_ids).logits, expected, atol=1e-5, rtol=1e-5)
     # what the scaling trick means, in float64: without a variance there is nothing to normalize by
     torch.testing.assert_close(ours.double()(input_ids).logits, theirs.double()(input_ids).logits, atol=1e-5, rtol=0)
-    # the residual stream is centred up to the bias that went into the last block
+    # the residual stream is centered up to the bias that went into the last block
     hidden_states = ours(input_ids, output_hidden_states=True).hidden_states
     for states in hidden_states[:-1]:
         assert states.mean(-1).abs().max() < 1e-6

@@ -83,7 +83,7 @@ def test_head_distribution_counts_heads_by_quarters_of_their_maximum():
     with record_attention_entropy(model) as record:
         pass
     one = torch.ones(4)
-    # normalised 0, 0.3, 0.5, 1 and 0.24, NaN, 0.76, 0.75
+    # normalized 0, 0.3, 0.5, 1 and 0.24, NaN, 0.76, 0.75
     entropy = torch.tensor([[0.0, 0.6, 1.0, 2.0], [0.48, torch.nan, 1.52, 1.5]]).double()
     for layer, row in enumerate(entropy):
         record.add((layer, 0), str(layer), torch.stack([row, 2 * one, 0 * one, 0 * one, one], -1))

@@ -193,7 +193,7 @@ def test_tensors_without_numbers():
             model(torch.ones(1, 5, dtype=torch.long, device="meta"))
 
 
-# torch scripts the derivative of a normalisation
+# torch scripts the derivative of a normalization
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_differentiation_is_measured():
     model = make_model("llama", "eager")

@@ -566,7 +566,7 @@ def record_attention_entropy(
         model (`torch.nn.Module`): a model of transformers, or a module that holds one; only its modules are measured.
         padding_mask (`torch.Tensor` of shape `(batch, T)`, *optional*): 0 where a query is padding, for all forward
             passes in the block, instead of what the model is told. Calls with other queries are not measured.
-        reduce (`bool`, defaults to `True`): where `torch.distributed` is initialised, add up the measurements of all
+        reduce (`bool`, defaults to `True`): where `torch.distributed` is initialized, add up the measurements of all
             processes when the block is left without an exception, so that all see the results of the whole batch.
             This is a collective: all processes must enter the block. Pass False to measure in one of them only, or
             when the processes hold parts of the heads (tensor parallelism).
