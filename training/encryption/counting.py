@@ -6,14 +6,18 @@ operation passes by a dispatch mode as the model asks for it; hooks on the block
 model of transformers is counted, at any size, from its configuration alone.
 
 What is counted is what touches private data, everything that follows from the looked-up embeddings: positions, rotary
-angles and causal masks are public.
+angles and causal masks are public, and so are the constants of a configuration. Weights are the server's, learned
+gains, temperatures, gates and alphas among them: what the server computes of them alone is free, their product with
+private data is one of two private tensors. A product with zeros is known to all to be 0, so the uniform weights of
+shaped attention are public too.
 
 - `softmax`, `layer_norm`, `rms_norm`: rows by their length. Hidden keys are part of a row, since eager attention
   computes them; a protocol may leave them out, since the causal mask is public.
 - `gelu`, `relu`, `leaky_relu` and whatever else is not linear, under its name in torch: elements.
-- `comparison`: one for every element of a ReLU or leaky ReLU, n - 1 for the maximum of a softmax row of n.
-- `matmul`: elements of the products; `opening`: elements of both factors of a product of two private tensors (the
-  weights are the server's), which a protocol with multiplication triples opens under a mask.
+- `comparison`: one for every element of a ReLU or leaky ReLU, and for every element and bound of a clipping; n - 1 for
+  the maximum of a softmax row of n.
+- `matmul`: elements of the products; `opening`: elements of both factors of a product of two private tensors, which a
+  protocol with multiplication triples opens under a mask.
 - `truncation`: elements of products, which have twice the fractional bits: matrix products, products by element and
   with constants, and the leaky ReLU's slope. Those inside a softmax, a norm or a GELU depend on how a protocol
   approximates them, and are not counted.
@@ -46,8 +50,10 @@ OUTSIDE = "outside"  # of the blocks: embeddings, final norm, head
 
 # modules that may compute by several operations of torch what counts as one here
 _MODULES = {"GELU": "gelu", "RMSNorm": "rms_norm"}
+_MATRIX_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # where the factors begin
 # by a constant or by a private tensor
 _PRODUCTS = {"mul", "div", "mean"}
+_CONSTANTS = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 _LINEAR = {
     *("embedding", "add", "sub", "rsub", "neg", "sum", "cat", "stack", "clone", "alias", "detach", "copy", "_to_copy"),
     *("view", "_unsafe_view", "_reshape_alias", "t", "transpose", "permute", "expand", "repeat", "unsqueeze"),
@@ -176,21 +182,36 @@ class PrivateDispatchMode(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.private = WeakIdKeyDictionary()
+        self.private, self.weights, self.zeros = (WeakIdKeyDictionary() for _ in range(3))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
-        private = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf in self.private]
-        if private or func.overloadpacket.__name__ == "embedding":
-            outputs = self.on_private(func, args, outputs, len(private))
-            for leaf in tree_leaves(outputs):
-                if isinstance(leaf, Tensor):
-                    self.private[leaf] = True
+        name = func.overloadpacket.__name__.rstrip("_")  # in place or not
+        inputs = _tensors((args, kwargs))
+        private = [leaf for leaf in inputs if leaf in self.private]
+        weights = [leaf for leaf in inputs if leaf in self.weights or isinstance(leaf, nn.Parameter)]
+        if name in _CONSTANTS:
+            found = self.zeros if name.endswith("zeros") or name == "zeros_like" else None
+        elif any(leaf in self.zeros for leaf in inputs) and (
+            len(inputs) == 1 or name in _PRODUCTS or name in _MATRIX_PRODUCTS
+        ):
+            found = self.zeros
+        elif private or name == "embedding":
+            outputs = self.on_private(func, args, outputs, [*private, *weights])
+            found = self.private
+        else:
+            found = self.weights if weights else None
+        if found is not None:
+            found.update((leaf, True) for leaf in _tensors(outputs))
         return outputs
 
-    def on_private(self, func, args: tuple, outputs, num_private: int):
-        """What an operation on `num_private` private tensors returns; here, `outputs`."""
+    def on_private(self, func, args: tuple, outputs, secret: list[Tensor]):
+        """What an operation on private tensors returns, here `outputs`; `secret` are those and weights among them."""
         return outputs
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _OperationCounter(PrivateDispatchMode):
@@ -230,22 +251,21 @@ class _OperationCounter(PrivateDispatchMode):
         if self.composite is module:
             self.composite = None
 
-    def on_private(self, func, args: tuple, outputs, num_private: int):
+    def on_private(self, func, args: tuple, outputs, secret: list[Tensor]):
         if self.composite is None:
-            output = next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
-            self._count(func.overloadpacket.__name__.rstrip("_"), args, output, num_private)  # in place or not
+            name = func.overloadpacket.__name__.rstrip("_")
+            self._count(name, args, _tensors(outputs)[0], secret)
         return outputs
 
-    def _count(self, name: str, args: tuple, output: Tensor, num_private: int):
+    def _count(self, name: str, args: tuple, output: Tensor, secret: list[Tensor]):
         size = output.numel()
-        if name in ("mm", "bmm", "addmm", "baddbmm"):
-            left, right = (args[0], args[1]) if name in ("mm", "bmm") else (args[1], args[2])
-            self._add("matmul", size)
-            self._add("opening", left.numel() + right.numel())
-            self._add("truncation", size)
-        elif name in _PRODUCTS:
-            if num_private > 1:
-                self._add("opening", num_private * size)
+        if name in _PRODUCTS or name in _MATRIX_PRODUCTS:
+            first = _MATRIX_PRODUCTS.get(name, 0)
+            factors = [leaf for leaf in args[first : first + 2] if any(leaf is one for one in secret)]
+            if name in _MATRIX_PRODUCTS:
+                self._add("matmul", size)
+            if len(factors) == 2:
+                self._add("opening", factors[0].numel() + factors[1].numel())
             self._add("truncation", size)
         elif name == "_softmax":
             length = output.shape[args[1]]
@@ -259,6 +279,10 @@ class _OperationCounter(PrivateDispatchMode):
             self._add("comparison", size)
             if name != "relu":
                 self._add("truncation", size)
+        elif name == "clamp":
+            self._add(name, size)
+            bounds = sum(bound is not None for bound in args[1:])
+            self._add("comparison", bounds * size, calls=bounds)
         elif name not in _LINEAR:
             self._add(name, size)
 

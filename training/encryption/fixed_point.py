@@ -149,7 +149,7 @@ class _RangeRecorder(_HookedMode):
         """`(batch, T, D)`"""
         self._record("residual", states if self.mask is None else states[self.mask.bool()])
 
-    def on_private(self, func, args: tuple, outputs, num_private: int):
+    def on_private(self, func, args: tuple, outputs, secret: list[Tensor]):
         if func.overloadpacket.__name__ == "_softmax":
             scores = args[0]  # (batch, heads, T, S)
             shown = scores > torch.finfo(scores.dtype).min / 2
@@ -174,7 +174,7 @@ class _FixedPointMode(_HookedMode):
         super().__init__()
         self.bits = (integer_bits, fraction_bits)
 
-    def on_private(self, func, args: tuple, outputs, num_private: int):
+    def on_private(self, func, args: tuple, outputs, secret: list[Tensor]):
         # a view shows values that are rounded already
         aliases = [value.alias_info for value in func._schema.returns]
         if any(alias is not None and not alias.is_write for alias in aliases):

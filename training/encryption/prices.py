@@ -68,7 +68,7 @@ def estimate(total: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name, price in PRICES.items()
         if name in total
     }
-    priced = {*PRICES, "matmul", "relu", "leaky_relu"}
+    priced = {*PRICES, "matmul", "relu", "leaky_relu", "clamp"}
     return {
         "rounds": sum(cost["rounds"] for cost in by_operation.values()),
         "bytes_per_party": sum(cost["bytes_per_party"] for cost in by_operation.values()),

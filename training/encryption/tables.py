@@ -23,7 +23,13 @@ _LAST = ("comparison", "opening", "truncation")
 # as the field writes them; an operation that is not here is called what torch calls it
 _TITLES = {
     **{"layer_norm": "LayerNorm", "rms_norm": "RMSNorm", "gelu": "GELU", "relu": "ReLU", "leaky_relu": "leaky ReLU"},
-    **{"comparison": "comparisons", "opening": "openings", "truncation": "truncations"},
+    **{
+        "silu": "SiLU",
+        "clamp": "clipping",
+        "comparison": "comparisons",
+        "opening": "openings",
+        "truncation": "truncations",
+    },
 }
 
 
@@ -95,7 +101,8 @@ def _title(name: str) -> str:
 def difference(total: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
     """What a total has more or fewer of than another: `-1,536 LayerNorm rows`, `+65,536 ReLU`."""
     changes = []
-    for name in (*_FIRST, *_LAST):
+    others = sorted({*total, *baseline} - {*_FIRST, *_LAST, "matmul"})
+    for name in (*_FIRST, *others, *_LAST):
         ours, theirs = (_amount(name, counts.get(name)) for counts in (total, baseline))
         if ours != theirs:
             changes.append(f"{ours - theirs:+,} {_title(name)}")
