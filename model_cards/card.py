@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .diagram import describe_activation
+from .diagram import describe_activation, describe_norm
 
 
 TEMPLATE = Path(__file__).with_name("lnfree_card.md.jinja")
@@ -51,7 +51,7 @@ def build_card(
         "dataset_name": f"{corpus}, held-out documents",
         "dataset_revision": results.get("eval_revision"),
     }
-    norm_tag = "layernorm-free" if config.norm_type == "none" else "layernorm"
+    norm_tag = "layernorm-free" if config.norm_type == "none" else config.norm_type
     is_code = results["dataset"] in PYTHON_SOURCE
     card_data = ModelCardData(
         language="code" if is_code else None,  # of other data it is not known
@@ -81,6 +81,8 @@ def build_card(
         model_id=f"{namespace}/{name}" if namespace else name,
         namespace=namespace,
         config=config,
+        norm=describe_norm(config.norm_type),
+        final_norm=describe_norm(config.final_norm_type),
         activation=describe_activation(config),
         results=results,
         siblings=siblings,
