@@ -10,4 +10,5 @@ bash scripts/setup.sh test
 .venv/bin/codespell
 .venv/bin/deptry .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+# a file of tests to a process, a process to a core, a thread to a process
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
