@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from modeling_lnfree import use_fast_cpu
+from modeling_lnfree import LNFreeForCausalLM, get_parameter_groups, use_fast_cpu
 
 from ..conftest import (
     every_backbone,
@@ -17,6 +17,7 @@ from ..conftest import (
     random_ids,
     tiny_model,
 )
+from .designs import design
 
 
 @every_variant
@@ -153,3 +154,18 @@ def test_label_smoothing_of_a_plain_trainer_predicts_the_next_token(way, tmp_pat
         assert run.returncode == 0, run.stderr
         loss = float(run.stdout)
     assert loss == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["all at once", "derf", "gated, leaky", "SAS"])
+def test_weight_decay_is_for_matrices_and_embeddings(name):
+    model = LNFreeForCausalLM(design(name))
+    groups = get_parameter_groups(model, weight_decay=0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    decayed = {id(parameter) for parameter in groups[0]["params"]}
+    assert len(decayed) + len(groups[1]["params"]) == len(list(model.parameters()))
+    for key, parameter in model.named_parameters():
+        matrix = "_proj.weight" in key or "embed_" in key or "lm_head" in key
+        assert (id(parameter) in decayed) == matrix, key
+    model.model.embed_tokens.weight.requires_grad_(False)
+    trained = [id(parameter) for group in get_parameter_groups(model, 0.1) for parameter in group["params"]]
+    assert id(model.model.embed_tokens.weight) not in trained
