@@ -386,3 +386,21 @@ def test_causal_lm_loss_without_a_label_and_with_a_wrong_one():
             causal_lm_loss(logits, labels, 5)
     with pytest.raises(ValueError, match="labels must have one entry for each of the 4 tokens, got 3"):
         causal_lm_loss(logits, labels[:, 1:], 5)
+
+
+@pytest.mark.parametrize("reason", ["traced", "of another kind"])
+def test_loss_elsewhere_is_transformers_own(reason, monkeypatch):
+    class Other(torch.Tensor):
+        pass
+
+    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    labels[0, 2] = 3
+    if reason == "traced":
+        monkeypatch.setattr(cpu, "is_tracing", lambda tensor: True)
+    else:
+        logits = logits.as_subclass(Other)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    for options in ({}, {"num_items_in_batch": 17}, {"ignore_index": 3}, {"shift_labels": shifted}):
+        expected = ForCausalLMLoss(logits, labels, 7, **options)
+        assert causal_lm_loss(logits, labels, 7, **options).equal(expected)
+    assert not expected.equal(ForCausalLMLoss(logits, labels, 7, num_items_in_batch=17))

@@ -113,6 +113,8 @@ def test_saved_and_loaded_are_equal(name, tmp_path):
         assert key == other and ours.equal(theirs), key
     trained = [[key for key, p in each.named_parameters() if p.requires_grad] for each in (model, loaded)]
     assert trained[0] == trained[1]
+    learns_gains = model.config.residual_gains_trainable and "residual_gains" in "".join(model.state_dict())
+    assert any(key.endswith("residual_gains") for key in trained[1]) == learns_gains
     assert loaded(input_ids).logits.equal(model(input_ids).logits)
 
 
@@ -136,7 +138,7 @@ def test_names_in_the_state_dict():
     assert [key for key in fused if ".mlp." in key] == [f"model.layers.{i}.mlp.fused_proj.weight" for i in range(2)]
 
 
-@every_design
+@every_preset
 def test_gradient_checkpointing_gives_equal_gradients(name):
     model, input_ids = design_model(name).train(), ids(2, 7)
     checkpointed = copy.deepcopy(model)
@@ -158,8 +160,13 @@ def test_bfloat16_is_near_float64(name):
     assert (logits.double() - expected).norm() < tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("name", [*ATTENTION, "derf", "hybrid", "post", "fused"])
-@pytest.mark.parametrize("backbone", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        *(("all at once", "llama"), ("SAS", "gpt2"), ("Clipped", "gpt2"), ("AERO", "gpt2"), ("HybridNorm", "llama")),
+        *(("derf", "gpt2"), ("no MLP, peri", "pythia")),
+    ],
+)
 def test_compiles_as_one_graph_and_exports(name, backbone):
     torch.compiler.reset()
     model, input_ids = design_model(name, backbone).float(), ids(2, 9)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    DynamicCache,
     Trainer,
     TrainingArguments,
 )
@@ -12,6 +13,7 @@ from modeling_lnfree import (
     LNFreeForSequenceClassification,
     LNFreeForTokenClassification,
 )
+from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
 from ..conftest import every_backbone, every_variant, random_ids, tiny_config
 
@@ -103,3 +105,29 @@ def test_trainer_accumulates_a_heads_gradients_exactly(head, tmp_path):
     assert loss == pytest.approx(whole_loss, abs=1e-4)
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter, whole[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("head", [LNFreeForSequenceClassification, LNFreeForTokenClassification])
+def test_classifier_dropout_acts_in_training_alone(head):
+    model = head(tiny_config(num_labels=3, embedding_dropout=0.0, classifier_dropout=0.5)).train()
+    input_ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    assert not torch.equal(*(model(input_ids, attention_mask=mask).logits for _ in range(2)))
+    model.eval()
+    assert torch.equal(*(model(input_ids, attention_mask=mask).logits for _ in range(2)))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_classifies_the_same_with_a_cached_prefix(side):
+    model = LNFreeForSequenceClassification(tiny_config(num_labels=3, pad_token_id=0)).eval()
+    input_ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    if side != "none":
+        mask[0, slice(0, 2) if side == "left" else slice(7, 9)] = 0
+    input_ids = input_ids * mask
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(input_ids, attention_mask=mask, position_ids=positions).logits
+    cache = DynamicCache(config=model.config)
+    first = {"attention_mask": mask[:, :5], "position_ids": positions[:, :5]}
+    model.model(input_ids[:, :5], **first, **{CACHE_NAME: cache})
+    rest = {"attention_mask": mask, "position_ids": positions[:, 5:]}
+    logits = model(input_ids[:, 5:], **rest, **{CACHE_NAME: cache}).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)

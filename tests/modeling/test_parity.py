@@ -155,3 +155,9 @@ def test_initial_weights_follow_the_paper(variant, backbone):
         else:
             # down_proj and o_proj too: no scaling of residual projections with depth
             assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+
+
+@pytest.mark.parametrize("sharing", ["layer", "global"])
+def test_learned_slopes_start_at_the_given_one(sharing):
+    model = LNFreeForCausalLM(tiny_config(f"SM+LR-{sharing}", negative_slope=0.25))
+    assert (model.model.learned_slope.negative_slope == 0.25).all()

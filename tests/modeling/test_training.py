@@ -107,15 +107,33 @@ def test_compiles_as_one_graph_with_equal_results(variant, backbone, by_onednn, 
         torch.testing.assert_close(*found)
 
 
+PLACES = {
+    "embeddings": ({"embedding_dropout": 0.5}, ["o_proj", "down_proj"]),
+    "attention weights, eager": ({"attention_dropout": 0.5, "attn_implementation": "eager"}, ["down_proj"]),
+    "attention weights, sdpa": ({"attention_dropout": 0.5, "attn_implementation": "sdpa"}, ["down_proj"]),
+    "attention's output": ({"hidden_dropout": 0.5}, ["down_proj"]),
+    "the MLP's output": ({"hidden_dropout": 0.5}, ["o_proj"]),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 @every_backbone
-def test_dropout_acts_where_the_config_says(backbone):
+def test_dropout_acts_in_its_place_and_in_training_alone(place, backbone):
+    fields, silenced = PLACES[place]
+    model = tiny_model("SM+R", backbone, **{"embedding_dropout": 0.0, **fields}).train()
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-2] in silenced:
+            parameter.data.zero_()
     input_ids = random_ids(1, 9)
-    for name in ("embedding_dropout", "hidden_dropout", "attention_dropout"):
-        rates = {"embedding_dropout": 0.0, name: 0.5}
-        model = tiny_model("SM+R", backbone, **rates).train()
-        assert not model(input_ids).logits.equal(model(input_ids).logits), name
-        model.eval()
-        assert model(input_ids).logits.equal(model(input_ids).logits), name
+    assert not model(input_ids).logits.equal(model(input_ids).logits)
+    model.eval()
+    assert model(input_ids).logits.equal(model(input_ids).logits)
+    # and with all of them silenced, nothing but the embeddings is left
+    if place != "embeddings":
+        for name, parameter in model.train().named_parameters():
+            if name.split(".")[-2] in ("o_proj", "down_proj"):
+                parameter.data.zero_()
+        assert model(input_ids).logits.equal(model(input_ids).logits)
 
 
 SMOOTHED = """
