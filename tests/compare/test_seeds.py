@@ -67,6 +67,7 @@ def test_ways_to_train_the_layers_are_configurations_of_one_setting(tmp_path):
         "SM+R@Stable, muon 0.01": ({**muon, "layer_learning_rate": 0.01}, (80, 85)),
         "SM+G@Stable, muon 0.01": ({**muon, "layer_learning_rate": 0.01}, (88, 85)),
         "SM+G@Stable": ({}, (70, 70)),
+        "SM+LN+G@Stable": ({}, (56, 60)),
         "SM+R, adamw, layer_base_width=64": ({"layer_base_width": 64}, (60, 60)),
     }
     seen = []
@@ -84,9 +85,12 @@ def test_ways_to_train_the_layers_are_configurations_of_one_setting(tmp_path):
     assert list(rows["SM+R@Stable, muon 0.01"]["change"]["by_seed"].values()) == pytest.approx(
         [100 * (80 / 91 - 1), 100 * (85 / 90 - 1)]
     )
+    # all else alike, also with LayerNorm under a preset
     assert [(pair["first"], pair["second"]) for pair in summary["pairs"]] == [
-        ("SM+R@Stable, muon 0.01", "SM+G@Stable, muon 0.01")
+        ("SM+R@Stable, muon 0.01", "SM+G@Stable, muon 0.01"),
+        ("SM+G@Stable", "SM+LN+G@Stable"),
     ]
+    assert list(summary["pairs"][1]["change"]["by_seed"].values()) == pytest.approx([25, 100 * (70 / 60 - 1)])
 
 
 def test_a_change_says_how_many_seeds_it_is_over(tmp_path):

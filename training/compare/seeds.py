@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from modeling_lnfree.variants import RELU_AGAINST_GELU
+from modeling_lnfree.variants import BASELINE, RELU_AGAINST_GELU
 
 from ..errors import UserError
 from ..runs import Run, find_baseline
@@ -22,8 +22,9 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
     Returns:
         `configurations`: perplexity (exp of the mean loss over seeds, and of its 95 % interval by Student's t), change
         against SM+LN+G in percent (paired by seed; `find_baseline`), and the entropy by layer. `pairs`: the same
-        paired change of ReLU against GELU without and with LayerNorm, all else alike, and by seed from how many tokens
-        on which of them is ahead. An interval is None with fewer than 3 seeds.
+        paired change of ReLU against GELU without and with LayerNorm, and of SM+R and SM+G against SM+LN+G with the
+        same preset, all else alike, and by seed from how many tokens on which of them is ahead. An interval is None
+        with fewer than 3 seeds.
 
     Raises:
         UserError: for two runs of one configuration and seed, of which one would hide the other.
@@ -52,12 +53,15 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
                 "entropy_by_layer": np.mean(entropies, axis=0).tolist(),
             }
         )
-    # whatever follows the variant in a configuration is the same in both
+    # Whatever follows the variant in a configuration is the same in both; the changes above have LayerNorm without a
+    # preset alone.
+    compared = [(*words, ("", ",", "@")) for words in RELU_AGAINST_GELU]
+    compared += [(first, BASELINE, ("@",)) for first in ("SM+R", "SM+G")]
     named = [
         (name, second + name.removeprefix(first))
-        for first, second in RELU_AGAINST_GELU
+        for first, second, follows in compared
         for name in by_configuration
-        if name.removeprefix(first)[:1] in ("", ",", "@")
+        if name.startswith(first) and name.removeprefix(first)[:1] in follows
     ]
     pairs = [
         {
