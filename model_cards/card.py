@@ -1,6 +1,7 @@
 """Results of a run -> the model card of its export."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,32 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .diagram import describe_activation, describe_norm
+from .diagram import describe_activation, describe_heads, describe_norm
 
 
 TEMPLATE = Path(__file__).with_name("lnfree_card.md.jinja")
 RESULTS_TEMPLATE = Path(__file__).with_name("results_card.md.jinja")
 CORPORA = {"stdlib": "Python source of the interpreter's standard library"}
+# words of the notation
+WORDS = {
+    **{"LN": "LayerNorm", "RMS": "RMSNorm", "DyT": "dynamic tanh", "Derf": "dynamic erf", "G": "GELU", "R": "ReLU"},
+    **{"LR": "leaky ReLU", "S": "SiLU", "Lin": "no activation"},
+}
+BACKBONES = {"gpt2": "GPT-2", "pythia": "Pythia (GPT-NeoX)", "llama": "Llama"}
+POSITIONS = {
+    "pre": "before attention and feed-forward layer",
+    "post": "over the sums behind attention and feed-forward layer",
+    "peri": "before and behind attention and feed-forward layer",
+    "hybrid": "over the sum behind attention",
+}
+MLPS = {"two_layer": "two matrices", "gated": "gated", "fused": "one matrix", "none": "none"}
+# papers of the designs behind the @
+PAPERS = {
+    **{"QKNorm": "2405.19279", "OP": "2405.19279", "SAS": "2311.01906", "SAS-P": "2311.01906"},
+    **{"V-SkipInit": "2302.10322", "Shaped": "2306.17759", "Gated": "2306.12929", "Clipped": "2306.12929"},
+    **{"ScFFN": "2410.13060", "ScFuFFN": "2410.13060", "AERO": "2410.13060", "PostLN": "2002.04745"},
+    **{"PeriLN": "2502.02732", "HybridNorm": "2503.04598"},
+}
 PYTHON_SOURCE = ("stdlib", "huggingface-course/codeparrot-ds-train")
 
 
@@ -52,6 +73,15 @@ def build_card(
         "dataset_revision": results.get("eval_revision"),
     }
     norm_tag = "layernorm-free" if config.norm_type == "none" else config.norm_type
+    layer = config.per_layer_config[0]
+    blocks = {
+        "norms": describe_norm(config.norm_type),
+        "norm position": POSITIONS[layer.norm_position] if config.norm_type != "none" else None,
+        "final norm": describe_norm(config.final_norm_type),
+        "attention": "; ".join(describe_heads(config, layer)),
+        "feed-forward layer": MLPS[layer.mlp_type],
+        "residual gains": layer.residual_gains and ", ".join(f"{gain:.3g}" for gain in layer.residual_gains),
+    }
     is_code = results["dataset"] in PYTHON_SOURCE
     card_data = ModelCardData(
         language="code" if is_code else None,  # of other data it is not known
@@ -81,9 +111,11 @@ def build_card(
         model_id=f"{namespace}/{name}" if namespace else name,
         namespace=namespace,
         config=config,
-        norm=describe_norm(config.norm_type),
-        final_norm=describe_norm(config.final_norm_type),
         activation=describe_activation(config),
+        backbone=BACKBONES.get(results["backbone"], results["backbone"]),
+        blocks={key: value for key, value in blocks.items() if value},
+        words=_explain([results["variant"], *(row["variant"] for row in siblings)]),
+        paper=PAPERS.get(config.preset),
         results=results,
         siblings=siblings,
         step=step,
@@ -94,3 +126,9 @@ def build_card(
         hashes=hashes,
         private_cost=private_cost,
     )
+
+
+def _explain(variants: Sequence[str]) -> str:
+    """The words of the notation that these names have: `SM softmax attention, R ReLU`."""
+    found = {re.split(r"[-\d]", word)[0] for name in variants for word in name.partition("@")[0].split("+")[1:]}
+    return ", ".join(["SM softmax attention", *(f"{word} {what}" for word, what in WORDS.items() if word in found)])
