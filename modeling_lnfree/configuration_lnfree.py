@@ -161,7 +161,7 @@ _VARIANT = re.compile(
 )
 _FORM = (
     f"SM[+NORM]+ACT[{NO_FINAL_NORM}][@PRESET] with NORM one of {', '.join(filter(None, NORM_WORDS))}, ACT one of "
-    f"{', '.join(ACTIVATION_WORDS).replace('LR,', 'LR<slope>,')}, and PRESET one of {', '.join(PRESETS)}"
+    f"{re.sub('LR(?=,|$)', 'LR<slope>', ', '.join(ACTIVATION_WORDS))}, and PRESET one of {', '.join(PRESETS)}"
 )
 
 
