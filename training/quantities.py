@@ -41,6 +41,96 @@ class NegativeSlope(Quantity):
         return {"slopes": slopes}, {f"negative_slope/{index}": slope for index, slope in enumerate(slopes)}
 
 
+class LearnedScalars(Quantity):
+    """
+    What designs learn by head, block or norm: residual gains, attention gains, temperatures, alphas and shifts of
+    norms, and the biases of head gates, by their names in the state dict. Gains that are fixed are not among them.
+    """
+
+    name = "learned_scalars"
+    kinds = ("residual_gains", "attention_gains", "temperature", "alpha", "shift", "head_gate.bias")
+
+    def __init__(self, model: torch.nn.Module):
+        self.names = [name for name, _ in model.named_parameters() if name.endswith(self.kinds)]
+
+    def measure(self, model):
+        parameters = dict(model.named_parameters())
+        values = {name: parameters[name].detach().float() for name in self.names}
+        scalars = {f"learned_scalars/{name}/mean": value.mean().item() for name, value in values.items()}
+        return {name: value.tolist() for name, value in values.items()}, scalars
+
+
+class Outliers(Quantity):
+    """
+    Outliers of the residual stream behind every layer, over all tokens of the probe batch:
+
+    - `infinity_norm`, the largest absolute entry, and `pearson_kurtosis`, E[(x - m)^4] / E[(x - m)^2]^2 over all
+      entries, 3 for a Gaussian (arXiv 2306.12929; there by sequence, and averaged);
+    - `cosine`, the mean cosine of two different tokens of a sequence, 1 where all have become one;
+    - `dimensions`, where an entry is larger than 6 in absolute value and more than 6 standard deviations of the
+      layer's entries away from their mean (after arXiv 2208.07339).
+    """
+
+    name = "outliers"
+
+    @contextmanager
+    def watch(self, model):
+        layers = model.model.layers
+        # per layer: sums of x to x^4, number of entries, and sum of cosines and number of pairs
+        self.sums = torch.zeros(len(layers), 7, dtype=torch.float64)
+        self.most = torch.zeros(len(layers), model.config.hidden_size, 2, dtype=torch.float64)  # largest x and -x
+
+        def add(layer: int, output: Tensor):
+            states = output.to(torch.float32 if output.device.type == "mps" else torch.float64)
+            tokens = states.shape[-2]
+            unit = torch.nn.functional.normalize(states, dim=-1)
+            # all pairs without a matrix of them: the square of the sum, less the pairs of a token with itself
+            cosines = unit.sum(-2).square().sum() - unit.square().sum()
+            squares = states.square()
+            sums = [states.sum(), squares.sum(), (squares * states).sum(), squares.square().sum(), cosines]
+            first = torch.stack(sums).cpu().double()
+            numbers = first.new_tensor([states.numel(), len(states) * tokens * (tokens - 1)])
+            self.sums[layer] += torch.stack([*first[:4], numbers[0], first[4], numbers[1]])
+            flat = states.flatten(0, -2)
+            self.most[layer] = torch.maximum(
+                self.most[layer], torch.stack([flat.amax(0), -flat.amin(0)], -1).cpu().double()
+            )
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                stack.enter_context(
+                    layer.register_forward_hook(lambda _, args, output, index=index: add(index, output))
+                )
+            yield
+        self.sums = _add_up(self.sums, model.device)
+        self.most = _add_up(self.most, model.device, torch.distributed.ReduceOp.MAX)
+
+    def measure(self, model):
+        mean, second, third, fourth = (self.sums[:, :4] / self.sums[:, 4:5]).T
+        variance = second - mean**2
+        central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+        infinity_norm = self.most.amax((1, 2))
+        # one token has no other
+        pairs = self.sums[:, 6]
+        cosine = torch.where(pairs > 0, self.sums[:, 5] / pairs.clamp(min=1), torch.nan)
+        signs = self.most.new_tensor([1.0, -1.0])
+        away = (self.most * signs - mean[:, None, None]).abs() > 6 * variance.sqrt()[:, None, None]
+        outliers = (away & (self.most > 6)).any(-1)
+        record = {
+            "infinity_norm": infinity_norm.tolist(),
+            "pearson_kurtosis": (central / variance**2).tolist(),
+            "cosine": cosine.tolist(),
+            "dimensions": [row.nonzero().flatten().tolist() for row in outliers],
+        }
+        scalars = {
+            f"outliers/layer_{layer}/{name}": value
+            for name in ("infinity_norm", "pearson_kurtosis", "cosine")
+            for layer, value in enumerate(record[name])
+        }
+        scalars |= {f"outliers/layer_{layer}/dimensions": float(row.sum()) for layer, row in enumerate(outliers)}
+        return record, scalars
+
+
 class ResidualStream(Quantity):
     """
     The residual stream behind every layer: the mean L2 norm of a token's vector, and the kurtosis of the activations'
@@ -217,10 +307,10 @@ class EntropyBound(Quantity):
         return record, scalars
 
 
-def _add_up(sums: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Sums over the processes, each of which saw its part of the probe batch."""
+def _add_up(sums: torch.Tensor, device: torch.device, how: Any = torch.distributed.ReduceOp.SUM) -> torch.Tensor:
+    """Sums (or what `how` says) over the processes, each of which saw its part of the probe batch."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums
     sums = sums.to(device)
-    torch.distributed.all_reduce(sums)
+    torch.distributed.all_reduce(sums, how)
     return sums.cpu()

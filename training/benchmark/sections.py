@@ -22,7 +22,7 @@ from modeling_lnfree import record_attention_entropy, use_fast_cpu
 
 from ..errors import UserError
 from ..parametrization import parametrize_weights, update_spectral_norms
-from ..quantities import BatchEntropy, Quantity, ResidualStream, ZeroActivations
+from ..quantities import BatchEntropy, Outliers, Quantity, ResidualStream, ZeroActivations
 from ..recipe import load_recipe
 from ..train.callbacks import MeasurementCallback
 from .models import (
@@ -277,7 +277,10 @@ def benchmark_callback(settings: Settings) -> list[Row]:
     model = use_fast_cpu(build_lnfree("SM+R", "quick", data.block_size, device))
     input_ids = torch.randint(model.config.vocab_size, (batch_size, data.block_size), device=device)
     probe = {"input_ids": torch.randint(model.config.vocab_size, (data.entropy_sequences, data.block_size))}
-    measured: dict[str, list[Quantity]] = {"entropy": [], "all": [ResidualStream(), BatchEntropy(), ZeroActivations()]}
+    measured: dict[str, list[Quantity]] = {
+        "entropy": [],
+        "all": [ResidualStream(), BatchEntropy(), Outliers(), ZeroActivations()],
+    }
     runs = {"step": training_step(model, input_ids)}
     for name, quantities in measured.items():
         callback = MeasurementCallback(None, quantities, probe, data.entropy_steps, Path())

@@ -48,7 +48,15 @@ from ..data import (
 from ..errors import UserError, explained
 from ..files import flush, write_atomically
 from ..parametrization import fold_weights
-from ..quantities import BatchEntropy, EntropyBound, NegativeSlope, ResidualStream, ZeroActivations
+from ..quantities import (
+    BatchEntropy,
+    EntropyBound,
+    LearnedScalars,
+    NegativeSlope,
+    Outliers,
+    ResidualStream,
+    ZeroActivations,
+)
 from ..recipe import Recipe, parent_name
 from ..runs import (
     INCOMPLETE,
@@ -158,13 +166,16 @@ def train(recipe: Recipe) -> Path:
         )
     if recipe.data.remove_norms_from is not None:
         trainer.add_callback(NormRemovalCallback(trainer, recipe.data, run_dir))
-    quantities = [ResidualStream(), BatchEntropy()]
+    quantities = [ResidualStream(), BatchEntropy(), Outliers()]
     if recipe.data.weight_parametrization is not None and EntropyBound.holds(model.config):
         quantities.append(EntropyBound())
     if model.config.hidden_act == "relu":
         quantities.append(ZeroActivations())
     if model.config.slope_sharing is not None:
         quantities.append(NegativeSlope())
+    scalars = LearnedScalars(model)
+    if scalars.names:
+        quantities.append(scalars)
     probe = collate(list(blocks["eval"].take(min(recipe.data.entropy_sequences, len(blocks["eval"])))))
     del probe["labels"]
     probe = {
