@@ -30,6 +30,7 @@ from modeling_lnfree import LNFreeForCausalLM
 
 from .conftest import ROOT, every_backbone, random_ids, tiny_config, tiny_model
 from .convert.test_convert import remove_layernorm_by_scaling, tiny_gpt2, tiny_neox
+from .modeling.designs import design_model, every_design
 
 
 # what these packages warn about in themselves is not ours to mend
@@ -310,6 +311,46 @@ def test_transformer_lens_sees_what_the_model_computes(variant, backbone):
         projection.weight[:, 16:24] = 0
     torch.testing.assert_close(ablated, bridge(input_ids), **close)
     assert (ablated - logits).abs().max() > 1e-2
+
+
+# what each of the other presets has, and TransformerLens cannot show
+NO_BRIDGE = {
+    **dict.fromkeys(("OP", "Stable", "SAS", "SAS-P", "V-SkipInit", "Shaped", "ScFFN"), "residual_gains"),
+    **dict.fromkeys(("ScFuFFN", "AERO"), "residual_gains"),
+    **dict.fromkeys(("PostLN", "PeriLN", "HybridNorm"), "norm_position"),
+    **dict.fromkeys(("fused", "no MLP, hybrid", "per layer, MLP"), "mlp_type|norm_position"),
+}
+
+
+@every_design
+def test_transformer_lens_shows_a_design_or_says_which_field_it_cannot(name):
+    needs("transformer_lens")
+    from modeling_lnfree.adapters.transformer_lens import load_bridge
+
+    for backbone in ("gpt2", "llama"):
+        model = design_model(name, backbone).float()
+        input_ids = random_ids(2, 9, vocab_size=61)
+        fields = {"residual_gains", "norm_position", "mlp_type"}
+        config = model.config
+        layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+        usual = all(
+            layer.residual_gains is None and layer.norm_position == "pre" and layer.mlp_type in ("two_layer", "gated")
+            for layer in layers
+        )
+        if not usual:
+            with pytest.raises(ValueError, match=rf"cannot show ({NO_BRIDGE.get(name, '|'.join(fields))})="):
+                load_bridge(model)
+            continue
+        assert name not in NO_BRIDGE
+        expected = model(input_ids, output_hidden_states=True).logits
+        bridge = load_bridge(model)
+        logits, cache = bridge.run_with_cache(input_ids)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        for index in range(config.num_hidden_layers):
+            block = f"blocks.{index}"
+            after = cache[f"{block}.hook_resid_pre"] + cache[f"{block}.hook_attn_out"] + cache[f"{block}.hook_mlp_out"]
+            torch.testing.assert_close(after, cache[f"{block}.hook_resid_post"], atol=1e-4, rtol=1e-4)
+            assert cache[f"{block}.attn.hook_pattern"].shape == (2, 4, 9, 9)
 
 
 def test_transformer_lens_on_an_export(model, tokenizer):

@@ -6,7 +6,11 @@ TransformerLens 4 on a model of this family:
     cache["blocks.0.attn.hook_pattern"]
 
 A norm that a variant lacks is an identity under its usual name, so that the residual stream's hooks are where they
-are in other models; on the Pythia backbone, whose residual is parallel, there is no `hook_resid_mid`.
+are in other models; on the Pythia backbone, whose residual is parallel, there is no `hook_resid_mid`. `hook_pattern`
+is the softmax, clipped where it is, and `hook_z` what the output projection gets, behind gains and gates.
+
+What a branch gives must be what is added to the stream, and a feed-forward layer have its two projections. So norms
+that are not before the branches, residual gains, and `mlp_type` `"fused"` or `"none"` are refused.
 """
 
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
@@ -33,17 +37,20 @@ class LNFreeArchitectureAdapter(ArchitectureAdapter):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.cfg.final_rms = self.cfg.gated_mlp = self.cfg.attn_only = self.cfg.default_prepend_bos = False
+        self.cfg.attn_only = self.cfg.default_prepend_bos = False
 
     def prepare_model(self, hf_model: PreTrainedModel):
         """Maps the parts, some of which a model has or not: its own configuration does not reach `__init__`."""
         config = hf_model.config
-        self.cfg.normalization_type = "LN" if config.norm_type == "layernorm" else None
+        _check(config)
+        gated = config.per_layer_config[0].mlp_type == "gated"
+        self.cfg.normalization_type = {"layernorm": "LN", "rmsnorm": "RMS"}.get(config.norm_type)
+        self.cfg.final_rms, self.cfg.gated_mlp = config.final_norm_type == "rmsnorm", gated
         self.cfg.positional_embedding_type = "standard" if config.position_embedding_type == "learned" else "rotary"
         self.cfg.parallel_attn_mlp = config.parallel_residual
 
         def norm(name: str, norm_type: str) -> GeneralizedComponent:
-            if norm_type == "none":
+            if norm_type not in ("layernorm", "rmsnorm"):
                 return GeneralizedComponent(name=name, config=self.cfg)
             return NormalizationBridge(name=name, config=self.cfg, use_native_layernorm_autograd=True)
 
@@ -52,6 +59,8 @@ class LNFreeArchitectureAdapter(ArchitectureAdapter):
             "in": LinearBridge(name="up_proj"),
             "out": LinearBridge(name="down_proj"),
         }
+        if gated:
+            mlp["gate"] = LinearBridge(name="gate_proj")
         block_class = ParallelBlockBridge if config.parallel_residual else BlockBridge
         self.component_mapping = {
             "embed": EmbeddingBridge(name="model.embed_tokens"),
@@ -72,6 +81,20 @@ class LNFreeArchitectureAdapter(ArchitectureAdapter):
             self.component_mapping["pos_embed"] = PosEmbedBridge(name="model.embed_positions")
 
 
+def _check(config):
+    """Raises ValueError for a design whose parts are not where TransformerLens looks for them."""
+    for layer in config.per_layer_config:
+        for field, value, taken in (
+            ("norm_position", layer.norm_position, ("pre",)),
+            ("residual_gains", layer.residual_gains, (None,)),
+            ("mlp_type", layer.mlp_type, (config.per_layer_config[0].mlp_type,)),
+            ("mlp_type", layer.mlp_type, ("two_layer", "gated")),
+        ):
+            if value not in taken:
+                allowed = " or ".join(map(repr, taken))
+                raise ValueError(f"TransformerLens cannot show {field}={value!r}, only {field}={allowed}")
+
+
 def load_bridge(model: PreTrainedModel, tokenizer=None) -> TransformerBridge:
     """
     A bridge of TransformerLens around a model, which is changed in place: its modules get hooks, and its attention
@@ -80,7 +103,11 @@ def load_bridge(model: PreTrainedModel, tokenizer=None) -> TransformerBridge:
     Args:
         model: `LNFreeForCausalLM`, from this package or from the code that a checkpoint carries.
         tokenizer: for prompts given as text.
+
+    Raises:
+        ValueError: for a design that TransformerLens cannot show, before anything is changed.
     """
+    _check(model.config)
     ArchitectureAdapterFactory.register_adapter("LNFreeForCausalLM", LNFreeArchitectureAdapter)
     model.set_attn_implementation("eager")
     return build_bridge_from_module(model, "LNFreeForCausalLM", hf_config=model.config, tokenizer=tokenizer)
