@@ -247,7 +247,7 @@ def _import(verbs):
         verbs,
         "import",
         "convert.convert:convert",
-        "a GPT-2 or GPT-NeoX checkpoint as a model of this family, with equal logits, or the other way",
+        "a GPT-2, GPT-NeoX, Llama, Mistral or Qwen as a model of this family, with equal logits, or the other way",
         "lnfree import openai-community/gpt2 imported/gpt2",
     )
     verb.add_argument("model_id", metavar="MODEL", help="model of the Hub, or a folder")

@@ -83,8 +83,8 @@ class DataArguments(MethodArguments):
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or folder of a model to start from, of this family or stock GPT-2 or GPT-NeoX, or folder "
-            "of a run; None: random weights"
+            "help": "Hub id or folder of a model to start from, of this family or stock GPT-2, GPT-NeoX or Llama, or "
+            "folder of a run; None: random weights"
         },
     )
     trainable: str | None = field(

@@ -16,9 +16,18 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import BACKBONES
 from training.cli import main
 from training.convert.convert import convert
 from training.errors import UserError
@@ -34,6 +43,13 @@ NEOX_SIZES = {
     "num_attention_heads": 4,
     "intermediate_size": 96,
     "max_position_embeddings": 64,
+}
+THETA = {"rope_type": "default", "rope_theta": 500.0}
+GROUPED = {"num_key_value_heads": 2}
+LLAMA3 = {
+    "rope_type": "llama3",
+    **{"rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 16,
 }
 
 
@@ -55,6 +71,23 @@ def tiny_gpt2(**fields):
 def tiny_neox(**fields):
     tokens = {"bos_token_id": 0, "eos_token_id": 0}
     return random_weights(GPTNeoXForCausalLM(GPTNeoXConfig(**{**NEOX_SIZES, **tokens, **fields})))
+
+
+def tiny_llama(config_class=LlamaConfig, model_class=LlamaForCausalLM, **fields):
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    return random_weights(model_class(config_class(**{**NEOX_SIZES, **tokens, **fields})))
+
+
+def tiny_mistral(**fields):
+    return tiny_llama(MistralConfig, MistralForCausalLM, **{"sliding_window": None, **GROUPED, **fields})
+
+
+def tiny_qwen2(**fields):
+    return tiny_llama(Qwen2Config, Qwen2ForCausalLM, **{**GROUPED, **fields})
+
+
+def tiny_qwen3(**fields):
+    return tiny_llama(Qwen3Config, Qwen3ForCausalLM, **{**GROUPED, "head_dim": 16, **fields})
 
 
 def remove_layernorm_by_scaling(model, stds=(3.0, 5.0, 7.0)):
@@ -85,7 +118,30 @@ STOCK = {
         rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}
     ),
     "neox-no-attention-bias": lambda: tiny_neox(attention_bias=False, hidden_act="relu"),
+    "neox-linear": lambda: tiny_neox(
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ),
+    "llama": lambda: tiny_llama(),
+    "tinyllama": lambda: tiny_llama(**GROUPED, rms_norm_eps=1e-5),
+    "smollm": lambda: tiny_llama(tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=THETA),
+    "llama3": lambda: tiny_llama(**GROUPED, rope_parameters=LLAMA3),
+    "llama-linear": lambda: tiny_llama(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    "llama-yarn": lambda: tiny_llama(
+        rope_parameters={
+            **{"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+        }
+    ),
+    "llama-biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True, **GROUPED),
+    "llama-wide-heads": lambda: tiny_llama(head_dim=12, attention_bias=True, hidden_act="relu"),
+    "mistral": lambda: tiny_mistral(),
+    "mistral-long-window": lambda: tiny_mistral(sliding_window=64),
+    "qwen2": lambda: tiny_qwen2(),
+    "qwen2-tied": lambda: tiny_qwen2(tie_word_embeddings=True, use_sliding_window=True, max_window_layers=3),
+    "qwen3": lambda: tiny_qwen3(),
+    "qwen3-biases": lambda: tiny_qwen3(attention_bias=True, tie_word_embeddings=True),
 }
+# what comes back as another class, or with a scale or a window that went elsewhere
+CHANGED = {"codeparrot", "gpt2-unscaled", "mistral", "mistral-long-window", "qwen2-tied"}
 every_stock = pytest.mark.parametrize("kind", STOCK)
 
 
@@ -94,7 +150,9 @@ def test_import_equals_the_original_and_goes_back_to_it(kind, tmp_path):
     theirs = STOCK[kind]()
     theirs.save_pretrained(tmp_path / "stock")
     ours = LNFreeForCausalLM.from_pretrained(convert(tmp_path / "stock", tmp_path / "ours")).eval()
-    assert ours.config.norm_type == "layernorm"
+    backbone = {"gpt2": "gpt2", "gpt_neox": "pythia"}.get(theirs.config.model_type, "llama")
+    assert ours.config.norm_type == ("rmsnorm" if backbone == "llama" else "layernorm")
+    assert ours.config.backbone in (backbone, "custom")
     input_ids = random_ids(2, 37)
     torch.testing.assert_close(ours(input_ids).logits, theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -104,10 +162,9 @@ def test_import_equals_the_original_and_goes_back_to_it(kind, tmp_path):
     assert ours.num_parameters() == theirs.num_parameters()
 
     back = AutoModelForCausalLM.from_pretrained(convert(tmp_path / "ours", tmp_path / "back", to_stock=True)).eval()
-    assert type(back) is type(theirs)
+    assert type(back) is (LlamaForCausalLM if kind.startswith("mistral") else type(theirs))
     torch.testing.assert_close(back(input_ids).logits, theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
-    if kind in ("codeparrot", "gpt2-unscaled"):
-        # the scale went into the queries
+    if kind in CHANGED:
         return
     state = back.state_dict()
     for name, tensor in theirs.state_dict().items():
@@ -115,32 +172,80 @@ def test_import_equals_the_original_and_goes_back_to_it(kind, tmp_path):
     assert back.config.to_diff_dict() == AutoConfig.from_pretrained(tmp_path / "stock").to_diff_dict()
 
 
-@pytest.mark.parametrize("variant", ["SM+LN+G", "SM+LN+R", "SM+LN+LR0.01"])
-@pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
-def test_what_was_trained_here_loads_in_the_stock_class(variant, backbone, tmp_path):
-    ours = tiny_model(variant, backbone)  # biases on query and key only
+def trained_here(variant, backbone, fields):
+    if backbone == "llama":
+        return tiny_model(variant, **{**BACKBONES["llama"], "tie_word_embeddings": False, **fields})
+    return tiny_model(variant, backbone, **fields)
+
+
+TRAINED = {
+    GPT2LMHeadModel: [("SM+LN+G", "gpt2", {}), ("SM+LN+R", "gpt2", {}), ("SM+LN+LR0.01", "gpt2", {})],
+    GPTNeoXForCausalLM: [("SM+LN+G", "pythia", {}), ("SM+LN+R", "pythia", {}), ("SM+LN+LR0.01", "pythia", {})],
+    # biases on query and key only
+    LlamaForCausalLM: [
+        *(("SM+RMS+S", "llama", {}), ("SM+RMS+R", "llama", {"num_key_value_heads": 2, "tie_word_embeddings": True})),
+        ("SM+RMS+S", "llama", {"biased_projections": ["gate_proj"], "rope_parameters": LLAMA3}),
+        ("SM+RMS+G", "llama", {"biased_projections": ["q_proj", "k_proj", "v_proj"], "head_dim": 12}),
+    ],
+    Qwen2ForCausalLM: [("SM+RMS+S", "llama", {"biased_projections": ["q_proj", "k_proj", "v_proj"]})],
+    Qwen3ForCausalLM: [("SM+RMS+S@QKNorm", "llama", {"biased_projections": [], "num_key_value_heads": 2})],
+}
+
+
+@pytest.mark.parametrize(
+    ("stock_class", "variant", "backbone", "fields"),
+    [(stock_class, *row) for stock_class, rows in TRAINED.items() for row in rows],
+)
+def test_what_was_trained_here_loads_in_the_stock_class(stock_class, variant, backbone, fields, tmp_path):
+    ours = trained_here(variant, backbone, fields)
     ours.save_pretrained(tmp_path / "ours")
     theirs = AutoModelForCausalLM.from_pretrained(convert(tmp_path / "ours", tmp_path / "out", to_stock=True)).eval()
-    assert isinstance(theirs, GPT2LMHeadModel if backbone == "gpt2" else GPTNeoXForCausalLM)
+    assert type(theirs) is stock_class
     input_ids = random_ids(2, 37)
     torch.testing.assert_close(theirs(input_ids).logits, ours(input_ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("variant", "fields", "reason"),
-    [
-        ("SM+R", {}, "always has all its LayerNorms"),
-        ("SM+LN+G-noLNf", {}, "always has all its LayerNorms"),
-        ("SM+LN+LR0.1", {}, "has leaky ReLU with a slope of 0.01 only"),
-        ("SM+LN+LR-layer", {}, "learns no negative slopes"),
-        ("SM+LN+G", {"parallel_residual": True}, "has no parallel residual"),
-    ],
-)
-def test_what_the_stock_class_cannot_express_is_a_clear_error(variant, fields, reason, tmp_path, capsys):
-    tiny_model(variant, **fields).save_pretrained(tmp_path / "ours")
+REFUSED = [
+    ("SM+R", "gpt2", {}, "GPT2LMHeadModel has norm_type='layernorm' only, not 'none'"),
+    ("SM+LN+G-noLNf", "gpt2", {}, "GPT2LMHeadModel has final_norm_type='layernorm' only, not 'none'"),
+    ("SM+LN+LR0.1", "gpt2", {}, "GPT2LMHeadModel has negative_slope=0.01 only, not 0.1"),
+    ("SM+LN+LR-layer", "gpt2", {}, "GPT2LMHeadModel has slope_sharing=None only, not 'layer'"),
+    ("SM+LN+G", "gpt2", {"parallel_residual": True}, "GPT2LMHeadModel has parallel_residual=False only, not True"),
+    ("SM+LN+G", "gpt2", {"num_key_value_heads": 2}, "GPT2LMHeadModel has num_key_value_heads=4 only, not 2"),
+    ("SM+LN+G", "pythia", {"head_dim": 16}, "GPTNeoXForCausalLM has head_dim=8 only, not 16"),
+    ("SM+RMS+R", "pythia", {}, "GPTNeoXForCausalLM has norm_type='layernorm' only, not 'rmsnorm'"),
+    ("SM+S", "llama", {}, "LlamaForCausalLM has norm_type='rmsnorm' only, not 'none'"),
+    ("SM+LN+S", "llama", {}, "LlamaForCausalLM has norm_type='rmsnorm' only, not 'layernorm'"),
+    (
+        *("SM+RMS+S@QKNorm", "llama", {"biased_projections": ["up_proj"]}),
+        "Qwen3ForCausalLM has biased_projections=[] only, not up_proj",
+    ),
+    (
+        *("SM+RMS+S", "llama", {"num_attention_heads": 5, "head_dim": 8, "biased_projections": []}),
+        "LlamaForCausalLM: ",
+    ),
+    ("SM+RMS+S@PeriLN", "llama", {}, "LlamaForCausalLM has norm_position='pre' only, not 'peri'"),
+    ("SM+RMS+S@Gated", "llama", {}, "LlamaForCausalLM has attention_gate_init=None only, not 0.25"),
+    ("SM+RMS+S@SoftCap", "llama", {}, "LlamaForCausalLM has attn_logit_softcapping=None only, not 30.0"),
+    ("SM+LN+R@V-SkipInit", "gpt2", {}, "GPT2LMHeadModel has attention_gains=None only, not [1.0, 0.0, 0.0]"),
+    ("SM+LN+R@Stable", "gpt2", {}, "GPT2LMHeadModel has residual_gains=None only, not [1.0, "),
+    ("SM+LN+Lin@ScFuFFN", "pythia", {}, "GPTNeoXForCausalLM has mlp_type='two_layer' only, not 'fused'"),
+    (
+        "SM+RMS+S",
+        "llama",
+        {"per_layer_config": {0: {"norm_position": "peri"}}},
+        "no stock class has layers that differ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variant", "backbone", "fields", "reason"), REFUSED)
+def test_what_the_stock_class_cannot_express_is_a_clear_error(variant, backbone, fields, reason, tmp_path, capsys):
+    model = trained_here(variant, backbone, fields)
+    model.save_pretrained(tmp_path / "ours")
     assert main(["import", str(tmp_path / "ours"), str(tmp_path / "out"), "--to-stock"]) == 1
-    message = f"lnfree import: error: {variant} has no stock form: GPT2LMHeadModel {reason}"
-    assert capsys.readouterr().err.splitlines()[-1] == message
+    message = f"lnfree import: error: {model.config.variant} has no stock form: {reason}"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]  # nothing half-written
 
 
@@ -256,19 +361,18 @@ def test_generation_config_goes_along(tmp_path):
             "must be of type gpt2 or gpt_neox",
         ),
         (
-            lambda path: tiny_gpt2(activation_function="silu").save_pretrained(path),
+            lambda path: tiny_gpt2(activation_function="tanh").save_pretrained(path),
             "activation_function must be one of",
         ),
         (
-            lambda path: tiny_neox(
-                rope_parameters={
-                    "rope_type": "linear",
-                    "factor": 2.0,
-                    "rope_theta": 10000.0,
-                    "partial_rotary_factor": 0.25,
-                }
-            ).save_pretrained(path),
-            "rope_type must be 'default', got 'linear'",
+            lambda path: tiny_mistral(sliding_window=63).save_pretrained(path),
+            "sliding_window must be null or at least max_position_embeddings=64, got 63",
+        ),
+        (
+            lambda path: tiny_qwen3(use_sliding_window=True, sliding_window=8, max_window_layers=2).save_pretrained(
+                path
+            ),
+            "sliding_window must be null or at least max_position_embeddings=64, got 8",
         ),
         (lambda path: None, "is neither a folder nor an id of the Hub"),
         (
@@ -277,7 +381,7 @@ def test_generation_config_goes_along(tmp_path):
         ),
         (lambda path: (path.parent / "ours").write_text(""), "exists and is not empty"),
     ],
-    ids=["family", "activation", "rope", "missing", "incomplete", "occupied"],
+    ids=["family", "activation", "window", "windows", "missing", "incomplete", "occupied"],
 )
 def test_what_cannot_be_imported_is_one_line(prepare, message, tmp_path, capsys):
     prepare(tmp_path / "stock")

@@ -1,4 +1,4 @@
-"""A stock GPT-2 or GPT-NeoX checkpoint -> this family, and back, with equal logits."""
+"""A stock checkpoint of the classes in `ARCHITECTURES` -> this family, and back, with equal logits."""
 
 import os
 import tempfile
@@ -8,67 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import has_file
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
-from modeling_lnfree.configuration_lnfree import PROJECTIONS
 
 from ..data import check_reachable, has_vocabulary
 from ..errors import UserError, explained
 from ..recipe import check_model_id
+from .architectures import ARCHITECTURES, stock_config
 
 
-# our modules by their stock names; a block's query, key and value projections are one module there
-_NAMES = {
-    "gpt2": {
-        "embed_positions": "wpe",
-        "norm": "ln_f",
-        "layers": "h",
-        "input_layernorm": "ln_1",
-        "post_attention_layernorm": "ln_2",
-        "qkv": "attn.c_attn",
-        "self_attn.o_proj": "attn.c_proj",
-        "mlp.up_proj": "mlp.c_fc",
-        "mlp.down_proj": "mlp.c_proj",
-    },
-    "gpt_neox": {
-        "norm": "final_layer_norm",
-        "layers": "layers",
-        "input_layernorm": "input_layernorm",
-        "post_attention_layernorm": "post_attention_layernorm",
-        "qkv": "attention.query_key_value",
-        "self_attn.o_proj": "attention.dense",
-        "mlp.up_proj": "mlp.dense_h_to_4h",
-        "mlp.down_proj": "mlp.dense_4h_to_h",
-    },
-}
-# fields with one name and meaning in all three configurations
-_SAME_FIELDS = [
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
-]
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_pytorch_tanh",
-    "gelu_fast": "gelu_pytorch_tanh",
-    "gelu_accurate": "gelu_pytorch_tanh",
-    "gelu_python_tanh": "gelu_pytorch_tanh",
-    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
-    "relu": "relu",
-    "leaky_relu": "leaky_relu",
-}
 # of a block; the gate only where the MLP is gated
 _PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 # one of them comes with every tokenizer, those that are written in Python too
@@ -98,10 +49,10 @@ def convert(
     that has none: see `fold_norms`. Its output projection is then a matrix of its own.
 
     Args:
-        model_id: Hub id or folder of a GPT-2 or GPT-NeoX language model; for `to_stock`, of a model of this family.
+        model_id: Hub id or folder of a language model of a class in `ARCHITECTURES`; for `to_stock`, of a model of
+            this family.
         out_dir: new or empty folder.
-        to_stock: writes the stock class, `GPT2LMHeadModel` or `GPTNeoXForCausalLM`. GPT-NeoX has one dropout for
-            embeddings and residual; it takes `hidden_dropout`.
+        to_stock: writes the stock class: see `stock_config`.
         revision: branch, tag or commit on the Hub.
         shard_size: largest file of weights.
 
@@ -119,7 +70,7 @@ def convert(
         out_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out_dir} cannot be written: {error.strerror}") from None
-    source = _load(model_id, ("lnfree",) if to_stock else tuple(_NAMES), revision)
+    source = _load(model_id, ("lnfree",) if to_stock else tuple(ARCHITECTURES), revision)
     tokenizer = _load_tokenizer(model_id, revision)
     probe = _probe(source.config)
     with torch.no_grad():
@@ -160,12 +111,11 @@ def config_in_family(model_id: str | Path) -> LNFreeConfig:
     check_model_id(model_id)
     with explained(f"model {model_id!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(model_id)
-        if config.model_type not in ("lnfree", *_NAMES):
+        if config.model_type not in ("lnfree", *ARCHITECTURES):
             raise UserError(
-                f"model {model_id!r} must be of type {', '.join(_NAMES)} or lnfree, got {config.model_type}"
+                f"model {model_id!r} must be of type {', '.join(ARCHITECTURES)} or lnfree, got {config.model_type}"
             )
-    convert_config = {"gpt2": _config_from_gpt2, "gpt_neox": _config_from_neox}.get(config.model_type)
-    return config if convert_config is None else convert_config(config)
+        return config if config.model_type == "lnfree" else ARCHITECTURES[config.model_type].to_ours(config)
 
 
 def load_in_family(model_id: str | Path) -> LNFreeForCausalLM:
@@ -175,7 +125,7 @@ def load_in_family(model_id: str | Path) -> LNFreeForCausalLM:
     Raises:
         UserError: for a model that cannot be loaded, and one that the family cannot express.
     """
-    model = _load(str(model_id), ("lnfree", *_NAMES), None)
+    model = _load(str(model_id), ("lnfree", *ARCHITECTURES), None)
     if not isinstance(model, LNFreeForCausalLM):
         model = _from_stock(model)
     return model.float()
@@ -191,8 +141,9 @@ def _load(model_id: str, model_types: tuple[str, ...], revision: str | None) -> 
         if (quantized := getattr(config, "quantization_config", None)) is not None:
             method = dict(quantized).get("quant_method", "an unknown method")
             raise UserError(f"model {model_id!r} must have weights that are not quantized, got those of {method}")
-        model_class = {"gpt2": GPT2LMHeadModel, "gpt_neox": GPTNeoXForCausalLM, "lnfree": LNFreeForCausalLM}
-        model, report = model_class[config.model_type].from_pretrained(
+        ours = config.model_type == "lnfree"
+        model_class = LNFreeForCausalLM if ours else ARCHITECTURES[config.model_type].model_class
+        model, report = model_class.from_pretrained(
             model_id, revision=revision, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
     report["mismatched_keys"] = [
@@ -201,7 +152,7 @@ def _load(model_id: str, model_types: tuple[str, ...], revision: str | None) -> 
     for kind, what in (
         ("mismatched_keys", "has weights of other sizes than its config.json says"),
         ("missing_keys", "lacks weights"),
-        ("unexpected_keys", f"has weights for which {model_class[config.model_type].__name__} has no place"),
+        ("unexpected_keys", f"has weights for which {model_class.__name__} has no place"),
     ):
         if names := sorted(report[kind]):
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -252,8 +203,7 @@ def _from_stock(stock: PreTrainedModel) -> LNFreeForCausalLM:
     # as the weights are: a configuration that says otherwise is corrected
     stock.config.tie_word_embeddings = _is_tied(stock)
     with explained("the model's configuration cannot be expressed"):
-        convert_config = _config_from_gpt2 if stock.config.model_type == "gpt2" else _config_from_neox
-        config = convert_config(stock.config)
+        config = ARCHITECTURES[stock.config.model_type].to_ours(stock.config)
     state = {}
     for name, module in _stock_modules(stock, config):
         for kind in ("weight", "bias"):
@@ -284,10 +234,10 @@ def _from_stock(stock: PreTrainedModel) -> LNFreeForCausalLM:
 def _to_stock(ours: LNFreeForCausalLM) -> PreTrainedModel:
     """Moves the weights of a model of this family, which is left empty."""
     ours.config.tie_word_embeddings = _is_tied(ours)
-    config = _stock_config(ours.config)
+    config = stock_config(ours.config)
     state = {name: _take(parameter) for name, parameter in ours.named_parameters()}
     with torch.device("meta"):
-        stock = (GPT2LMHeadModel if config.model_type == "gpt2" else GPTNeoXForCausalLM)(config)
+        stock = ARCHITECTURES[config.model_type].model_class(config)
     for name, module in _stock_modules(stock, ours.config):
         for kind in ("weight", "bias"):
             parameter = getattr(module, kind, None)
@@ -315,16 +265,15 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 def _stock_modules(stock: PreTrainedModel, config: LNFreeConfig) -> Iterator[tuple[str, nn.Module]]:
     """Every module of a stock model that has weights, by its name here; `qkv` is the fused projection of a block."""
-    body, names = stock.base_model, _NAMES[stock.config.model_type]
+    body, architecture = stock.base_model, ARCHITECTURES[stock.config.model_type]
     yield "model.embed_tokens", stock.get_input_embeddings()
     if not config.tie_word_embeddings:
         yield "lm_head", stock.get_output_embeddings()
-    for name in ("embed_positions", "norm"):
-        if name in names:
-            yield f"model.{name}", body.get_submodule(names[name])
-    for index, block in enumerate(body.get_submodule(names["layers"])):
-        for name in list(names)[list(names).index("layers") + 1 :]:
-            yield f"model.layers.{index}.{name}", block.get_submodule(names[name])
+    for name, theirs in architecture.outer.items():
+        yield f"model.{name}", body.get_submodule(theirs)
+    for index, block in enumerate(body.get_submodule(architecture.layers)):
+        for name, theirs in architecture.block.items():
+            yield f"model.layers.{index}.{name}", block.get_submodule(theirs)
 
 
 def _take(parameter: nn.Parameter) -> Tensor:
@@ -453,87 +402,3 @@ def _fold_final_norm(state: dict[str, Tensor], config: LNFreeConfig, deviation: 
     if not shift.isfinite().all():
         raise UserError("the final LayerNorm has a bias where its weight is 0, and cannot be folded away")
     state[last] = (state[last].double() + shift).to(matrix.dtype)
-
-
-def _config_from_gpt2(config: GPT2Config) -> LNFreeConfig:
-    if config.add_cross_attention:
-        raise UserError("add_cross_attention must be False, got True: this family has decoders only")
-    return LNFreeConfig(
-        **_common_fields(config, config.activation_function, "activation_function"),
-        intermediate_size=config.n_inner,
-        tie_word_embeddings=config.tie_word_embeddings,
-        layer_norm_eps=config.layer_norm_epsilon,
-        biased_projections=list(PROJECTIONS),
-        embedding_dropout=config.embd_pdrop,
-        attention_dropout=config.attn_pdrop,
-        hidden_dropout=config.resid_pdrop,
-    )
-
-
-def _config_from_neox(config: GPTNeoXConfig) -> LNFreeConfig:
-    rope = config.rope_parameters
-    if rope["rope_type"] != "default":
-        raise UserError(f"rope_type must be 'default', got {rope['rope_type']!r}")
-    attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if config.attention_bias else []
-    return LNFreeConfig(
-        **_common_fields(config, config.hidden_act, "hidden_act"),
-        intermediate_size=config.intermediate_size,
-        position_embedding_type="rotary",
-        partial_rotary_factor=rope["partial_rotary_factor"],
-        rope_theta=rope["rope_theta"],
-        parallel_residual=config.use_parallel_residual,
-        tie_word_embeddings=config.tie_word_embeddings,
-        layer_norm_eps=config.layer_norm_eps,
-        biased_projections=[*attention, "up_proj", "down_proj"],
-        embedding_dropout=config.hidden_dropout,
-        attention_dropout=config.attention_dropout,
-        hidden_dropout=config.hidden_dropout,
-    )
-
-
-def _common_fields(config, activation: str, field: str) -> dict:
-    if activation not in _ACTIVATIONS:
-        raise UserError(f"{field} must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    same = {name: getattr(config, name) for name in (*_SAME_FIELDS, "dtype")}
-    return {**same, "hidden_act": _ACTIVATIONS[activation], "norm_type": "layernorm"}
-
-
-def _stock_config(config: LNFreeConfig) -> GPT2Config | GPTNeoXConfig:
-    """The stock configuration of a variant; a clear error for one that no stock class can express."""
-    rotary = config.position_embedding_type == "rotary"
-    stock_class = "GPTNeoXForCausalLM" if rotary else "GPT2LMHeadModel"
-    reason = None
-    if config.norm_type == "none" or config.final_norm_type == "none":
-        reason = "always has all its LayerNorms"
-    elif config.slope_sharing is not None:
-        reason = "learns no negative slopes"
-    elif config.hidden_act == "leaky_relu" and config.negative_slope != 0.01:
-        reason = "has leaky ReLU with a slope of 0.01 only"
-    elif config.parallel_residual and not rotary:
-        reason = "has no parallel residual"
-    if reason is not None:
-        raise UserError(f"{config.variant} has no stock form: {stock_class} {reason}")
-    same = {name: getattr(config, name) for name in (*_SAME_FIELDS, "tie_word_embeddings")}
-    if rotary:
-        rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.partial_rotary_factor}
-        attention = {"q_proj", "k_proj", "v_proj", "o_proj"} & set(config.biased_projections)
-        return GPTNeoXConfig(
-            **same,
-            intermediate_size=config.intermediate_size,
-            hidden_act=config.hidden_act,
-            rope_parameters={"rope_type": "default", **rope},
-            use_parallel_residual=config.parallel_residual,
-            layer_norm_eps=config.layer_norm_eps,
-            attention_bias=bool(attention),
-            attention_dropout=config.attention_dropout,
-            hidden_dropout=config.hidden_dropout,
-        )
-    return GPT2Config(
-        **same,
-        n_inner=None if config.intermediate_size == 4 * config.hidden_size else config.intermediate_size,
-        activation_function="gelu_new" if config.hidden_act == "gelu_pytorch_tanh" else config.hidden_act,
-        layer_norm_epsilon=config.layer_norm_eps,
-        embd_pdrop=config.embedding_dropout,
-        attn_pdrop=config.attention_dropout,
-        resid_pdrop=config.hidden_dropout,
-    )
