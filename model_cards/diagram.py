@@ -131,7 +131,7 @@ def describe_activation(config) -> str:
         "linear": "no activation",
     }
     if config.hidden_act != "leaky_relu":
-        return names[config.hidden_act]
+        return names.get(config.hidden_act, config.hidden_act)
     slopes = {
         None: f"slope {config.negative_slope:g}",
         "layer": "a learned slope a layer",
