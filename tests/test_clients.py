@@ -27,10 +27,11 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_lnfree import LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import PRESETS
 
 from .conftest import ROOT, every_backbone, random_ids, tiny_config, tiny_model
 from .convert.test_convert import remove_layernorm_by_scaling, tiny_gpt2, tiny_neox
-from .modeling.designs import design_model, every_design
+from .modeling.designs import design, design_model, every_design, possible, preset_name
 
 
 # what these packages warn about in themselves is not ours to mend
@@ -442,10 +443,23 @@ def test_attribution_script_sums_up(tmp_path, tokenizer):
 # ------------------------------------------------------------------------------------------ serving
 
 
-@pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-layer"])
+# presets that miss a point: a buffer beside the parameters, a second call of attention in a layer, a score or a weight
+# that its attention would have to change; and matrices without a row in the tensor-parallel plan
+NOT_VLLM = {
+    **dict.fromkeys(("OP", "Stable"), "buffer"),
+    **dict.fromkeys(("SAS", "SAS-P", "V-SkipInit", "Shaped"), "second call"),
+    **dict.fromkeys(("Clipped", "SoftCap"), "scores and weights"),
+    **dict.fromkeys(("ScFuFFN", "AERO", "Gated"), "whole on each rank"),
+}
+SERVED = [name for name in PRESETS if name not in NOT_VLLM]
+
+
+@pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-layer", *map(preset_name, SERVED)])
 @every_backbone
 def test_what_vllm_asks_of_a_custom_model(variant, backbone, tmp_path, monkeypatch):
     """The points of "Writing custom models" in vLLM's documentation; vLLM itself is not run."""
+    if not possible(variant.partition("@")[2], backbone):
+        pytest.skip("has no form with a parallel residual")
     model = tiny_model(variant, backbone)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
@@ -461,8 +475,8 @@ def test_what_vllm_asks_of_a_custom_model(variant, backbone, tmp_path, monkeypat
     assert all(module.is_causal and isinstance(module.scaling, float) for module in attentions)
     # tensor parallelism by name, column- and row-wise
     linears = {name for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)}
-    styles = {name.replace("*", str(i)): s for name, s in type(config).base_model_tp_plan.items() for i in range(3)}
-    assert linears == set(styles) and set(styles.values()) == {"colwise", "rowwise"}
+    styles = {name.replace("*", str(i)): s for name, s in config.base_model_tp_plan.items() for i in range(3)}
+    assert linears <= set(styles) and {styles[name] for name in linears} == {"colwise", "rowwise"}
     # pipeline parallelism by name, with one list of blocks; not with learned positions, which the body would add again
     # at every stage
     if backbone == "pythia":
@@ -499,3 +513,19 @@ def test_what_vllm_asks_of_a_custom_model(variant, backbone, tmp_path, monkeypat
         )[0][0]
         torch.testing.assert_close(hidden, model.model(input_ids).last_hidden_state[0], atol=1e-5, rtol=1e-5)
     assert [instance.calls for instance in instances] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("name", NOT_VLLM)
+def test_what_vllm_cannot_serve_of_the_presets(name):
+    config = design(name)
+    model = LNFreeForCausalLM(config).model
+    indices = [module.layer_idx for module in model.modules() if hasattr(module, "layer_idx")]
+    linears = {key.split(".")[-1] for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    planned = {key.split(".")[-1] for key in config.base_model_tp_plan}
+    misses = {
+        "buffer": bool(list(model.named_buffers())),
+        "second call": len(indices) > config.num_hidden_layers,
+        "scores and weights": bool(model.layers[0].self_attn.options),
+        "whole on each rank": not linears <= planned,
+    }
+    assert misses[NOT_VLLM[name]]
