@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from training import cli
 
@@ -20,20 +27,24 @@ OVERRIDES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    """A stock GPT-2 with a byte-level tokenizer."""
-    folder = tmp_path_factory.mktemp("stock") / "gpt2"
+def save_stock(model, folder):
+    """A stock model with a byte-level tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<|endoftext|>"])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), "<|endoftext|>")
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256, eos_token_id=256)).save_pretrained(folder)
-    return folder
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256, eos_token_id=256))
+    return save_stock(model, tmp_path_factory.mktemp("stock") / "gpt2")
 
 
 def test_from_the_command_to_the_card(stock, corpus, own_cache, tmp_path, capsys):
@@ -73,6 +84,20 @@ def test_options_act(stock, corpus, own_cache, tmp_path):
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (config["norm_type"], config["final_norm_type"]) == ("none", "layernorm")
     assert "control" not in (tmp_path / "out" / "model" / "README.md").read_text().split("## Results")[0]
+
+
+def test_a_stock_llama_loses_its_norms(corpus, own_cache, tmp_path):
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, bos_token_id=256, eos_token_id=256))
+    folder = save_stock(model, tmp_path / "llama")
+    command = ["remove-norms", str(folder), str(tmp_path / "out"), "--dataset", str(corpus), "--no-control"]
+    assert cli.main([*command, *OVERRIDES]) == 0
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert (ours.config.variant, ours.config.backbone) == ("SM+S-noLNf", "llama")
+    assert not [name for name, _ in ours.named_parameters() if "norm" in name]
+    losses = json.loads((tmp_path / "out" / "removed" / "results.json").read_text())["norm_removal"]
+    assert losses["eval_loss_before"] == pytest.approx(5.55, abs=0.2) and losses["eval_loss"] < 6
 
 
 @pytest.mark.parametrize(

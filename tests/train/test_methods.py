@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 from training import cli, files, parametrization, quantities, runs
@@ -517,6 +517,20 @@ def test_only_what_is_trainable_changes(parent, values, tmp_path):
         after = weights_of(train(tmp_path, options, f"run-{len(trainable)}"))
         changed = {name for name in before if before[name].numpy().tobytes() != after[name].numpy().tobytes()}
         assert changed == {name for name in before if is_trained(name)}
+
+
+def test_stock_llama_is_a_start(parent, values, tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
+    stock = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    stock.save_pretrained(tmp_path / "llama")
+    options = tuning(values, tokenizer=str(parent / "model"), init_from=str(tmp_path / "llama"), trainable="norms")
+    run_dir = train(tmp_path, options, "tuned", learning_rate=1e-9, max_steps=1, weight_decay=0.0)
+    ids = random_ids(2, 16)
+    logits = LNFreeForCausalLM.from_pretrained(run_dir / "model").eval()(ids).logits
+    torch.testing.assert_close(logits, stock(ids).logits, rtol=0, atol=1e-5)
+    results = runs.read_results(run_dir)
+    assert (results["variant"], results["base_model"]) == ("SM+RMS+S", "llama")
 
 
 def test_stock_model_is_a_start_and_what_does_not_fit_is_told(parent, values, tmp_path, capsys):
