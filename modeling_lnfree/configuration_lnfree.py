@@ -38,6 +38,8 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _TWO = ("up_proj", "down_proj")
 MLP_PROJECTIONS = {"two_layer": _TWO, "gated": (*_TWO, "gate_proj"), "fused": ("fused_proj",), "none": ()}
 PROJECTIONS = ATTENTION_PROJECTIONS + _TWO
+_ATTENTION_PLAN = {f"layers.*.self_attn.{name}": "colwise" for name in ATTENTION_PROJECTIONS[:3]}
+_ATTENTION_PLAN["layers.*.self_attn.o_proj"] = "rowwise"
 
 # What changes scores or weights between the products is the attention implementation's to do. These do it ("flash" is
 # all of that kind, which say themselves which version cannot); others drop it in silence.
@@ -236,6 +238,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
 
     model_type = "lnfree"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    base_model_tp_plan = {**_ATTENTION_PLAN, "layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -329,8 +332,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         plan: dict[str, str] = {}
         # an identity has no part of the heads, and a gate reads all of the input
         if not any(layer.identity_projections for layer in self._layers) and self.attention_gate_init is None:
-            plan |= {f"layers.*.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
-            plan["layers.*.self_attn.o_proj"] = "rowwise"
+            plan |= _ATTENTION_PLAN
             # each rank's heads add to the gradient of what all heads share
             for name in self.normalized_projections:
                 plan[f"layers.*.self_attn.{name[0]}_norm"] = "replicated_with_grad_allreduce"

@@ -206,3 +206,21 @@ def test_inputs_embeds_are_multiplied_too():
     embeds = model.get_input_embeddings()(input_ids)
     assert model(inputs_embeds=embeds).logits.equal(model(input_ids).logits)
     assert greedy(model, None, inputs_embeds=embeds).equal(greedy(model, input_ids)[:, 7:])
+
+
+@every_design
+def test_missing_weights_start_anew_and_the_others_stay(name, tmp_path):
+    model = design_model(name).float()
+    state = model.state_dict()
+    missing = [key for key in state if key.startswith("model.layers.1.") and "layernorm" not in key]
+    model.save_pretrained(tmp_path, state_dict={key: state[key] for key in state if key not in missing})
+    loaded, info = LNFreeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(missing) and not info["unexpected_keys"]
+    fresh = LNFreeForCausalLM(model.config).state_dict()
+    for key, tensor in loaded.state_dict().items():
+        if key not in missing:
+            assert tensor.equal(state[key]), key
+        elif tensor.std().nan_to_num() > 0 and "gains" not in key:
+            assert tensor.std().item() == pytest.approx(fresh[key].std().item(), rel=0.5), key
+        else:
+            assert tensor.equal(fresh[key]), key
