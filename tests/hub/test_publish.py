@@ -26,7 +26,7 @@ from training.hub.verify import verify
 from training.recipe import DataArguments, build_recipe
 from training.train import loop, stability
 
-from ..conftest import ROOT
+from ..conftest import ROOT, caching_in
 from ..hub_server import OTHER_TOKEN, TOKEN
 from .conftest import MODELS, environment, holds, release
 from .test_problems import write_nan
@@ -450,3 +450,21 @@ def test_code_of_a_published_card_runs_as_it_stands_there(server, family, tmp_pa
     tuned = server.repository(f"me/{MODELS[1]}-finetuned").files
     card = yaml.safe_load(tuned["README.md"].decode().split("---\n")[1])
     assert card["base_model"] == f"me/{MODELS[1]}"
+
+
+@pytest.mark.slow  # processes that load what was published
+def test_two_presets_are_published_and_loaded_back(server, recipe_values, cache, tmp_path):
+    variants = {"SM+R@OP": "lnfree-gpt2-sm-r-op-t16", "SM+LN+R@PeriLN": "lnfree-gpt2-sm-ln-r-periln-t16"}
+    with caching_in(cache):
+        for variant, name in variants.items():
+            loop.train(
+                build_recipe({**recipe_values, "variant": variant, "output_dir": str(tmp_path / "runs" / name)})
+            )
+    assert cli.main(["publish", str(tmp_path / "runs"), "--namespace", "me"]) == 0
+    for variant, name in variants.items():
+        repository = server.repository(f"me/{name}")
+        assert f"**{variant}**" in repository.files["README.md"].decode()
+        trained = load_file(tmp_path / "runs" / name / "model" / "model.safetensors")
+        (tmp_path / "published.safetensors").write_bytes(repository.files["model.safetensors"])
+        published = load_file(tmp_path / "published.safetensors")
+        assert published.keys() == trained.keys() and all(published[key].equal(trained[key]) for key in trained)
