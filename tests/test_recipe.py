@@ -94,8 +94,8 @@ def test_preset_is_of_a_variant_that_names_none():
     assert build_recipe({**values, "variant": "SM+R", "preset": None}).build_config().variant == "SM+R"
     with pytest.raises(UserError, match="preset='Stable' has no effect on variant='SM\\+R@QKNorm'"):
         build_recipe({**values, "variant": "SM+R@QKNorm"})
-    with pytest.raises(UserError, match="SM\\+R@Stabel"):
-        build_recipe({**values, "variant": "SM+R", "preset": "Stabel"})
+    with pytest.raises(UserError, match="SM\\+R@Sable"):
+        build_recipe({**values, "variant": "SM+R", "preset": "Sable"})
     with pytest.raises(UserError, match="preset='Stable' has no effect with init_from"):
         build_recipe({**SMALLEST, "preset": "Stable", "init_from": "gpt2"})
 

@@ -55,7 +55,9 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
         )
     # Whatever follows the variant in a configuration is the same in both; the changes above have LayerNorm without a
     # preset alone.
-    compared = [(*words, ("", ",", "@")) for words in RELU_AGAINST_GELU]
+    compared: list[tuple[str, str, tuple[str, ...]]] = [
+        (first, second, ("", ",", "@")) for first, second in RELU_AGAINST_GELU
+    ]
     compared += [(first, BASELINE, ("@",)) for first in ("SM+R", "SM+G")]
     named = [
         (name, second + name.removeprefix(first))
