@@ -156,6 +156,7 @@ def test_assisted_generation_with_a_draft_of_the_family_equals_greedy(model):
     assert model.generate(input_ids, prompt_lookup_num_tokens=3, **options).equal(expected)
 
 
+@pytest.mark.slow  # which has torchao: it writes to the stderr of all that imports transformers
 def test_int8_weights_keep_the_perplexity(model, tokenizer, export_dir, tmp_path):
     needs("torchao")
     from torchao.quantization import Int8WeightOnlyConfig

@@ -268,8 +268,8 @@ def test_run_that_another_sweep_started_first_is_no_failure(write_sweep):
     with FileLock(run.folder / ".lock"):
         sweep._start(run, jobs=1)
         assert run.process.wait(timeout=120) == 1
-        assert sweep._outcome(run) == ("elsewhere", "")
-    assert sweep._outcome(run)[1].startswith("another process is training in ")
+        assert sweep._outcome(run, 1) == ("elsewhere", "")
+    assert sweep._outcome(run, 1)[1].startswith("another process is training in ")
 
 
 def test_progress_tells_the_time_left(write_sweep, monkeypatch, capsys):

@@ -53,7 +53,7 @@ def test_family_arrives_whole_and_loads_by_id(server, family, capsys):
         # one commit, atop the one with which the Hub creates a repository
         assert [commit.oid for commit in repository.commits if commit.parent is None] == [repository.commits[0].oid]
         assert len(repository.commits) == 1 + sum(p.repo_id == publication.repo_id for p in published)
-        assert repository.tags == {"v0.1.0": repository.branches["main"]}
+        assert repository.tags == {"v0.2.0": repository.branches["main"]}
         assert not repository.private
     (collection,) = server.collections.values()
     assert [(item["id"], item["type"]) for item in collection["items"]] == [
@@ -84,8 +84,8 @@ def test_second_release_writes_nothing_and_a_change_is_one_commit(server, family
     assert server.count("POST", "/commit/") == 6 and holds(server, family[1])
     for publication in published:
         repository = server.repository(publication.repo_id, f"{publication.kind}s")
-        assert repository.tags["v0.1.0.post1"] == repository.branches["main"]
-        assert (repository.tags["v0.1.0"] == repository.branches["main"]) == (publication.repo_id != family[1].repo_id)
+        assert repository.tags["v0.2.0.post1"] == repository.branches["main"]
+        assert (repository.tags["v0.2.0"] == repository.branches["main"]) == (publication.repo_id != family[1].repo_id)
 
 
 def test_what_a_release_does_not_have_goes_if_it_would_be_loaded_and_else_stays(server, family):
@@ -116,7 +116,7 @@ def test_dry_run_lists_every_file_and_touches_nothing(server, family, capsys, mo
                 )
     assert f"me/{MODELS[0]}: changes" in printed and f"me/{MODELS[1]}: new, public, " in printed
     assert f"me/{MODELS[1]}@step-4: new, " in printed and "dry run, nothing was pushed; " in printed
-    assert re.search(r"^  ~ README.md +[\d.]+ kB$", printed, re.M) and "release: v0.1.0.post1" in printed
+    assert re.search(r"^  ~ README.md +[\d.]+ kB$", printed, re.M) and "release: v0.2.0.post1" in printed
 
 
 def test_private_repositories_are_private(server, small):
@@ -162,7 +162,7 @@ def test_fault_is_outlived_and_leaves_one_commit(server, small, fault, monkeypat
     for publication in small:
         assert holds(server, publication)
         repository = server.repository(publication.repo_id, f"{publication.kind}s")
-        assert len(repository.commits) == 2 and repository.tags == {"v0.1.0": repository.branches["main"]}
+        assert len(repository.commits) == 2 and repository.tags == {"v0.2.0": repository.branches["main"]}
     (collection,) = server.collections.values()
     assert len(collection["items"]) == 3
 
@@ -194,7 +194,7 @@ def test_interrupted_release_goes_on_where_it_stopped(server, family, monkeypatc
     server.faults.clear()
     for publication in release(family):
         assert holds(server, publication)
-        assert server.repository(publication.repo_id, f"{publication.kind}s").tags.keys() == {"v0.1.0"}
+        assert server.repository(publication.repo_id, f"{publication.kind}s").tags.keys() == {"v0.2.0"}
     assert len(server.repository(f"me/{MODELS[0]}").commits) == 2
 
 
