@@ -34,6 +34,7 @@ def test_export_loads_outside_the_project_with_equal_logits(variant_runs, corpus
         "log_history.json",
         "model.safetensors",
         "modeling_lnfree.py",
+        "outliers.jsonl",
         "parts_lnfree.py",
         "probe/logits.safetensors",
         "recipe.yaml",
