@@ -5,6 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/setup.sh test
-.venv/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt gradio selenium torchao triton
+.venv/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt gradio selenium torchao triton uv
 # the kernel for GPUs runs in Triton's interpreter
 TRITON_INTERPRET=1 .venv/bin/python -m pytest -m slow -rs "$@"
