@@ -41,8 +41,8 @@ LICENSE = (ROOT / "LICENSE").read_text()  # a text that does not change
 TEXTS = [LICENSE[start : start + 300] for start in range(0, len(LICENSE), 1000)]
 
 
-def needs(package: str):
-    return pytest.importorskip(package, reason=f"{package} is not installed: pip install 'lnfree[clients]'")
+def needs(package: str, extra: str = "clients"):
+    return pytest.importorskip(package, reason=f"{package} is not installed: pip install 'lnfree[{extra}]'")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_assisted_generation_with_a_draft_of_the_family_equals_greedy(model):
 
 @pytest.mark.slow  # which has torchao: it writes to the stderr of all that imports transformers
 def test_int8_weights_keep_the_perplexity(model, tokenizer, export_dir, tmp_path):
-    needs("torchao")
+    needs("torchao", "quantization")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
