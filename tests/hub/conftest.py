@@ -1,14 +1,19 @@
 """Runs that are published, and a Hub on loopback."""
 
+import contextlib
+import io
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import HfApi, constants
 
-from training import data, runs
+from training import cli, data, runs
 from training.hub import publish, push
 from training.hub.publication import Publication
+from training.hub.results import write_results
 from training.recipe import build_recipe
 from training.train import loop
 
@@ -18,7 +23,7 @@ from ..hub_server import TOKEN, HubServer
 MODELS = ["lnfree-gpt2-sm-ln-g-t16", "lnfree-gpt2-sm-r-t16"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs_dir(tmp_path_factory):
     """Finished runs of two variants, one of them with two seeds and a checkpoint in the middle."""
     folder, cache = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache")
@@ -41,9 +46,34 @@ def runs_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def built(runs_dir, tmp_path_factory):
-    return publish.build(runs.find_runs(runs_dir)[0], "me", tmp_path_factory.mktemp("built"), checkpoints=True)
+@pytest.fixture(scope="session")
+def published(runs_dir, tmp_path_factory):
+    """What `lnfree publish` with all of its switches left on a Hub, in `folders`, and what it printed."""
+    printed, aside = io.StringIO(), tmp_path_factory.mktemp("published")
+    command = ["publish", str(runs_dir), "--namespace", "me", "--private", "--checkpoints"]
+    with HubServer().running() as running, pytest.MonkeyPatch.context() as patch:
+        connect(running, patch, aside)
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            status = cli.main(command)
+        assert status == 0, printed.getvalue()
+    folders = []
+    for name, kind, branch in (
+        *((MODELS[0], "model", "main"), (MODELS[1], "model", "main"), (MODELS[1], "model", "step-4")),
+        *(("lnfree-results", "dataset", "main"), ("attention_entropy", "space", "main")),
+    ):
+        folder = aside / branch / name
+        files = running.repository(f"me/{name}", f"{kind}s").find(branch).files
+        for path, content in files.items():
+            if path != ".gitattributes":
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes(content)
+        folders.append(Publication(f"me/{name}", kind, folder, branch))
+    return SimpleNamespace(server=running, printed=printed.getvalue(), folders=folders)
+
+
+@pytest.fixture(scope="session")
+def built(published):
+    return published.folders
 
 
 @pytest.fixture
@@ -59,20 +89,29 @@ def family(built, tmp_path):
 
 
 @pytest.fixture
-def small(family):
+def small(runs_dir, tmp_path):
     """The two repositories that are small and go through everything."""
-    return [publication for publication in family if publication.kind != "model"]
+    results = Publication("me/lnfree-results", "dataset", tmp_path / "family" / "results")
+    write_results(runs.find_runs(runs_dir)[0], "me", results.folder)
+    metric = tmp_path / "family" / publish.METRIC.name
+    shutil.copytree(publish.METRIC, metric, ignore=shutil.ignore_patterns("__*"))
+    return [results, Publication("me/attention_entropy", "space", metric)]
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     with HubServer().running() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        for name, value in environment(running).items():
-            monkeypatch.setenv(name, value)
+        connect(running, monkeypatch, tmp_path)
         yield running
+
+
+def connect(server, patch: pytest.MonkeyPatch, folder: Path):
+    """Makes a server the Hub of this process and of those that it starts."""
+    patch.setattr(constants, "ENDPOINT", server.endpoint)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no token"))
+    for name, value in environment(server).items():
+        patch.setenv(name, value)
 
 
 def environment(server) -> dict[str, str]:

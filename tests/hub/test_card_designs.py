@@ -1,5 +1,7 @@
 """The card and its picture say what the block is, for every design."""
 
+import hashlib
+
 import pytest
 from matplotlib.figure import Figure
 
@@ -101,3 +103,79 @@ def test_a_card_says_layernorm_only_where_it_is(name, norm, tmp_path):
     assert "LayerNorm" not in card.text.partition("## Results")[0]
     assert f"| norms in the blocks | {norm} |" in card.text and f"| final norm | {norm} |" in card.text
     assert config.norm_type in card.data.tags
+
+
+def test_every_statement_of_a_card_is_about_its_run(tmp_path):
+    (tmp_path / "modeling_lnfree.py").write_text("code = 1\n")
+    measured = {"entropy": [[0.5, 1.5], [2.0, 3.0]], "max_entropy": [[3.1, 3.1], [3.1, 3.1]], "nan_count": [2, 5]}
+    results = {
+        **{"dataset": "owner/texts", "perplexity": 123.4567, "eval_loss": 4.81588, "eval_tokens": 1234, "seed": 77},
+        **{"parameters": 56789, "block_size": 48, "train_tokens": 98765, "train_steps": 321, "hardware": "an abacus"},
+        **{"train_seconds": 90.0, "versions": {"python": "3.0.1", "torch": "0.4.2"}, "commit": "abc1234-dirty"},
+        **{"recipe": {"eval_dataset": "owner/held_out", "trainable": "q_proj"}, "eval_revision": "rev9"},
+        **{"base_model": "owner/base", "attention_entropy": measured, "variant": "SM+LR-layer", "backbone": "gpt2"},
+    }
+    config = design("gated, leaky", vocab_size=61, biased_projections=["k_proj"])
+    card = build_card("named", config, results, tmp_path, "COSTS", namespace="me")
+    digest = hashlib.sha256(b"code = 1\n").hexdigest()
+    for statement in (
+        *(
+            "| parameters | 56,789 |",
+            "| layers, heads, width, feed-forward width | 2, 4, 16, 24 |",
+            "| biases | k_proj |",
+        ),
+        *("| activation | leaky ReLU, a learned slope a layer, at the start 0.3 |", "| vocabulary | 61 |"),
+        *("| positions, residual, embeddings | learned, sequential, tied |", "context length 48"),
+        *("perplexity **123.457** (4.8159 nats per token)", "(owner/texts; 1,234 predicted tokens)"),
+        *("(a causal head's largest at this length is 3.100): 1.00, 2.50;", "- NaNs in the attention: 7."),
+        *(f"| `modeling_lnfree.py` | `{digest}` |", "| seed | 77 |", "| hardware | an abacus |", "COSTS"),
+        *("| tokens, steps | 98,765, 321 |", "| training time | 1.5 minutes |", "python 3.0.1, torch 0.4.2 |"),
+        *(
+            "It was fine-tuned from owner/base; trained were the parameters `q_proj` alone.",
+            "trained on 98,765 tokens",
+        ),
+        *("at commit `abc1234` (and changes that are in no commit)", "Fine-tuned by the Hugging Face `Trainer`"),
+        *('name = "me/named"', "A sequence may be at most 32 tokens long.", "forward pass over 48 tokens"),
+        "The entropy of every head, of all seeds, is in the dataset [lnfree-results]",
+    ):
+        assert statement in card.text, statement
+    assert (card.data.base_model, card.data.datasets, card.data.license) == (
+        "owner/base",
+        ["owner/texts"],
+        "apache-2.0",
+    )
+    for result in card.data.eval_results:
+        assert (result.dataset_type, result.dataset_revision) == ("owner/held_out", "rev9")
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {
+        **{"perplexity": 123.4567, "attention_entropy": 1.75}
+    }
+    others = {59.4: "59 seconds", 60: "1.0 minutes", None: "not known: the run was resumed"}
+    for seconds, told in others.items():
+        text = build_card("named", config, {**results, "train_seconds": seconds}, tmp_path, "").text
+        assert f"| training time | {told} |" in text
+    text = build_card("named", config, {**results, "commit": "abc1234", "base_model": None}, tmp_path, "").text
+    assert "at commit `abc1234` installed" in text and "Trained from scratch by the" in text
+    assert 'name = "named"' in text and "lnfree-results" not in text and "fine-tuned from" not in text
+
+
+def test_seeds_of_a_comparison_are_told(tmp_path):
+    row = {
+        "name": "a",
+        "variant": "SM+R",
+        "seed": 1,
+        "perplexity": 2.0,
+        "change": None,
+        "entropy": 1.0,
+        "parameters": 9,
+    }
+    rows = [row, {**row, "name": "b", "variant": "SM+LN+G", "change": 0, "perplexity": 3.0}]
+    named = {"variant": "SM+R", "backbone": "gpt2", **RESULTS}
+
+    def text(*siblings):
+        return build_card("a", design("residual_gains"), named, tmp_path, "", namespace="me", siblings=siblings).text
+
+    assert "One seed each" in text(*rows) and "One seed each" not in text(rows[0], {**rows[1], "seed": 2})
+    assert "Among the variants trained" not in text(rows[0])
+    assert "| **SM+R** (this one) | 2.000 |  | 1.000 | 9 | 1 |" in text(*rows)
+    assert "| [SM+LN+G](https://huggingface.co/me/b) | 3.000 | 0 | 1.000 | 9 | 1 |" in text(*rows)
+    assert "LN LayerNorm" in text(*rows) and "LN LayerNorm" not in text(rows[0])

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.hub.problems import find_problems
+from training.hub.problems import find_private_strings, find_problems
 
 from ..hub_server import TOKEN
 from .conftest import MODELS
 
 
-def write_nan(folder):
+def write_nan(folder, value=torch.nan):
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -38,8 +38,31 @@ def grow(folder):
         file.truncate(50 * 10**9 + 1)  # sparse: takes no room
 
 
+def crowd(folder):
+    (folder / "data").mkdir()
+    for index in range(10_001):
+        (folder / "data" / str(index)).touch()
+
+
 REFUSED = {
     "NaN weights": (write_nan, "model.safetensors: model.layers.0.mlp.up_proj.weight has NaN or infinite entries"),
+    "infinite weights": (
+        lambda folder: write_nan(folder, -torch.inf),
+        "model.safetensors: model.layers.0.mlp.up_proj.weight has NaN or infinite entries",
+    ),
+    "too many entries": (crowd, "data has more than 10,000 entries"),
+    "the token in a file that is no text": (
+        lambda folder: (folder / "curves.png").write_bytes(b"\x89PNG" + TOKEN.encode()),
+        "curves.png holds the token",
+    ),
+    "a path below the home folder": (
+        edit("README.md", lambda text: f"{text}\nSee ~/thesis for more.\n"),
+        "README.md holds '~/thesis'",
+    ),
+    "a path in a file of lines": (
+        edit("speed.jsonl", lambda text: text + '{"step": 9, "path": "/tmp/x"}\n'),
+        "speed.jsonl holds '/tmp/x'",
+    ),
     "a pickle": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin is a pickle"),
     "a plain pickle": (lambda f: (f / "weights").write_bytes(pickle.dumps([1])), "weights is a pickle"),
     "a pickle under another name": (disguise, "weights.dat is a pickle"),
@@ -69,6 +92,14 @@ REFUSED = {
         edit("README.md", lambda text: re.sub(r"model-index:\n.*?(?=---\n)", "", text, flags=re.S)),
         "its card has no result for perplexity",
     ),
+    "a card that cannot be read": (
+        lambda folder: (folder / "README.md").unlink(),
+        "its card cannot be read",
+    ),
+    "a card whose entropy is infinite": (
+        edit("README.md", lambda text: re.sub(r"(?s)(value: [\d.]+.*?value: )[\d.]+", r"\1.inf", text, count=1)),
+        "its card has no result for attention_entropy",
+    ),
     "a card with a result that is NaN": (
         edit("README.md", lambda text: re.sub(r"value: [\d.]+", "value: .nan", text, count=1)),
         "its card has no result for perplexity",
@@ -88,3 +119,26 @@ def test_folder_is_refused(server, family, what):
 def test_ids_of_the_hub_are_no_secrets(server, family):
     edit("results.json", lambda text: text.replace("{", '{"dataset": "j.doe-smith/code",', 1))(family[1].folder)
     assert find_problems(family[1], ["j.doe-smith"]) == []
+
+
+def test_what_is_at_its_limit_is_not_refused(server, family):
+    folder = family[1].folder
+    (folder / "data").mkdir()
+    for index in range(10_000):
+        (folder / "data" / str(index)).touch()
+    assert find_problems(family[1]) == []
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(50 * 10**9)
+    assert not any("the Hub takes" in problem for problem in find_problems(family[1]))
+
+
+def test_folders_of_this_machine_and_its_user_are_private(tmp_path, monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: "j.doe-smith")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    found = find_private_strings(tmp_path / "runs", "me", tmp_path / "aside")
+    assert {str(tmp_path / name) for name in ("home", "runs", "aside")} | {str(tmp_path), "j.doe-smith"} <= set(found)
+    # the name that it is published under is no secret, nor one that is a word of the cards
+    for name, namespace in (("j.doe-smith", "j.doe-smith"), ("model", "me")):
+        monkeypatch.setattr("getpass.getuser", lambda name=name: name)
+        assert name not in find_private_strings(tmp_path / "runs", namespace, tmp_path / "aside")
