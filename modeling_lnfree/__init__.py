@@ -12,6 +12,7 @@ from .configuration_lnfree import LNFreeConfig
 from .cpu import use_fast_cpu
 from .entropy_callback import AttentionEntropyCallback
 from .entropy_regularization import EntropyRegularizationMixin, EntropyRegularizer
+from .fused_loss import use_fused_loss
 from .metrics.attention_entropy.entropy import compute_attention_entropy
 from .metrics.attention_entropy.recorder import record_attention_entropy
 from .modeling_lnfree import (
@@ -53,4 +54,5 @@ __all__ = [
     "get_parameter_groups",
     "record_attention_entropy",
     "use_fast_cpu",
+    "use_fused_loss",
 ]
