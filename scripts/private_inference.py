@@ -3,11 +3,14 @@ Two parties compute an exported model's next tokens, one with the weights and on
 clear, beside the same tokens computed in the clear:
 
     bash scripts/private_inference.sh runs/quick/exports/* --json private.json --plot private.png
+    bash scripts/private_inference.sh SM+LN+G SM+R --tokens 8 --new-tokens 2
 
-Each export runs in two processes on loopback, with CrypTen 0.4.1: additive shares in the ring of 64-bit integers with
-16 fractional bits. Party 0, the server, reads `model.safetensors` and shares every weight by its name; party 1, the
-client, shares its tokens as one-hot rows, alone sees the logits, chooses the next token and shares that. Keys and
-values stay shared in a cache. Counted are rounds, bytes of both parties together, and seconds, by operation.
+A name of `lnfree cost` stands for that model with random weights, at any size; it reads random tokens. Each model runs
+in two processes on loopback, with CrypTen 0.4.1: additive shares in the ring of 64-bit integers with 16 fractional
+bits. Party 0, the server, reads `model.safetensors` and shares every weight by its name; party 1, the client, shares
+its tokens as one-hot rows, alone sees the logits, chooses the next token and shares that. Keys and values stay shared
+in a cache. Counted are rounds, bytes of both parties together, and seconds, by operation, beside the rounds and bytes
+that `lnfree cost` predicts from the configuration.
 
 What this does not protect. CrypTen's default provider is a trusted first party: party 0 deals the multiplication
 triples and so could unmask all that is opened, the prompt too; and dealing them costs nothing here, where a real
@@ -27,6 +30,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -45,6 +49,9 @@ from transformers import AutoTokenizer
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from modeling_lnfree.variants import variant_order
+from training.encryption.counting import count_operations
+from training.encryption.named import find_named
+from training.pages import write_table
 
 
 # CrypTen imports from it what it needs for ONNX only; torch has dropped it
@@ -59,6 +66,12 @@ SERVER, CLIENT = 0, 1
 PROMPT = "def __init__(self, name, value=None):\n        self.name = name\n        self.value ="
 HIDDEN_SCORE = -12.0
 OPERATIONS = ("embedding", "LayerNorm", "linear", "attention products", "softmax", "activation", "logits")
+# the operations of `lnfree cost` that are measured together here
+PREDICTED = {
+    **{"embedding": ["embedding"], "LayerNorm": ["layer_norm"], "softmax": ["softmax"]},
+    **{"activation": ["gelu", "relu"], "products and logits": ["opening", "sampling"]},
+}
+MEASURED = {"products and logits": ["linear", "attention products", "logits"]}
 NOT_PROTECTED = (
     "Not protected: party 0 (the server) deals the triples and could unmask the prompt; deviating parties are not "
     "noticed; no offline phase is counted."
@@ -206,7 +219,8 @@ def run_party(rank: int, folder: Path, aside: Path, variances: dict[str, float],
                 results.append(logits)
                 prompt = logits[-1:].argmax(-1)
             costs.append(meter.take())
-    (aside / f"costs{rank}.json").write_text(json.dumps(costs), encoding="utf-8")
+    measured = {"costs": costs, "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    (aside / f"costs{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
     if rank == CLIENT:
         save_file({"logits": torch.cat(results)}, aside / "logits.safetensors")
     crypten.uninit()
@@ -230,22 +244,37 @@ def measure_variances(model: LNFreeForCausalLM, input_ids: Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def run(folder: Path, prompt: str, new_tokens: int) -> dict[str, Any]:
-    """Runs one export privately and in the clear; returns costs by operation and how far the two are apart."""
-    model = LNFreeForCausalLM.from_pretrained(folder).eval()
-    config, tokenizer = model.config, AutoTokenizer.from_pretrained(folder)
+def run(name: str, prompt: str, tokens: int, new_tokens: int) -> dict[str, Any]:
+    """Runs one export, or a named model with random weights; see `run_folder`."""
+    config = find_named(name)
+    if config is None:
+        folder = Path(name)
+        config, tokenizer = LNFreeConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        text = tokenizer(Path(__file__).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+        return {**run_folder(folder, config, input_ids, text, new_tokens), "export": folder.name}
+    if not isinstance(config, LNFreeConfig):
+        sys.exit(f"private_inference: {name} is of a stock class; name a variant, as in {name}:SM+LN+G")
+    torch.manual_seed(0)
+    input_ids, text = torch.randint(config.vocab_size, (1, tokens)), torch.randint(config.vocab_size, (1, 64))
+    with tempfile.TemporaryDirectory() as folder:
+        LNFreeForCausalLM(config).save_pretrained(folder)
+        return {**run_folder(Path(folder), config, input_ids, text, new_tokens), "export": name}
+
+
+def run_folder(folder: Path, config: LNFreeConfig, input_ids: Tensor, text: Tensor, new_tokens: int) -> dict[str, Any]:
+    """Runs a model privately and in the clear; returns costs by operation and how far the two are apart."""
     if config.backbone != "gpt2" or config.hidden_act not in ("relu", "gelu_pytorch_tanh"):
         sys.exit(
             f"private_inference: {folder} is {config.variant} on {config.backbone}; only GPT-2 with G or R is run"
         )
-    input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     length = input_ids.shape[1]
     if length + new_tokens - 1 > config.max_position_embeddings:
         sys.exit(
             f"private_inference: {length} tokens of the prompt and {new_tokens} new ones do not fit into "
             f"max_position_embeddings={config.max_position_embeddings}"
         )
-    text = tokenizer(Path(__file__).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+    model = LNFreeForCausalLM.from_pretrained(folder).eval()
     variances = measure_variances(model, text[:, : config.max_position_embeddings])
     with tempfile.TemporaryDirectory() as aside:
         aside = Path(aside)
@@ -253,7 +282,7 @@ def run(folder: Path, prompt: str, new_tokens: int) -> dict[str, Any]:
         multiprocessing.spawn(run_party, (folder.resolve(), aside, variances, length, new_tokens), nprocs=2)
         # of the prompt, then of each new token but the last
         logits = load_file(aside / "logits.safetensors")["logits"]
-        parties = [json.loads((aside / f"costs{rank}.json").read_text(encoding="utf-8")) for rank in (SERVER, CLIENT)]
+        found = [json.loads((aside / f"costs{rank}.json").read_text(encoding="utf-8")) for rank in (SERVER, CLIENT)]
     private = logits[length - 1 :].argmax(-1)
     clear = input_ids
     for _ in range(new_tokens):
@@ -262,24 +291,55 @@ def run(folder: Path, prompt: str, new_tokens: int) -> dict[str, Any]:
     expected = model(torch.cat((input_ids[0], private[:-1]))[None]).logits[0]
     errors = (logits - expected).abs()
     results = folder / "results.json"
+    parties = [party["costs"] for party in found]
+    # the last new token's pass has all before it in the cache
+    passes = {"prompt": ("forward", length, 0), "new_token": ("token", length + new_tokens - 1, -1)}
+    measured, predicted = {}, {}
+    for name, (phase, positions, step) in passes.items():
+        if name == "prompt" or new_tokens > 1:
+            measured[name] = _add_parties([party[step] for party in parties])
+            counts = count_operations(LNFreeForCausalLM, config, length=positions)
+            predicted[name] = _compare(measured[name], counts[phase]["estimates"]["CrypTen"])
     return {
-        "export": folder.name,
         "variant": config.variant,
         "perplexity": json.loads(results.read_text(encoding="utf-8"))["perplexity"] if results.is_file() else None,
         "prompt_tokens": length,
         "private_tokens": private.tolist(),
         "clear_tokens": clear[0, length:].tolist(),
-        "private_text": tokenizer.decode(private),
         "equal_tokens": int((private == clear[0, length:]).sum()),
         "equal_argmax": int((logits.argmax(-1) == expected.argmax(-1)).sum()),
         "positions": len(logits),
         "largest_error": errors.max().item(),
         "mean_error": errors.mean().item(),
         "largest_logit": expected.abs().max().item(),
-        "prompt": _add_parties([party[0] for party in parties]),
-        "new_token": _add_parties([party[-1] for party in parties]) if new_tokens > 1 else None,
+        "prompt": measured["prompt"],
+        "new_token": measured.get("new_token"),
+        "predicted": predicted,
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "peak_gib": [party["peak_kib"] / 2**20 for party in found],
         "variances": variances,
     }
+
+
+def _compare(measured: dict[str, dict[str, float]], cost: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What `lnfree cost` predicts for the operations that are measured together, and in total."""
+    parts = {
+        name: {
+            "rounds": sum(cost["by_operation"][part]["rounds"] for part in names if part in cost["by_operation"]),
+            "bytes": sum(
+                2 * cost["by_operation"][part]["bytes_per_party"] for part in names if part in cost["by_operation"]
+            ),
+            "measured_rounds": sum(
+                measured[part]["rounds"] for part in MEASURED.get(name, [name]) if part in measured
+            ),
+            "measured_bytes": sum(measured[part]["bytes"] for part in MEASURED.get(name, [name]) if part in measured),
+        }
+        for name, names in PREDICTED.items()
+    }
+    total = {key: sum(part[key] for part in parts.values()) for key in parts["embedding"]}
+    return {**parts, "total": total}
 
 
 def _add_parties(parties: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -318,7 +378,33 @@ def to_markdown(runs: list[dict[str, Any]]) -> str:
     for name in (*OPERATIONS, "total"):
         cells = (_cost(run["prompt"].get(name), separator=" / ") for run in runs)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "Predicted by `lnfree cost` and measured:", "", "| " + " | ".join(prediction_rows(runs)[0]) + " |"]
+    lines.append("|---" * len(prediction_rows(runs)[0]) + "|")
+    lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in prediction_rows(runs)]
     return "\n".join([*lines, "", NOT_PROTECTED])
+
+
+def prediction_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every pass rounds and MB as predicted and as measured, in how many seconds, and the parties' peak memory."""
+    rows = []
+    for run in runs:
+        for name, pass_name in (("prompt", f"{run['prompt_tokens']} tokens"), ("new_token", "a new token")):
+            if name in run["predicted"]:
+                total = run["predicted"][name]["total"]
+                rows.append(
+                    {
+                        "configuration": run["variant"],
+                        "blocks x width, vocabulary": f"{run['layers']} x {run['width']}, {run['vocabulary']:,}",
+                        "pass": pass_name,
+                        "rounds: predicted": total["rounds"],
+                        "measured": total["measured_rounds"],
+                        "MB: predicted": round(total["bytes"] / 1e6, 3),
+                        "measured MB": round(total["measured_bytes"] / 1e6, 3),
+                        "s": round(run[name]["total"]["seconds"], 1),
+                        "GiB of the parties": ", ".join(f"{peak:.1f}" for peak in run["peak_gib"]),
+                    }
+                )
+    return rows
 
 
 def _cost(cost: dict[str, float] | None, separator: str = " | ") -> str:
@@ -355,25 +441,31 @@ def plot(runs: list[dict[str, Any]], path: str):
 def main():
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("exports", nargs="+", type=Path, metavar="EXPORT_DIR")
+    parser.add_argument("exports", nargs="+", metavar="EXPORT_DIR_OR_NAME")
     parser.add_argument("--prompt", default=PROMPT, help="default: %(default)r")
+    parser.add_argument("--tokens", type=int, default=8, metavar="N", help="that a named model reads (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=8, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
     parser.add_argument("--plot", metavar="FILE.png", help="draw perplexity against bytes and rounds")
+    parser.add_argument("--docs", metavar="DOCS/data/NAME.json", help="of a checkout: write what was predicted there")
     arguments = parser.parse_args()
-    if arguments.new_tokens < 1:
-        parser.error(f"--new-tokens must be at least 1, got {arguments.new_tokens}")
-    for folder in arguments.exports:
+    for name, value in (("--new-tokens", arguments.new_tokens), ("--tokens", arguments.tokens)):
+        if value < 1:
+            parser.error(f"{name} must be at least 1, got {value}")
+    for folder in (Path(name) for name in arguments.exports if find_named(name) is None):
         for name in ("config.json", "model.safetensors", *(["results.json"] if arguments.plot else [])):
             if not (folder / name).is_file():
                 parser.error(f"{folder} is not an export: it has no {name}")
-    runs = [run(folder, arguments.prompt, arguments.new_tokens) for folder in arguments.exports]
+    runs = [run(name, arguments.prompt, arguments.tokens, arguments.new_tokens) for name in arguments.exports]
     runs.sort(key=lambda run: variant_order(run["variant"]))
     print(to_markdown(runs))
     if arguments.json:
         versions = {name: importlib.metadata.version(name) for name in ("crypten", "torch")}
         document = {"runs": runs, "versions": versions, "not_protected": NOT_PROTECTED}
         Path(arguments.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    if arguments.docs:
+        command = " ".join(["bash scripts/private_inference.sh", *sys.argv[1 : sys.argv.index("--docs")]])
+        write_table(Path(arguments.docs).parent.parent, Path(arguments.docs).stem, prediction_rows(runs), command)
     if arguments.plot:
         plot(runs, arguments.plot)
 

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from training import cli
 from training.cost import cost
+from training.encryption.named import find_named
 from training.errors import UserError
 
 from .conftest import random_ids, tiny_model
@@ -58,7 +59,7 @@ def test_code_that_comes_with_a_model_is_run_only_when_asked(tmp_path, counted, 
     source = tmp_path / "configuration_lnfree.py"
     source.write_text(source.read_text().replace('model_type = "lnfree"', 'model_type = "unknown_to_all"'))
     with pytest.raises(UserError, match="trust_remote_code"):
-        cost(str(tmp_path), length=4)
+        cost([str(tmp_path)], length=4)
     assert (
         counted(tmp_path, "--length", "4", "--trust-remote-code")["forward"]["total"]["relu"]["elements"]
         == 3 * 4 * 128
@@ -100,7 +101,7 @@ def test_fewest_bits_of_fixed_point(reader, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_id": "./no-such-model"}, "model './no-such-model' is neither a folder nor an id of the Hub"),
+        ({"model_ids": ["./no-such-model"]}, "model './no-such-model' is neither a folder nor an id of the Hub"),
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"new_tokens": -1}, "new_tokens must be at least 0, got -1"),
@@ -116,7 +117,7 @@ def test_fewest_bits_of_fixed_point(reader, tmp_path, capsys):
 def test_errors_are_one_line(reader, monkeypatch, options, message):
     monkeypatch.chdir(reader[1].parent)
     with pytest.raises(UserError, match=message) as error:
-        cost(**{"model_id": str(reader[0]), **options})
+        cost(**{"model_ids": [str(reader[0])], **options})
     assert "\n" not in str(error.value)
 
 
@@ -132,3 +133,82 @@ def test_options_that_measure_had_name_the_verb(option, now, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["measure", "a-model", "--dataset", "stdlib", *option])
     assert capsys.readouterr().err == f"lnfree measure: error: {option[0]} is now '{now}'\n"
+
+
+def test_models_by_name_stand_beside_the_first(tmp_path, capsys):
+    sizes = "hidden_size=32,num_hidden_layers=1,num_attention_heads=4,vocab_size=99"
+    names = [f"SM+LN+G:{sizes}", f"SM+R:{sizes}", f"pythia-14m:SM+R:{sizes}"]
+    path = tmp_path / "cost.json"
+    command = ["cost", *names, "--tokens", "6", "--network", "10,1", "--network", "lan", "--json", str(path)]
+    assert cli.main(command) == 0
+    results = json.loads(path.read_text())
+    assert [results["model"], *(other["model"] for other in results["others"])] == names
+    forward = results["others"][0]["private_cost"]["forward"]
+    printed = capsys.readouterr().out
+    # 10 ms a round, 1 Gbit/s
+    cost = forward["estimates"]["SEMI2K"]
+    seconds = cost["rounds"] * 0.01 + cost["bytes_per_party"] * 8 / 1e9
+    (row,) = [
+        line for line in printed.splitlines() if line.startswith(f"| SEMI2K | {names[1]} | {cost['rounds']:,} |")
+    ][:1]
+    assert f"| {seconds:.2f} |" in row and "-12 LayerNorm rows, -768 GELU" in row
+    assert f"against {names[0]}" in printed and "| s on 10 ms, 1 Gbit/s | s on LAN |" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "stock", "parameters"),
+    # as their papers and cards have them
+    [
+        ("gpt2", "GPT2LMHeadModel", 124_439_808),
+        ("gpt2-xl", "GPT2LMHeadModel", 1_557_611_200),
+        ("pythia-70m", "GPTNeoXForCausalLM", 70_426_624),
+        ("pythia-12b", "GPTNeoXForCausalLM", 11_846_072_320),
+        ("llama-3.2-1b", "LlamaForCausalLM", 1_235_814_400),
+        ("llama-3.1-8b", "LlamaForCausalLM", 8_030_261_248),
+        ("llama-2-7b", "LlamaForCausalLM", 6_738_415_616),
+    ],
+)
+def test_named_shapes_are_those_of_the_models(name, stock, parameters):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(find_named(name))
+    assert type(model).__name__ == stock
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_a_named_variant_has_the_sizes_of_its_shape():
+    config = find_named("gpt2-medium:SM+Lin@ScFuFFN:vocab_size=50000")
+    assert (config.variant, config.hidden_size, config.num_hidden_layers) == ("SM+Lin@ScFuFFN", 1024, 24)
+    assert config.vocab_size == 50000
+    assert find_named("SM+R").hidden_size == 768 and find_named("llama-3.2-1b:SM+R").num_key_value_heads == 8
+    assert find_named("openai-community/gpt2") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("SM+X", "model 'SM\\+X': variant must be"),
+        ("gpt2:foo", "model 'gpt2:foo': variant must be"),
+        ("gpt2:SM+R:5", "behind a ':' stand a variant and then FIELD=VALUE,...; got '5'"),
+        ("gpt2:hidden_size=65", "hidden_size must be divisible by num_attention_heads, got 65"),
+        ("SM+R:no_such_field=1", "no_such_field"),
+    ],
+)
+def test_wrong_names_are_one_line(name, message):
+    with pytest.raises(UserError, match=message) as error:
+        cost([name], length=4)
+    assert "\n" not in str(error.value)
+
+
+def test_steps_and_tables_for_the_docs(tmp_path, capsys):
+    (tmp_path / "docs" / "data").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("nothing\n")
+    page = tmp_path / "docs" / "page.md"
+    page.write_text("<!-- table cost-x -->\n<!-- end -->\n")
+    name = "SM+R:hidden_size=32,num_hidden_layers=1,num_attention_heads=4,vocab_size=99"
+    path = tmp_path / "docs" / "data" / "cost-x.json"
+    assert cli.main(["cost", name, "--tokens", "6", "--steps", "--docs", str(path)]) == 0
+    printed = capsys.readouterr().out
+    (first, *_), text = json.loads(path.read_text())["rows"], page.read_text()
+    assert first["step"] in text and first["step"] in printed and f"`lnfree cost {name} --length 6 --steps`" in text
+    with pytest.raises(UserError, match="--docs must be the folder docs of a checkout"):
+        cost([name], length=6, docs_path=tmp_path / "x.json")

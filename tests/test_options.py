@@ -57,9 +57,11 @@ TESTED = {
     },
     "cost": {
         **dict.fromkeys(
-            ("model_id", "--length", "--batch-size", "--new-tokens", "--json"),
+            ("model_ids", "--length", "--batch-size", "--new-tokens", "--json"),
             COST + "test_counts_beside_the_baseline",
         ),
+        "--network": COST + "test_models_by_name_stand_beside_the_first",
+        **dict.fromkeys(("--steps", "--docs"), COST + "test_steps_and_tables_for_the_docs"),
         **dict.fromkeys(("--fixed-point", "--dataset", "--device"), COST + "test_fewest_bits_of_fixed_point"),
         **dict.fromkeys(("--config", "--split", "--text-column", "--max-samples"), TEXTS),
         "--revision": REVISION,

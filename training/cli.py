@@ -207,12 +207,33 @@ def _cost(verbs):
         "cost:cost",
         "what a model costs under encryption, by its configuration alone; or the bits of fixed point that it needs",
         "lnfree cost runs/quickstart/SM+R/model --length 128 --new-tokens 8\n"
+        "  lnfree cost SM+LN+G SM+R gpt2-xl:SM+R llama-3.1-8b --tokens 128 --network wan\n"
         "  lnfree cost runs/quickstart/SM+R/model --fixed-point --dataset stdlib",
     )
-    _add_model(verb)
-    verb.add_argument("--length", type=int, metavar="N", help="tokens of the input (default: the model's positions)")
+    verb.add_argument(
+        "model_ids",
+        nargs="+",
+        metavar="MODEL",
+        help="model of the Hub, a folder with a configuration, or a name: gpt2 to gpt2-xl, pythia-14m to -12b, "
+        "llama-3.2-1b, -3b, llama-3.1-8b, llama-2-7b; SM+R and other variants at GPT-2's sizes; gpt2-xl:SM+R; "
+        "SM+R:hidden_size=512,num_hidden_layers=6; several are compared with the first",
+    )
+    verb.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with a model")
+    verb.add_argument("--revision", help="branch, tag or commit of the models")
+    verb.add_argument(
+        "--length", "--tokens", type=int, metavar="N", help="tokens of the input (default: the models' positions)"
+    )
     verb.add_argument("--batch-size", type=int, metavar="N", help="inputs (default: 1, with --fixed-point 8)")
     verb.add_argument("--new-tokens", type=int, default=0, metavar="N", help="count also generating N tokens after it")
+    verb.add_argument(
+        "--network",
+        action="append",
+        dest="networks",
+        metavar="lan|wan|MS,GBPS",
+        help="round trip and bandwidth that seconds are of; may be repeated (default: lan, 0.8 ms and 3 Gbit/s, and "
+        "wan, 80 ms and 0.2 Gbit/s)",
+    )
+    verb.add_argument("--steps", action="store_true", help="print also the steps that operations are composed of")
     verb.add_argument(
         "--fixed-point",
         action="store_true",
@@ -221,6 +242,12 @@ def _cost(verbs):
     _add_texts(verb)
     verb.add_argument("--device", help="of --fixed-point; default: an accelerator, if there is one")
     verb.add_argument("--json", dest="json_path", metavar="FILE", help="write all results")
+    verb.add_argument(
+        "--docs",
+        dest="docs_path",
+        metavar="DOCS/data/NAME.json",
+        help="of a checkout: write the costs there, with --steps the steps, and put the table into its pages",
+    )
 
 
 def _add_model(verb: argparse.ArgumentParser):

@@ -1,5 +1,6 @@
 """`lnfree cost`: what a model costs under encryption, counted, and the bits of fixed point that it needs."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,37 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from modeling_lnfree.metrics.attention_entropy.reading import encode, side
 
 from .data import check_reachable
-from .encryption.counting import count_operations
+from .encryption.counting import PHASES, count_operations
 from .encryption.fixed_point import measure_fixed_point
-from .encryption.tables import compare_costs, tabulate
+from .encryption.named import find_named
+from .encryption.prices import NETWORKS, Network, find_network
+from .encryption.tables import (
+    compare_costs,
+    cost_rows,
+    describe_steps,
+    operation_rows,
+    place_rows,
+    step_rows,
+    tabulate,
+    to_table,
+)
 from .errors import UserError, explained
 from .files import check_outputs, to_json, write_atomically
+from .pages import check_docs, write_table
 from .recipe import check_model_id
 from .runs import library_versions
-from .tables import to_markdown
+from .tables import Block, to_markdown
 from .texts import Texts, load_reader, negative_log_likelihoods
 
 
 def cost(
-    model_id: str,
+    model_ids: Sequence[str],
     *,
     length: int | None = None,
     batch_size: int | None = None,
     new_tokens: int = 0,
+    networks: Sequence[str] | None = None,
+    steps: bool = False,
     fixed_point: bool = False,
     dataset: str | None = None,
     config: str | None = None,
@@ -38,27 +53,33 @@ def cost(
     trust_remote_code: bool = False,
     revision: str | None = None,
     json_path: str | Path | None = None,
+    docs_path: str | Path | None = None,
 ) -> dict[str, Any]:
     """
-    Counts the operations on private data of a forward pass and of generating, from a model's configuration alone; or,
-    with `fixed_point`, finds by its weights and texts the largest values and the fewest bits at which perplexity stays
-    within 1 %, in about ten passes over the texts. Prints what it found.
+    Counts the operations on private data of a forward pass and of generating, from configurations alone, and what they
+    cost: rounds, bytes, and seconds on a network. Or, with `fixed_point`, finds by a model's weights and texts the
+    largest values and the fewest bits at which perplexity stays within 1 %, in about ten passes over the texts. Prints
+    what it found.
 
     Args:
-        model_id: Hub id or folder of a causal language model; `fixed_point` takes its tokenizer too.
-        length: tokens of the input, or of a text that are read; by default as many as the model has positions.
+        model_ids: Hub ids, folders or names (see `find_named`) of causal language models, which are compared with the
+            first; one for `fixed_point`, which takes its tokenizer too.
+        length: tokens of the input, or of a text that are read; by default as many as every model has positions for.
         batch_size: inputs, 1 by default; texts in a forward pass, 8 by default.
         new_tokens: tokens to generate after the input.
+        networks: see `find_network`; `lan` and `wan` by default.
+        steps: whether the steps are printed that operations are composed of.
         fixed_point: whether bits are searched for instead of operations counted.
         dataset, config, split, text_column, max_samples: of the texts for `fixed_point`, see `Texts`.
         device: for `fixed_point`; by default an accelerator, if there is one.
         trust_remote_code: whether the code that comes with the model may be run.
-        revision: branch, tag or commit of the model.
+        revision: branch, tag or commit of the models.
         json_path: where to write the results.
+        docs_path: `docs/data/NAME.json` of a checkout: where to write the models' costs, or the steps.
 
     Returns:
-        `model`, `revision`, `versions`, and `private_cost` as `count_operations` returns it, or `fixed_point` as
-        `measure_fixed_point` does.
+        `model`, `revision`, `versions`, and `private_cost` as `count_operations` returns it, with `others` (`model`
+        and `private_cost` of those after the first); or `fixed_point` as `measure_fixed_point` returns it.
 
     Raises:
         UserError: for a model or dataset that cannot be loaded or counted, and for a file that cannot be written.
@@ -69,45 +90,73 @@ def cost(
     ):
         if number is not None and number < least:
             raise UserError(f"{name} must be at least {least}, got {number}")
-    inputs = [name for name in (model_id, dataset) if name is not None]
+    inputs = [*model_ids, *([dataset] if dataset is not None else [])]
     (json_path,) = check_outputs({"json_path": json_path}, inputs)
     found: dict[str, Any]
     loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     if fixed_point:
         if dataset is None:
             raise UserError("--fixed-point needs texts to keep the perplexity of: --dataset NAME_OR_FILE")
+        if len(model_ids) > 1:
+            raise UserError(f"--fixed-point is of one model, got {', '.join(model_ids)}")
         texts = Texts(dataset, config=config, split=split, text_column=text_column, max_samples=max_samples)
         # which is what fixed point is simulated in
-        reader = load_reader(model_id, max_length=length, device=device, dtype="float32", **loading)
-        found = {"dataset": dataset, "fixed_point": _find_bits(model_id, texts, *reader, batch_size or 8)}
+        reader = load_reader(model_ids[0], max_length=length, device=device, dtype="float32", **loading)
+        found = {"dataset": dataset, "fixed_point": _find_bits(model_ids[0], texts, *reader, batch_size or 8)}
         _print_bits(found["fixed_point"])
     else:
         if dataset is not None:
             raise UserError(
                 f"--dataset {dataset} has no effect without --fixed-point: operations do not depend on texts"
             )
-        found = {"private_cost": _count(model_id, length, batch_size or 1, new_tokens, loading)}
-        _print_counts(found["private_cost"])
-    results = {"model": model_id, "revision": revision, **found, "versions": library_versions()}
+        docs = None if docs_path is None else check_docs(Path(docs_path).parent.parent)
+        lines = [find_network(name) for name in networks or NETWORKS]
+        models = _load(model_ids, loading)
+        if length is None:
+            length = min(_positions(model.config) for model in models)
+        sizes = {"length": length, "batch_size": batch_size or 1, "new_tokens": new_tokens}
+        counted = []
+        for name, model in zip(model_ids, models, strict=True):
+            with explained(f"model {name!r} cannot be counted"):
+                counted.append(count_operations(type(model), model.config, **sizes))
+        others = [{"model": name, "private_cost": counts} for name, counts in zip(model_ids, counted, strict=True)][1:]
+        found = {"private_cost": counted[0], **({"others": others} if others else {})}
+        _print_counts(_name(model_ids, counted), counted, lines, steps)
+        if docs is not None:
+            forward = [counts["forward"] for counts in counted]
+            named = list(zip(model_ids, forward, strict=True))
+            rows = step_rows(forward[0]) if steps else cost_rows(named, lines, forward[0] if others else None)
+            command = " ".join(["lnfree cost", *model_ids, f"--length {length}", *["--steps"] * steps])
+            write_table(docs, Path(str(docs_path)).stem, rows, command)
+    results = {"model": model_ids[0], "revision": revision, **found, "versions": library_versions()}
     if json_path is not None:
         with explained(f"{json_path} cannot be written"):
             write_atomically(json_path, to_json(results))
     return results
 
 
-def _count(
-    model_id: str, length: int | None, batch_size: int, new_tokens: int, loading: dict[str, Any]
-) -> dict[str, Any]:
-    check_model_id(model_id)
-    check_reachable("model", model_id)
-    with explained(f"model {model_id!r} cannot be counted"):
-        config = AutoConfig.from_pretrained(model_id, **loading)
-        if length is None:
-            length = _positions(config)
-        # its class, without its weights
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=loading["trust_remote_code"])
-        return count_operations(type(model), config, length=length, batch_size=batch_size, new_tokens=new_tokens)
+def _load(model_ids: Sequence[str], loading: dict[str, Any]) -> list[PreTrainedModel]:
+    """The models on the meta device: their classes and configurations, without weights."""
+    models = []
+    for model_id in model_ids:
+        config = find_named(model_id)
+        if config is None:
+            check_model_id(model_id)
+            check_reachable("model", model_id)
+        with explained(f"model {model_id!r} cannot be counted"):
+            if config is None:
+                config = AutoConfig.from_pretrained(model_id, **loading)
+            with torch.device("meta"):
+                trusted = loading["trust_remote_code"]
+                models.append(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted))
+    return models
+
+
+def _name(model_ids: Sequence[str], counted: list[dict[str, Any]]) -> list[str]:
+    """By which rows are told apart: one model is known, several are called as they were given."""
+    if len(counted) == 1:
+        return [counted[0]["variant"] or counted[0]["model_class"]]
+    return list(model_ids)
 
 
 def _positions(config: PreTrainedConfig) -> int:
@@ -159,20 +208,30 @@ def _print_bits(bits: dict[str, Any]):
         )
 
 
-def _print_counts(counts: dict[str, Any]):
-    """A table by block and one of totals, for each phase."""
-    name, baseline = counts["variant"] or counts["model_class"], counts.get("baseline")
-    inputs = f"{counts['batch_size']} x {counts['length']} tokens"
-    for phase, title in (
-        ("forward", f"one forward pass over {inputs}"),
-        ("generation", f"generating {counts['new_tokens']} tokens after {inputs}, with a cache"),
-    ):
-        if counts[phase] is None:
+def _print_counts(names: list[str], counted: list[dict[str, Any]], networks: list[Network], steps: bool):
+    """For each phase a table of all models; of one model also by operation and by block, and beside SM+LN+G."""
+    first = counted[0]
+    baseline = first.get("baseline")
+    inputs = f"{first['batch_size']} x {first['length']} tokens"
+    titles = {
+        "forward": f"one forward pass over {inputs}",
+        "token": f"a pass over the last of {inputs}, the others in the cache",
+        "generation": f"generating {first['new_tokens']} tokens after {inputs}, with a cache",
+    }
+    for phase in PHASES:
+        if first[phase] is None:
             continue
-        named = [(name, counts[phase])]
-        if baseline is not None:
-            named.insert(0, (baseline["variant"], baseline[phase]))
-        places = [*((str(i), layer) for i, layer in enumerate(counts[phase]["layers"]))]
-        by_block = tabulate([*places, ("outside", counts[phase]["outside"])], "layer")
-        blocks = [f"private cost of {title}:", by_block, *compare_costs(named, baseline and baseline[phase])]
+        named = [(name, counts[phase]) for name, counts in zip(names, counted, strict=True)]
+        blocks: list[Block] = [f"private cost of {titles[phase]}:"]
+        if len(named) > 1:
+            blocks += compare_costs(named, named[0][1], networks, against=names[0])
+        else:
+            places = [*((str(i), layer) for i, layer in enumerate(first[phase]["layers"]))]
+            blocks.append(tabulate([*places, ("outside", first[phase]["outside"])], "layer"))
+            blocks += [to_table(rows(first[phase], networks)) for rows in (operation_rows, place_rows)]
+            if baseline is not None:
+                named.insert(0, (baseline["variant"], baseline[phase]))
+            blocks += compare_costs(named, baseline and baseline[phase], networks)
+        if steps:
+            blocks += describe_steps(first[phase])
         print(to_markdown(blocks), end="\n\n")

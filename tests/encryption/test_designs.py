@@ -18,7 +18,7 @@ from .test_counting import sizes
 # names that an operation may have; each but the products is in a design's formula
 KNOWN = {
     *("softmax", "layer_norm", "rms_norm", "gelu", "relu", "leaky_relu", "silu", "tanh", "erf", "sigmoid", "clamp"),
-    *("matmul", "comparison", "opening", "truncation"),
+    *("matmul", "comparison", "opening", "truncation", "embedding", "sampling"),
 }
 B, T = 2, 13
 

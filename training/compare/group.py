@@ -7,7 +7,7 @@ import numpy as np
 
 from modeling_lnfree import LNFreeForCausalLM
 
-from ..encryption.counting import count_operations
+from ..encryption.counting import count_operations, totals
 from ..files import read_records
 from ..runs import Run, find_baseline
 from .seeds import LEAST_SEEDS, format_interval, summarize
@@ -119,5 +119,5 @@ def _notes(summary: dict[str, Any], runs: list[Run]) -> list[str]:
 def _private_cost(run: Run) -> dict[str, Any]:
     """Totals of one forward pass over one sequence, and those of SM+LN+G with these sizes."""
     counts = count_operations(LNFreeForCausalLM, run.config, length=run.setting.block_size)
-    forward = {name: counts["forward"][name] for name in ("total", "estimate")}
+    forward = totals(counts["forward"])
     return {"forward": forward, "baseline": counts["baseline"]["forward"] if "baseline" in counts else forward}

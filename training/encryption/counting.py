@@ -22,8 +22,10 @@ shaped attention are public too.
   with constants, and the leaky ReLU's slope. Those inside a softmax, a norm or a GELU depend on how a protocol
   approximates them, and are not counted.
 
-`calls` is how many operations follow one another, with a maximum of n as ceil(log2(n)) comparisons. Not counted: the
-lookup of the private tokens' embeddings, and the choice of the next token from the logits, which the client makes.
+- `embedding`: elements of the one-hot rows, tokens by vocabulary, whose product with the table looks tokens up;
+  `sampling`: logits from which the next token is chosen.
+
+`calls` is how many operations follow one another, with a maximum of n as ceil(log2(n)) comparisons.
 """
 
 import copy
@@ -42,9 +44,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
 from modeling_lnfree.variants import BASELINE, as_variant
 
-from .prices import estimate
+from .crypten import CRYPTEN
+from .prices import Shape, estimate
+from .semi2k import SEMI2K
 
 
+PROTOCOLS = (SEMI2K, CRYPTEN)
+PHASES = ("forward", "token", "generation")
 OUTSIDE = "outside"  # of the blocks: embeddings, final norm, head
 
 
@@ -63,19 +69,25 @@ _LINEAR = {
 
 @dataclass
 class Tally:
-    """How often an operation runs, and on how much; `rows` by their length where it works on rows."""
+    """How often an operation runs, and on how much: how many calls there are of each shape."""
 
     calls: int = 0
-    elements: int = 0
-    rows: Counter = field(default_factory=Counter)
+    shapes: Counter = field(default_factory=Counter)
+
+    @property
+    def elements(self) -> int:
+        return sum(shape.elements * times for shape, times in self.shapes.items())
 
     def add(self, other: "Tally"):
         self.calls += other.calls
-        self.elements += other.elements
-        self.rows.update(other.rows)
+        self.shapes.update(other.shapes)
 
     def to_dict(self) -> dict[str, Any]:
-        rows = {str(length): rows for length, rows in sorted(self.rows.items())}
+        by_length: Counter = Counter()
+        for shape, times in self.shapes.items():
+            if shape.row is not None:
+                by_length[shape.row] += shape.rows * times
+        rows = {str(length): rows for length, rows in sorted(by_length.items())}
         return {"calls": self.calls, "elements": self.elements, **({"rows": rows} if rows else {})}
 
 
@@ -88,7 +100,8 @@ def count_operations(
     new_tokens: int = 0,
 ) -> dict[str, Any]:
     """
-    Counts the operations on private data of one forward pass and, with `new_tokens`, of generating with a cache.
+    Counts the operations on private data of one forward pass, of one more token with a cache and, with `new_tokens`,
+    of generating so many.
 
     Args:
         model_class: of a causal language model, such as `LNFreeForCausalLM` or `GPT2LMHeadModel`.
@@ -99,8 +112,9 @@ def count_operations(
             only, and `new_tokens - 1` passes over one token each.
 
     Returns:
-        `forward`, and `generation` or None: each with `layers` (a dictionary by operation for every block), `outside`,
-        `total`, and `estimate` (see `estimate`). An operation has `calls`, `elements`, and `rows` by their length.
+        `forward`, `token` (a pass over the last token of the input with the others in the cache) and `generation` or
+        None: each with `layers` (a dictionary by operation for every block), `outside`, `total`, and `estimates` by
+        protocol (see `estimate`). An operation has `calls`, `elements`, and `rows` by their length.
         For an LNFree model other than SM+LN+G also `baseline`: the same of SM+LN+G with these sizes, totals only.
 
     Raises:
@@ -127,30 +141,41 @@ def count_operations(
         "batch_size": batch_size,
         "length": length,
         "new_tokens": new_tokens,
-        "forward": _run(model, input_ids, 0),
-        "generation": _run(model, input_ids, new_tokens) if new_tokens else None,
+        "forward": _run(model, [input_ids]),
+        "token": _run(model, [input_ids[:, :1]], cached=input_ids[:, 1:], logits_to_keep=1),
+        "generation": None,
     }
+    if new_tokens:
+        inputs = [input_ids, *[input_ids[:, :1]] * (new_tokens - 1)]
+        counts["generation"] = _run(model, inputs, logits_to_keep=1)
     if counts["variant"] not in (None, BASELINE):
         sizes = {"length": length, "batch_size": batch_size, "new_tokens": new_tokens}
         baseline = count_operations(model_class, as_variant(config, BASELINE), **sizes)
         counts["baseline"] = {
             "variant": BASELINE,
-            **{phase: baseline[phase] and _totals(baseline[phase]) for phase in ("forward", "generation")},
+            **{phase: baseline[phase] and totals(baseline[phase]) for phase in PHASES},
         }
     return counts
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, input_ids: Tensor, new_tokens: int) -> dict[str, Any]:
-    with _OperationCounter(model) as counter:
-        try:
-            # a cache in any case: without one, transformers looks for packed sequences in the positions' numbers
-            output = model(input_ids, use_cache=True, logits_to_keep=1 if new_tokens else 0)
-            for _ in range(new_tokens - 1):
-                output = model(input_ids[:, :1], use_cache=True, **{CACHE_NAME: output[CACHE_NAME]})
-        except RuntimeError as error:
-            message = " ".join(str(error).split())
-            raise ValueError(f"{type(model).__name__} cannot be run on the meta device: {message}") from error
+def _run(
+    model: PreTrainedModel, inputs: list[Tensor], cached: Tensor | None = None, logits_to_keep: int = 0
+) -> dict[str, Any]:
+    """Passes over the inputs, each with those before it in the cache, after an uncounted one over `cached`."""
+    cache: dict[str, Any] = {}
+    try:
+        if cached is not None and cached.numel():
+            cache = {CACHE_NAME: model(cached, use_cache=True, logits_to_keep=1)[CACHE_NAME]}
+        with _OperationCounter(model) as counter:
+            for input_ids in inputs:
+                # a cache in any case: without one, transformers looks for packed sequences in the positions' numbers
+                output = model(input_ids, use_cache=True, logits_to_keep=logits_to_keep, **cache)
+                cache = {CACHE_NAME: output[CACHE_NAME]}
+                counter.add("sampling", Shape(output.logits.numel(), row=output.logits.shape[-1]))
+    except RuntimeError as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"{type(model).__name__} cannot be run on the meta device: {message}") from error
     total: dict[str, Tally] = {}
     for tallies in counter.counts.values():
         for name, tally in tallies.items():
@@ -163,7 +188,7 @@ def _run(model: PreTrainedModel, input_ids: Tensor, new_tokens: int) -> dict[str
         "layers": [by_place[str(index)] for index in range(counter.num_layers)],
         "outside": by_place[OUTSIDE],
         "total": by_place["total"],
-        "estimate": estimate(by_place["total"]),
+        "estimates": {protocol.name: estimate(protocol, counter.counts) for protocol in PROTOCOLS},
     }
 
 
@@ -221,6 +246,7 @@ class _OperationCounter(PrivateDispatchMode):
         super().__init__()
         self.num_layers = model.config.get_text_config().num_hidden_layers
         blocks = find_blocks(model)
+        self.table = model.get_input_embeddings().weight
         self.counts: dict[str, dict[str, Tally]] = {OUTSIDE: {}, **{str(i): {} for i in range(self.num_layers)}}
         self.place = OUTSIDE
         self.composite: nn.Module | None = None
@@ -245,7 +271,7 @@ class _OperationCounter(PrivateDispatchMode):
     def _begin(self, name: str, module: nn.Module, args: tuple[Tensor, ...]):
         if self.composite is None:
             self.composite = module
-            self._add(name, args[0].numel(), row=args[0].shape[-1] if name == "rms_norm" else None)
+            self.add(name, Shape(args[0].numel(), row=args[0].shape[-1] if name == "rms_norm" else None))
 
     def _end(self, module: nn.Module):
         if self.composite is module:
@@ -262,34 +288,41 @@ class _OperationCounter(PrivateDispatchMode):
         if name in _PRODUCTS or name in _MATRIX_PRODUCTS:
             first = _MATRIX_PRODUCTS.get(name, 0)
             factors = [leaf for leaf in args[first : first + 2] if any(leaf is one for one in secret)]
+            multiply_adds = 0
             if name in _MATRIX_PRODUCTS:
-                self._add("matmul", size)
+                self.add("matmul", Shape(size))
+                multiply_adds = size * args[first].shape[-1]
             if len(factors) == 2:
-                self._add("opening", factors[0].numel() + factors[1].numel())
-            self._add("truncation", size)
+                elements = factors[0].numel() + factors[1].numel()
+                self.add("opening", Shape(elements, output=size, multiply_adds=multiply_adds))
+            self.add("truncation", Shape(size))
         elif name == "_softmax":
             length = output.shape[args[1]]
-            self._add("softmax", size, row=length)
+            self.add("softmax", Shape(size, row=length))
             if length > 1:
-                self._add("comparison", size - size // length, calls=math.ceil(math.log2(length)))
+                self.add("comparison", Shape(size - size // length), calls=math.ceil(math.log2(length)))
         elif name == "native_layer_norm":
-            self._add("layer_norm", size, row=math.prod(args[1]))
+            self.add("layer_norm", Shape(size, row=math.prod(args[1])))
         elif name in ("relu", "leaky_relu", "_prelu_kernel"):
-            self._add("relu" if name == "relu" else "leaky_relu", size)
-            self._add("comparison", size)
+            self.add("relu" if name == "relu" else "leaky_relu", Shape(size))
+            self.add("comparison", Shape(size))
             if name != "relu":
-                self._add("truncation", size)
+                self.add("truncation", Shape(size))
         elif name == "clamp":
-            self._add(name, size)
             bounds = sum(bound is not None for bound in args[1:])
-            self._add("comparison", bounds * size, calls=bounds)
+            self.add("clamp" if bounds == 2 else "clamp_min", Shape(size))
+            self.add("comparison", Shape(bounds * size), calls=bounds)
+        elif name == "embedding" and args[0] is self.table:
+            tokens, (vocabulary, width) = args[1].numel(), self.table.shape
+            one_hot = Shape(tokens * vocabulary, vocabulary, tokens * width, tokens * vocabulary * width)
+            self.add("embedding", one_hot)
         elif name not in _LINEAR:
-            self._add(name, size)
+            self.add(name, Shape(size))
 
-    def _add(self, name: str, elements: int, *, calls: int = 1, row: int | None = None):
-        rows = Counter({row: elements // row}) if row is not None else Counter()
-        self.counts[self.place].setdefault(name, Tally()).add(Tally(calls, elements, rows))
+    def add(self, name: str, shape: Shape, *, calls: int = 1):
+        self.counts[self.place].setdefault(name, Tally()).add(Tally(calls, Counter({shape: 1})))
 
 
-def _totals(phase: dict[str, Any]) -> dict[str, Any]:
-    return {name: phase[name] for name in ("total", "estimate")}
+def totals(phase: dict[str, Any]) -> dict[str, Any]:
+    """A phase without its blocks."""
+    return {name: phase[name] for name in ("total", "estimates")}

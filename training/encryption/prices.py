@@ -1,83 +1,189 @@
-"""What operations cost under encryption: published figures of one protocol, and what has none."""
+"""What operations cost under encryption: rounds and bytes by the tables of two protocols, and seconds on a network."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+
+
+class Shape(NamedTuple):
+    """Of one call of an operation; of a product of two private tensors also what comes out of it."""
+
+    elements: int
+    row: int | None = None  # length of the rows that it works on
+    output: int = 0  # elements of the product
+    multiply_adds: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.elements // (self.row or self.elements)
 
 
 @dataclass(frozen=True)
-class Price:
-    """What one element (`bits` that each of two parties sends) and one call (`rounds`) of an operation cost."""
+class Cost:
+    """Rounds one after the other; `bytes` sent by both parties together; `dealt` bytes of the offline phase."""
 
-    rounds: int
-    bits: int
-    composition: str
+    rounds: int = 0
+    bytes: int = 0
+    dealt: int = 0
+    multiply_adds: int = 0
 
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__annotations__))
 
-# Ring elements of K = 64 bits, N = 2 parties, log2(64) = 6. Online phase only.
-PROTOCOL = "SEMI2K of SPU, 2 parties, 64-bit ring, online phase; rounds and bits, so of no particular network"
+    def __mul__(self, times: int) -> "Cost":
+        return Cost(*(getattr(self, name) * times for name in self.__annotations__))
 
-
-SOURCES = {
-    "kernels": "the cost that SPU's source states for each kernel: github.com/secretflow/spu, "
-    "libspu/mpc/semi2k/conversion.h at 086ec9bc62ed and arithmetic.h at 15b63f65f4a3",
-    "gelu": "PUMA's piecewise polynomial (arXiv 2307.12533) as its benchmark computes it: "
-    "github.com/AntCPLab/puma_benchmarks, bench_gpt2/bench_gpt2.py at b2e1cd4bb441",
-}
-
-
-PRICES = {
-    "comparison": Price(
-        rounds=(6 + 1) + 1 + 1,
-        bits=(5 + 1 + 2) * 64,
-        composition="msb_a2b (log K + 1 rounds, 5 K bits), b2a (1, K), and mul_aa (1, 2 K) to select by the bit",
-    ),
-    "gelu": Price(
-        # the powers of x (7 rounds with their truncations) are ready before the comparisons
-        rounds=(6 + 1) + 1 + 1,
-        bits=(3 * (5 + 1 + 2) + 4 * (2 + 1) + 7 * 1) * 64,
-        composition="3 comparisons with their selections, 4 products for the powers of x (mul_aa, trunc_a), "
-        "7 products with coefficients (trunc_a)",
-    ),
-    "opening": Price(rounds=1, bits=64, composition="mmul_aa, mul_aa (1 round, K bits an element of either factor)"),
-    "truncation": Price(rounds=1, bits=64, composition="trunc_a, probabilistic (1 round, K bits)"),
-}
+    def to_dict(self) -> dict[str, int]:
+        return {
+            "rounds": self.rounds,
+            "bytes_per_party": self.bytes // 2,
+            "offline_bytes": self.dealt,
+            "multiply_adds": self.multiply_adds,
+        }
 
 
-# What has no published figure that could be checked. The comparisons of a softmax are priced; this is what remains.
-UNPRICED = {
-    "softmax": "the exponentials and the reciprocal of its sums",
-    "layer_norm": "all of it: squares, inverse root, products",
-    "rms_norm": "all of it: squares, inverse root, products",
-}
+class Step(NamedTuple):
+    """A part of an operation's composition, which of a protocol's sources has it, and what it costs in one call."""
+
+    what: str
+    source: str
+    cost: Cost
 
 
-def estimate(total: dict[str, dict[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Protocol:
     """
-    From `PRICES`: what the operations with a published figure cost, one after the other.
+    A cost model: for each operation the steps that it is composed of.
+
+    Args:
+        setting: parties, ring, what is counted.
+        sources: where the figures are from, by what they are of.
+        offline: who deals the triples, and how that is counted.
+        operations: by name, from the shape of a call to its steps, one after the other.
+        instead: the same for ways of doing an operation that are not in any total.
+        absent: of operations that have no figure, why.
+        rates: seconds of local computation for a multiply-add and for a byte, and how they were measured.
+    """
+
+    name: str
+    setting: str
+    sources: dict[str, str]
+    offline: str
+    operations: dict[str, Callable[[Shape], list[Step]]]
+    instead: dict[str, Callable[[Shape], list[Step]]]
+    absent: dict[str, str]
+    rates: tuple[float, float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """
+    Seconds of a cost: every round waits for one round trip, and each party sends its bytes at full bandwidth while it
+    receives the other's.
+    """
+
+    name: str
+    round_trip_ms: float
+    gbit_per_second: float
+
+    def seconds(self, rounds: int, bytes_per_party: int) -> float:
+        return rounds * self.round_trip_ms / 1e3 + bytes_per_party * 8 / (self.gbit_per_second * 1e9)
+
+    @property
+    def title(self) -> str:
+        speed = f"{self.round_trip_ms:g} ms, {self.gbit_per_second:g} Gbit/s"
+        return speed if self.name == speed else f"{self.name} {speed}"
+
+
+NETWORKS = {"lan": Network("LAN", 0.8, 3.0), "wan": Network("WAN", 80.0, 0.2)}
+
+
+def find_network(name: str) -> Network:
+    """`lan`, `wan`, or `MS,GBPS`: milliseconds of a round trip and Gbit/s. Raises UserError for anything else."""
+    if name in NETWORKS:
+        return NETWORKS[name]
+    try:
+        round_trip, bandwidth = map(float, name.split(","))
+    except ValueError:
+        round_trip = bandwidth = math.nan
+    if not (0 <= round_trip < math.inf and 0 < bandwidth < math.inf):
+        raise UserError(
+            f"network must be {', '.join(NETWORKS)} or MS,GBPS (milliseconds of a round trip, at least 0, and Gbit/s "
+            f"above 0), got {name!r}"
+        )
+    return Network(f"{round_trip:g} ms, {bandwidth:g} Gbit/s", round_trip, bandwidth)
+
+
+# counted for the reader, and priced as part of what needs them
+_PARTS = {"matmul", "comparison"}
+UNKNOWN = "no composition of it from a published source"
+
+
+def estimate(protocol: Protocol, places: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """
+    Prices the operations of every place of a model, one after the other.
+
+    Args:
+        places: of each place (a block, or what is outside of them) its tallies by operation, which have `shapes`:
+            how often each `Shape` is called.
 
     Returns:
-        `rounds`, `bytes_per_party` (sent by each of two parties), `by_operation` with both, `without_figure` (what is
-        left out, by operation), `protocol` and `sources`.
+        `rounds`, `bytes_per_party` (sent by each of two parties), `offline_bytes`, `multiply_adds`; `by_operation`
+        with the same and `steps`, `by_place`; `instead`, of ways that are in no total; `without_figure` (what is left
+        out, by operation); `setting`, `offline`, `sources`.
     """
-    by_operation = {
-        name: {
-            "rounds": price.rounds * total[name]["calls"],
-            "bytes_per_party": price.bits * total[name]["elements"] // 8,
-            "composition": price.composition,
-        }
-        for name, price in PRICES.items()
-        if name in total
-    }
-    priced = {*PRICES, "matmul", "relu", "leaky_relu", "clamp"}
+    operations: dict[str, Cost] = {}
+    steps: dict[str, dict[tuple[str, str], Cost]] = {}
+    by_place: dict[str, Cost] = {}
+    instead: dict[str, Cost] = {}
+    missing: dict[str, dict[str, Any]] = {}
+    for place, tallies in places.items():
+        here = Cost()
+        for name, tally in tallies.items():
+            if name in _PARTS:
+                continue
+            if name not in protocol.operations:
+                found = missing.setdefault(name, {"elements": 0, "what": protocol.absent.get(name, UNKNOWN)})
+                found["elements"] += tally.elements
+                continue
+            for shape, calls in tally.shapes.items():
+                for what, source, cost in protocol.operations[name](shape):
+                    cost = cost * calls
+                    here += cost
+                    operations[name] = operations.get(name, Cost()) + cost
+                    by_step = steps.setdefault(name, {})
+                    by_step[what, source] = by_step.get((what, source), Cost()) + cost
+                for title, compose in protocol.instead.items():
+                    if title.split(",")[0] == name:
+                        cost = sum((step.cost * calls for step in compose(shape)), Cost())
+                        instead[title] = instead.get(title, Cost()) + cost
+        by_place[place] = here
     return {
-        "rounds": sum(cost["rounds"] for cost in by_operation.values()),
-        "bytes_per_party": sum(cost["bytes_per_party"] for cost in by_operation.values()),
-        "by_operation": by_operation,
-        "without_figure": {
-            name: {**count, "what": UNPRICED.get(name, "all of it")}
-            for name, count in total.items()
-            if name not in priced
+        **sum(by_place.values(), Cost()).to_dict(),
+        "by_operation": {
+            name: {
+                **cost.to_dict(),
+                "steps": [
+                    {"what": what, "source": source, **part.to_dict()} for (what, source), part in steps[name].items()
+                ],
+            }
+            for name, cost in operations.items()
         },
-        "protocol": PROTOCOL,
-        "sources": SOURCES,
+        "by_place": {place: cost.to_dict() for place, cost in by_place.items()},
+        "instead": {title: cost.to_dict() for title, cost in instead.items()},
+        "without_figure": missing,
+        "setting": protocol.setting,
+        "offline": protocol.offline,
+        "sources": protocol.sources,
     }
+
+
+def local_seconds(protocol: Protocol, cost: dict[str, Any]) -> float | None:
+    """Of computing what is not waiting, by the protocol's measured rates; None where there are none."""
+    if protocol.rates is None:
+        return None
+    per_multiply_add, per_byte, _ = protocol.rates
+    return cost["multiply_adds"] * per_multiply_add + 2 * cost["bytes_per_party"] * per_byte

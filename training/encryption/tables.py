@@ -1,16 +1,20 @@
 """Counts of operations as tables and sentences."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_lnfree.variants import BASELINE
 
+from ..pages import format_cell
 from ..tables import Block, Table, to_markdown
-from .counting import count_operations
-from .prices import PROTOCOL, SOURCES
+from .counting import OUTSIDE, PROTOCOLS, count_operations
+from .prices import NETWORKS, UNKNOWN, Network, Protocol, local_seconds
 
 
+Rows = list[dict[str, Any]]
+BOTH = tuple(NETWORKS.values())
 _ROWS = ("softmax", "layer_norm", "rms_norm")
 
 
@@ -29,8 +33,14 @@ _TITLES = {
         "comparison": "comparisons",
         "opening": "openings",
         "truncation": "truncations",
+        "clamp_min": "clipping below",
+        "clamp_max": "clipping above",
     },
 }
+_PARTS = {"opening": "products (openings)", "embedding": "token embedding, one-hot product"}
+_PARTS |= {"sampling": "sampling, by the client"}
+# the same in every variant, and rows of their own where costs are shown
+_ENDS = {"embedding", "sampling"}
 
 
 def tabulate(counts: list[tuple[str, dict[str, Any]]], heading: str) -> Table:
@@ -38,7 +48,7 @@ def tabulate(counts: list[tuple[str, dict[str, Any]]], heading: str) -> Table:
     A row for each of the named `counts` (dictionaries by operation): rows of softmax and norms with their lengths,
     elements of all else that occurs.
     """
-    found = {name for _, count in counts for name in count} - {"matmul"}
+    found = {name for _, count in counts for name in count} - {"matmul", *_ENDS}
     others = sorted(found - {*_FIRST, *_LAST})
     columns = [name for name in (*_FIRST, *others, *_LAST) if name in found]
     heads = [f"{_title(name)} x length" if name in _ROWS else _title(name) for name in columns]
@@ -56,28 +66,144 @@ def _cell(count: dict[str, Any] | None) -> str:
     return f"{sum(number for _, number in rows):,} x {rows[0][0]} to {rows[-1][0]}"
 
 
-def compare_costs(named: list[tuple[str, dict[str, Any]]], baseline: dict[str, Any] | None) -> list[Block]:
+def compare_costs(
+    named: list[tuple[str, dict[str, Any]]],
+    baseline: dict[str, Any] | None,
+    networks: Sequence[Network] = BOTH,
+    against: str = BASELINE,
+) -> list[Block]:
     """
-    The totals of each of the named phases (`total` and `estimate`), the estimate, and what each has more or fewer of
-    than `baseline`, the phase of SM+LN+G.
+    The totals of each of the named phases (`total` and `estimates`), what each has more or fewer of than `baseline`,
+    the phase that is called `against`, and by both cost models its rounds, bytes and seconds.
     """
-    heads, rows = ["configuration", "rounds", "MB sent by each party", "without a figure"], []
-    for name, phase in named:
-        cost = phase["estimate"]
-        missing = ", ".join(_amount_of(name, count) for name, count in cost["without_figure"].items()) or "nothing"
-        rows.append([name, f"{cost['rounds']:,}", f"{cost['bytes_per_party'] / 1e6:.2f}", missing])
-        if baseline is not None:
-            rows[-1].append(", ".join(difference(phase["total"], baseline["total"])) or "the same")
-    if baseline is not None:
-        heads.append(f"against {BASELINE}")
-    kinds = {name: count["what"] for _, phase in named for name, count in phase["estimate"]["without_figure"].items()}
+    counts = tabulate([(name, phase["total"]) for name, phase in named], "configuration")
+    costs = to_table(cost_rows(named, networks, baseline, against))
+    return [counts, costs, explain(networks, [phase for _, phase in named])]
+
+
+def cost_rows(
+    named: list[tuple[str, dict[str, Any]]],
+    networks: Sequence[Network],
+    baseline: dict[str, Any] | None = None,
+    against: str = BASELINE,
+) -> Rows:
+    """Of every cost model and phase a row: rounds, MB, seconds, the offline phase, what has no figure, the change."""
+    rows = []
+    for protocol in PROTOCOLS:
+        for name, phase in named:
+            cost = phase["estimates"][protocol.name]
+            row = {"protocol": protocol.name, "configuration": name, **_cells(cost, networks)}
+            row["s of computing"] = local_seconds(protocol, cost)
+            row["MB offline"] = cost["offline_bytes"] / 1e6
+            missing = cost["without_figure"].items()
+            row["without a figure"] = ", ".join(f"{count['elements']:,} {_title(key)}" for key, count in missing)
+            if baseline is not None:
+                theirs = baseline["estimates"][protocol.name]
+                for network in networks:
+                    change = 100 * (_seconds(network, cost) / _seconds(network, theirs) - 1)
+                    row[f"change on {network.name}"] = "0" if phase is baseline else f"{change:+.1f} %"
+                row[f"against {against}"] = ", ".join(difference(phase["total"], baseline["total"])) or "the same"
+            rows.append(row)
+    return rows
+
+
+def operation_rows(phase: dict[str, Any], networks: Sequence[Network]) -> Rows:
+    """By operation, the largest first, in both cost models; below them what could be done instead, in no total."""
+    estimates = {protocol.name: phase["estimates"][protocol.name] for protocol in PROTOCOLS}
+    first = next(iter(estimates.values()))
+    names = sorted(first["by_operation"], key=lambda name: -_seconds(networks[0], first["by_operation"][name]))
+    rows = []
+    for name in names:
+        costs = {protocol: found["by_operation"].get(name) for protocol, found in estimates.items()}
+        rows.append({"operation": _PARTS.get(name, _title(name)), **_side_by_side(costs, networks)})
+    for title in first["instead"]:
+        costs = {protocol: found["instead"][title] for protocol, found in estimates.items()}
+        rows.append({"operation": f"instead: {title}", **_side_by_side(costs, networks)})
+    return rows
+
+
+def place_rows(phase: dict[str, Any], networks: Sequence[Network]) -> Rows:
+    """By block, the largest first, in both cost models."""
+    estimates = {protocol.name: phase["estimates"][protocol.name] for protocol in PROTOCOLS}
+    first = next(iter(estimates.values()))["by_place"]
+    names = sorted(first, key=lambda name: -_seconds(networks[0], first[name]))
+    rows = []
+    for name in names:
+        costs = {protocol: found["by_place"][name] for protocol, found in estimates.items()}
+        rows.append({"block": "outside of them" if name == OUTSIDE else name, **_side_by_side(costs, networks)})
+    return rows
+
+
+def step_rows(phase: dict[str, Any]) -> Rows:
+    """Every step that an operation is composed of, in both cost models."""
     return [
-        tabulate([(name, phase["total"]) for name, phase in named], "configuration"),
-        Table(heads, rows),
-        f"Rounds (one operation after the other) and MB are those of one protocol ({PROTOCOL}), composed of "
-        f"{SOURCES['kernels']}; GELU as {SOURCES['gelu']}. What has no published figure that could be checked is not "
-        "in them: " + "; ".join(f"{_TITLES.get(name, name)} ({what})" for name, what in kinds.items()) + ".",
+        {
+            "protocol": protocol.name,
+            "operation": _PARTS.get(name, _title(name)),
+            "step": step["what"],
+            "source": step["source"],
+            "rounds": step["rounds"],
+            "bytes sent by each party": step["bytes_per_party"],
+        }
+        for protocol in PROTOCOLS
+        for name, cost in phase["estimates"][protocol.name]["by_operation"].items()
+        for step in cost["steps"]
     ]
+
+
+def describe_steps(phase: dict[str, Any]) -> list[Block]:
+    """The steps, and below them where they are from."""
+    sources = [
+        f"{protocol.name}, {what}: {source}." for protocol in PROTOCOLS for what, source in protocol.sources.items()
+    ]
+    sources += [f"{protocol.name}, offline: {protocol.offline}." for protocol in PROTOCOLS]
+    return [to_table(step_rows(phase)), *sources]
+
+
+def to_table(rows: Rows) -> Table:
+    return Table(list(rows[0]), [[format_cell(value) for value in row.values()] for row in rows])
+
+
+def explain(networks: Sequence[Network], phases: Sequence[dict[str, Any]]) -> str:
+    """How seconds are made of rounds and bytes, and what in these phases has no figure."""
+    lines = "; ".join(network.title for network in networks)
+    text = (
+        "Seconds are rounds x round trip + bytes sent by each party / bandwidth, one operation after the other, each "
+        f"way of the line with its full bandwidth: {lines}. "
+        + " ".join(f"{protocol.name}: {protocol.setting}." for protocol in PROTOCOLS)
+        + " Triples come from a dealer. `lnfree cost --steps` has every step and source."
+    )
+    for protocol in PROTOCOLS:
+        for name in dict.fromkeys(name for phase in phases for name in _missing(phase, protocol)):
+            text += f" {protocol.name} has no figure for {_title(name)}: {protocol.absent.get(name, UNKNOWN)}."
+    return text
+
+
+def _missing(phase: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
+    return phase["estimates"][protocol.name]["without_figure"]
+
+
+def _seconds(network: Network, cost: dict[str, Any]) -> float:
+    return network.seconds(cost["rounds"], cost["bytes_per_party"])
+
+
+def _cells(cost: dict[str, Any] | None, networks: Sequence[Network]) -> dict[str, Any]:
+    if cost is None:
+        return {
+            "rounds": None,
+            "MB sent by each party": None,
+            **{f"s on {network.name}": None for network in networks},
+        }
+    seconds = {f"s on {network.name}": _seconds(network, cost) for network in networks}
+    return {"rounds": cost["rounds"], "MB sent by each party": cost["bytes_per_party"] / 1e6, **seconds}
+
+
+def _side_by_side(costs: dict[str, dict[str, Any] | None], networks: Sequence[Network]) -> dict[str, Any]:
+    return {
+        f"{protocol}: {head}": value
+        for protocol, cost in costs.items()
+        for head, value in _cells(cost, networks).items()
+    }
 
 
 def describe_forward(model_class: type[PreTrainedModel], config: PreTrainedConfig, length: int) -> str:
@@ -90,10 +216,6 @@ def describe_forward(model_class: type[PreTrainedModel], config: PreTrainedConfi
     return to_markdown(compare_costs(named, baseline))
 
 
-def _amount_of(name: str, count: dict[str, Any]) -> str:
-    return f"{_amount(name, count):,} {_title(name)}"
-
-
 def _title(name: str) -> str:
     return f"{_TITLES.get(name, name)}{' rows' if name in _ROWS else ''}"
 
@@ -101,7 +223,7 @@ def _title(name: str) -> str:
 def difference(total: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
     """What a total has more or fewer of than another: `-1,536 LayerNorm rows`, `+65,536 ReLU`."""
     changes = []
-    others = sorted({*total, *baseline} - {*_FIRST, *_LAST, "matmul"})
+    others = sorted({*total, *baseline} - {*_FIRST, *_LAST, "matmul", *_ENDS})
     for name in (*_FIRST, *others, *_LAST):
         ours, theirs = (_amount(name, counts.get(name)) for counts in (total, baseline))
         if ours != theirs:
