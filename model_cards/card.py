@@ -1,8 +1,7 @@
 """Results of a run -> the model card of its export."""
 
 import hashlib
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ CORPORA = {"stdlib": "Python source of the interpreter's standard library"}
 # words of the notation
 WORDS = {
     **{"LN": "LayerNorm", "RMS": "RMSNorm", "DyT": "dynamic tanh", "Derf": "dynamic erf", "G": "GELU", "R": "ReLU"},
-    **{"LR": "leaky ReLU", "S": "SiLU", "Lin": "no activation"},
+    **{"LR": "leaky ReLU", "LR-layer": "leaky ReLU with a learned slope a layer"},
+    **{"LR-global": "leaky ReLU with one learned slope", "S": "SiLU", "Lin": "no activation"},
 }
 BACKBONES = {"gpt2": "GPT-2", "pythia": "Pythia (GPT-NeoX)", "llama": "Llama"}
 POSITIONS = {
@@ -47,6 +47,7 @@ def build_card(
     *,
     namespace: str | None = None,
     siblings: Sequence[dict[str, Any]] = (),
+    words: Collection[str] = (),
     step: int | None = None,
 ) -> ModelCard:
     """
@@ -62,6 +63,7 @@ def build_card(
         siblings: rows of the published variants that it is compared with, itself among them: `name` of the
             repository, `variant`, `seed`, `perplexity`, `change` (percent, None without a baseline), mean `entropy`
             in nats, `parameters`.
+        words: of the notation, that stand in the names of the variants (keys of `WORDS`), to be explained.
         step: the training step of the weights, where they are not those at the end.
     """
     entropy = np.array(results["attention_entropy"]["entropy"])  # (layers, heads)
@@ -114,7 +116,7 @@ def build_card(
         activation=describe_activation(config),
         backbone=BACKBONES.get(results["backbone"], results["backbone"]),
         blocks={key: value for key, value in blocks.items() if value},
-        words=_explain([results["variant"], *(row["variant"] for row in siblings)]),
+        words=", ".join(["SM softmax attention", *(f"{word} {WORDS[word]}" for word in WORDS if word in words)]),
         paper=PAPERS.get(config.preset),
         results=results,
         siblings=siblings,
@@ -126,9 +128,3 @@ def build_card(
         hashes=hashes,
         private_cost=private_cost,
     )
-
-
-def _explain(variants: Sequence[str]) -> str:
-    """The words of the notation that these names have: `SM softmax attention, R ReLU`."""
-    found = {re.split(r"[-\d]", word)[0] for name in variants for word in name.partition("@")[0].split("+")[1:]}
-    return ", ".join(["SM softmax attention", *(f"{word} {what}" for word, what in WORDS.items() if word in found)])

@@ -75,6 +75,8 @@ ACTIVATION_WORDS: dict[str, dict[str, tuple]] = {
     "LR": {"hidden_act": ("leaky_relu",), "slope_sharing": (None,)},
 }
 NO_FINAL_NORM = "-noLNf"
+# The paper's four in its order. The first is the baseline; ReLU is compared with GELU where the norms are alike.
+PAPER_VARIANTS = tuple("+".join(["SM", *norm, act]) for norm in (["LN"], []) for act in ("G", "R"))
 
 # What makes a backbone; what else its models have; and the final norm where the blocks have none.
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -158,13 +160,27 @@ def _alternatives(words) -> str:
 
 _VARIANT = re.compile(
     rf"SM(\+(?P<norm>{_alternatives(filter(None, NORM_WORDS))}))?\+(?P<act>{_alternatives(ACTIVATION_WORDS)})"
-    rf"(?P<slope>(?<=LR)-?\d+(\.\d+)?(e-?\d+)?)?(?P<final>{NO_FINAL_NORM})?"
+    rf"(?P<slope>(?<=LR)-?\d+(\.\d+)?(e[+-]?\d+)?)?(?P<final>{NO_FINAL_NORM})?"
     rf"(@(?P<preset>{_alternatives((*PRESETS, CUSTOM))}))?"
 )
 _FORM = (
     f"SM[+NORM]+ACT[{NO_FINAL_NORM}][@PRESET] with NORM one of {', '.join(filter(None, NORM_WORDS))}, ACT one of "
     f"{re.sub('LR(?=,|$)', 'LR<slope>', ', '.join(ACTIVATION_WORDS))}, and PRESET one of {', '.join(PRESETS)}"
 )
+
+
+def read_variant(variant: str) -> dict[str, str]:
+    """Words of a name, `norm`, `act`, `slope`, `final` and `preset`, empty if absent. ValueError for other names."""
+    match = _VARIANT.fullmatch(variant)
+    preset = PRESETS.get(match["preset"], {}) if match else {}
+    if match is None or (match["act"] == "LR") != (match["slope"] is not None or "negative_slope" in preset):
+        raise ValueError(f"variant must be {_FORM}, for example SM+LN+G, SM+R or SM+LR0.01; got {variant!r}")
+    return match.groupdict("")
+
+
+def write_variant(norm: str, act: str, slope: str, final: str, preset: str) -> str:
+    """The name that these words make."""
+    return "+".join(["SM", *filter(None, [norm]), f"{act}{slope}{final}"]) + (f"@{preset}" if preset else "")
 
 
 def _require(holds: bool, message: str):
@@ -374,11 +390,8 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         for name in (*sizes, "max_position_embeddings", "head_dim", "num_key_value_heads"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         fits = width % heads == 0 or self.head_dim != width // heads
-        _require(
-            fits, f"hidden_size must be divisible by num_attention_heads, got {width}, num_attention_heads={heads}"
-        )
-        fits = heads % kv_heads == 0
-        _require(fits, f"num_key_value_heads must divide num_attention_heads={heads}, got {kv_heads}")
+        _require(fits, f"num_attention_heads must divide hidden_size={width}, got {heads}")
+        _require(heads % kv_heads == 0, f"num_key_value_heads must divide num_attention_heads={heads}, got {kv_heads}")
 
     def validate_numbers(self):
         """Probabilities, factors, and the starts of what is learned lie where they make sense."""
@@ -406,9 +419,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         """Options of the negative slope go with the leaky ReLU only, and a learned one with an MLP that has it."""
         leaky = self.hidden_act == "leaky_relu"
         sloped = self.negative_slope is not None and math.isfinite(self.negative_slope)
-        _require(
-            not leaky or sloped, f"hidden_act='leaky_relu' needs a finite negative_slope, got {self.negative_slope}"
-        )
+        _require(not leaky or sloped, f"negative_slope of a leaky ReLU must be finite, got {self.negative_slope}")
         for name in ("negative_slope", "slope_sharing"):
             _require(
                 leaky or getattr(self, name) is None,
@@ -416,10 +427,8 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
                 f"{name}={getattr(self, name)!r}",
             )
         for layer in self._layers:
-            _require(
-                self.slope_sharing is None or layer.mlp_type not in ("fused", "none"),
-                f"slope_sharing={self.slope_sharing!r} needs an activation; mlp_type={layer.mlp_type!r} has none",
-            )
+            fits = self.slope_sharing is None or layer.mlp_type not in ("fused", "none")
+            _require(fits, f"slope_sharing={self.slope_sharing!r} needs activations, got mlp_type={layer.mlp_type!r}")
 
     def validate_projections(self):
         """Projections are named where they are, and an identity has neither bias nor another width."""
@@ -468,10 +477,8 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
                 f"residual_gains={gains} leaves no way past attention: its first entry may be 0 only where "
                 "attention_gains start with another number, or with parallel_residual=True",
             )
-        scaled = any(layer.residual_gains is not None for layer in self._layers)
-        _require(
-            self.residual_gains_trainable or scaled, "residual_gains_trainable=False needs residual_gains, got None"
-        )
+        trained = self.residual_gains_trainable or any(layer.residual_gains is not None for layer in self._layers)
+        _require(trained, "residual_gains_trainable=False needs residual_gains, got None")
 
     def validate_layers(self):
         """Layers differ in what no client reads, and attention, where it is named, computes what the fields say."""
@@ -483,13 +490,10 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
     def check_attention_implementation(self, implementation: str):
         """Raises ValueError, with what to take, if this implementation of attention would drop a field in silence."""
         for name, exact in EXACT_ATTENTION.items():
-            _require(
-                getattr(self, name) is None
-                or implementation in exact
-                or ("flash" in exact and "flash" in implementation),
-                f"{name}={getattr(self, name)} would be dropped by attn_implementation={implementation!r}: take "
-                f"{' or '.join(map(repr, exact))}",
-            )
+            value, right = getattr(self, name), " or ".join(map(repr, exact))
+            computes = implementation in exact or ("flash" in exact and "flash" in implementation)
+            message = f"{name}={value} would be dropped by attn_implementation={implementation!r}: take {right}"
+            _require(value is None or computes, message)
 
     @property
     def norm_alphas(self) -> list[float]:
@@ -528,27 +532,22 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         """In the notation: `SM+LN+G`, `SM+R`, `SM+LR0.01`, `SM+LR-layer`, `SM+R-noLNf`, `SM+R@OP`, `SM+R@custom`."""
         preset = self.preset
         norm = next(word for word, norm_type in NORM_WORDS.items() if norm_type == self.norm_type)
-        activation = next(
+        act = next(
             word
             for word, values in ACTIVATION_WORDS.items()
             if all(getattr(self, name) in allowed for name, allowed in values.items())
         )
-        if activation == "LR" and "negative_slope" not in PRESETS.get(preset or "", {}):
-            activation += f"{self.negative_slope:g}"
-        if self.final_norm_type == "none":
-            activation += NO_FINAL_NORM
-        elif self.final_norm_type != self._usual_final_norm():
+        said = act != "LR" or "negative_slope" in PRESETS.get(preset or "", {})
+        final = NO_FINAL_NORM if self.final_norm_type == "none" else ""
+        if not final and self.final_norm_type != self._usual_final_norm():
             preset = CUSTOM
-        return "+".join(["SM", *filter(None, [norm]), activation]) + (f"@{preset}" if preset else "")
+        return write_variant(norm, act, "" if said else f"{self.negative_slope:g}", final, preset or "")
 
     @property
     def backbone(self) -> str:
         """`"gpt2"`, `"pythia"`, `"llama"`, or `"custom"` for a mixture of them, whatever its preset changes."""
         changed = PRESETS.get(self.preset or "", {}).keys() | (self.per_layer_attributes or set())
-        for name, values in BACKBONES.items():
-            if self._has(values, but=changed):
-                return name
-        return "custom"
+        return next((name for name, values in BACKBONES.items() if self._has(values, but=changed)), "custom")
 
     def _has(self, values: dict[str, Any], but: Collection[str] = ()) -> bool:
         return all(key in but or _same(getattr(self, key), value) for key, value in values.items())
@@ -567,31 +566,28 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         Raises:
             ValueError: if `variant` is not in the notation, `kwargs` contradict it, or there is no such backbone.
         """
-        match = _VARIANT.fullmatch(variant)
-        preset = PRESETS.get(match["preset"], {}) if match else {}
-        if match is None or (match["act"] == "LR") != (match["slope"] is not None or "negative_slope" in preset):
-            raise ValueError(f"variant must be {_FORM}, for example SM+LN+G, SM+R or SM+LR0.01; got {variant!r}")
+        words = read_variant(variant)
+        preset = PRESETS.get(words["preset"], {})
         _require(backbone in (None, *BACKBONES), f"backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
         kwargs = {**BACKBONES.get(backbone or "", {}), **_USUAL.get(backbone or "", {}), **preset, **kwargs}
-        named = {name: values[0] for name, values in ACTIVATION_WORDS[match["act"]].items()}
-        if match["act"] == "G":
+        named = {name: values[0] for name, values in ACTIVATION_WORDS[words["act"]].items()}
+        if words["act"] == "G":
             named["hidden_act"] = GELUS.get(kwargs.get("position_embedding_type", ""), GELUS["learned"])
-        if match["slope"]:
-            named["negative_slope"] = float(match["slope"])
+        if words["slope"]:
+            named["negative_slope"] = float(words["slope"])
         for name, value in named.items():
             _require(
                 name not in preset or callable(preset[name]) or preset[name] == value,
-                f"{match['preset']} has {name}={preset.get(name)!r}, which {match['act']} in {variant} is not",
+                f"{words['preset']} has {name}={preset.get(name)!r}, which {words['act']} in {variant} is not",
             )
         sizes = cls(**{name: kwargs[name] for name in _SIZES if name in kwargs})
         named |= {name: _start(value, sizes) for name, value in kwargs.items()}
-        named.setdefault("norm_type", NORM_WORDS[match["norm"] or ""])
-        named.setdefault("final_norm_type", "none" if match["final"] else cls(**named)._usual_final_norm())
+        named.setdefault("norm_type", NORM_WORDS[words["norm"]])
+        named.setdefault("final_norm_type", "none" if words["final"] else cls(**named)._usual_final_norm())
         config = cls(**named)
         # a slope is written as 0.1, and may be read as 0.10; fields of no preset may be added to a plain name
-        slope = match["slope"] or ""
-        plain = variant.replace(f"LR{slope}", f"LR{float(slope):g}") if slope else variant
-        fits = config.variant == plain or (not match["preset"] and config.variant.partition("@")[0] == plain)
+        plain = write_variant(**{**words, "slope": words["slope"] and f"{float(words['slope']):g}"})
+        fits = plain in (config.variant, config.variant.partition("@")[0])
         _require(fits, f"these fields make {config.variant}, not variant={variant!r}: {kwargs}")
         return config
 

@@ -26,7 +26,6 @@ prints errors on the terminal of whoever loads it from anywhere else. The docstr
 
 import inspect
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
@@ -276,13 +276,13 @@ class LNFreePreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
         """
         As in `PreTrainedModel`. During training the Trainer pushes its run's folder, into which it takes config and
         weights of the checkpoint, but not the model's code. Its checkpoints (it alone hands a `state_dict` over with
-        them) put the code there too, never over a file.
+        them) put the code there too, where none is.
         """
         super().save_pretrained(save_directory, **kwargs)
-        if "state_dict" in kwargs and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name):
-            for code in Path(save_directory).glob("*_lnfree.py"):
-                if not (code.parents[1] / code.name).exists():
-                    shutil.copyfile(code, code.parents[1] / code.name)
+        path, is_checkpoint = Path(save_directory), "state_dict" in kwargs
+        if is_checkpoint and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name):
+            if not any(path.parent.glob("*_lnfree.py")):
+                custom_object_save(self, path.parent)
 
 
 class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057

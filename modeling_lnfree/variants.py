@@ -11,27 +11,30 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The variants of the paper: the baseline, their order, the pairs compared, and names for folders. Not on the Hub."""
+"""What is done with names of variants outside of the models: order, folders, counterparts. Not on the Hub."""
 
 from dataclasses import fields
 
-from .configuration_lnfree import BACKBONES, NAMED_FIELDS, LNFreeConfig
+from .configuration_lnfree import BACKBONES, NAMED_FIELDS, PAPER_VARIANTS, LNFreeConfig, read_variant, write_variant
 
 
-# The paper's four, in its order. Changes are against the first, and ReLU is compared with GELU without and with norms.
-BASELINE = "SM+LN+G"
-PAPER_ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R")
-RELU_AGAINST_GELU = (("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G"))
+# what changes are against
+BASELINE = PAPER_VARIANTS[0]
 
 
 def variant_order(variant: str) -> tuple[int, str]:
     """A sort key: the paper's variants in its order, then all others by name."""
-    return (PAPER_ORDER.index(variant), "") if variant in PAPER_ORDER else (len(PAPER_ORDER), variant)
+    return (PAPER_VARIANTS.index(variant), "") if variant in PAPER_VARIANTS else (len(PAPER_VARIANTS), variant)
 
 
 def variant_slug(variant: str) -> str:
     """The variant as folders and repositories write it: `sm-ln-g`, `sm-r-op`."""
     return variant.lower().replace("+", "-").replace("@", "-")
+
+
+def rename_variant(variant: str, **words: str) -> str:
+    """The name with other words: `rename_variant("SM+R@OP", act="G")` is `SM+G@OP`. Raises ValueError for no name."""
+    return write_variant(**{**read_variant(variant), **words})
 
 
 def as_variant(config: LNFreeConfig, variant: str) -> LNFreeConfig:

@@ -48,6 +48,7 @@ from torch import Tensor, multiprocessing, nn
 from transformers import AutoTokenizer
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import read_variant
 from modeling_lnfree.variants import variant_order
 from training.encryption.counting import count_operations
 from training.encryption.named import find_named
@@ -426,7 +427,7 @@ def plot(runs: list[dict[str, Any]], path: str):
         for run, value in zip(runs, values, strict=True):
             axis.scatter(value, run["perplexity"], s=50)
             # below the point with LayerNorm and above without, since such pairs lie close together
-            offset = (7, -13 if "LN" in run["variant"] else 5)
+            offset = (7, -13 if read_variant(run["variant"])["norm"] else 5)
             axis.annotate(run["variant"], (value, run["perplexity"]), xytext=offset, textcoords="offset points")
         margin = 0.2 * (max(values) - min(values)) or 0.1 * max(values)
         axis.set(xlim=(min(values) - margin, max(values) + 2 * margin), xlabel=f"{unit} of one private pass")

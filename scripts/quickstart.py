@@ -10,7 +10,8 @@ and then `lnfree compare runs/quickstart`. A run that is finished is left as it 
 import sys
 from pathlib import Path
 
-from modeling_lnfree.variants import PAPER_ORDER, variant_slug
+from modeling_lnfree.configuration_lnfree import PAPER_VARIANTS
+from modeling_lnfree.variants import variant_slug
 from training.compare.comparison import compare
 from training.errors import UserError
 from training.hub.export import export
@@ -24,9 +25,9 @@ RECIPE, RUNS = "quickstart", Path("runs/quickstart")
 def main():
     """Trains, exports and compares; an error that a user can mend is one line."""
     try:
-        for variant in PAPER_ORDER:
+        for variant in PAPER_VARIANTS:
             train(load_recipe(RECIPE, [f"variant={variant}", f"output_dir={RUNS / variant}"]))
-        for variant in PAPER_ORDER:
+        for variant in PAPER_VARIANTS:
             export(RUNS / variant, RUNS / "exports" / f"lnfree-gpt2-{variant_slug(variant)}-t128")
         compare(RUNS)
     except UserError as error:

@@ -77,12 +77,12 @@ def test_slope_is_read_as_a_number():
 WRONG = [
     ({"rope_theta": 0, "position_embedding_type": "rotary"}, "rope_theta must be finite and positive, got 0"),
     ({"layer_norm_eps": -1}, "layer_norm_eps must be finite and positive, got -1"),
-    ({"hidden_act": "leaky_relu", "negative_slope": float("nan")}, "needs a finite negative_slope, got .*nan"),
+    ({"hidden_act": "leaky_relu", "negative_slope": float("nan")}, "negative_slope .* must be finite, got .*nan"),
     ({"hidden_act": "swish"}, "hidden_act.*gelu_pytorch_tanh.*swish"),
     ({"norm_type": "batchnorm"}, "norm_type.*layernorm.*batchnorm"),
     ({"final_norm_type": "batchnorm"}, "final_norm_type.*batchnorm"),
     ({"position_embedding_type": "alibi"}, "position_embedding_type.*rotary.*alibi"),
-    ({"hidden_size": 100}, "hidden_size.*divisible.*num_attention_heads=12"),
+    ({"hidden_size": 100}, "num_attention_heads.*divide hidden_size=100, got 12"),
     ({"hidden_size": "768"}, "hidden_size.*int"),
     ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
     ({"position_embedding_type": "rotary", "partial_rotary_factor": 0.05}, "even.*got 3"),
@@ -133,7 +133,7 @@ WRONG = [
     ({"residual_gains_trainable": False}, "residual_gains_trainable=False needs residual_gains"),
     (
         {"hidden_act": "leaky_relu", "slope_sharing": "layer", "mlp_type": "fused"},
-        "slope_sharing='layer' needs an activation; mlp_type='fused' has none",
+        "slope_sharing='layer' needs activations, got mlp_type='fused'",
     ),
     (
         {"softmax_clipping": 1.0, "attn_implementation": "sdpa"},

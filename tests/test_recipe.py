@@ -158,7 +158,7 @@ WRONG = [
     ({"push_to_hub": True, "hub_model_id": "me/x"}, "push_to_hub is not supported in a recipe.*'lnfree publish'"),
     ({"hub_token": "hf_of_somebody"}, "hub_token is not supported in a recipe: (?!.*hf_of_somebody)"),
     ({"eval_fraction": 1.5}, "eval_fraction must be in \\(0, 1\\), got 1.5"),
-    ({"hidden_size": 9}, "hidden_size must be divisible by num_attention_heads"),
+    ({"hidden_size": 9}, "num_attention_heads must divide hidden_size=9"),
     ({"vocab_size": 100}, "vocab_size of at least 258.*got 100"),
     ({"negative_slope": 0.1}, "negative_slope is an option of hidden_act='leaky_relu'"),
     ({"block_size": 64, "max_position_embeddings": 32}, "block_size=64 is longer than max_position_embeddings=32"),

@@ -75,14 +75,18 @@ def test_every_save_carries_the_code_and_names_every_class(model_class, tmp_path
 
 def test_checkpoint_of_the_trainer_puts_the_code_where_it_is_pushed_from(tmp_path):
     model = LNFreeForCausalLM(tiny_config())
-    (tmp_path / REMOTE_CODE[0]).write_text("# a file of the user's\n")
-    arguments = TrainingArguments(tmp_path, max_steps=1, save_steps=1, disable_tqdm=True, use_cpu=True)
     rows = [{"input_ids": [2, 3], "labels": [2, 3]}] * 2
-    Trainer(model, arguments, train_dataset=rows).train()
-    assert (tmp_path / "checkpoint-1" / "config.json").is_file()
-    assert (tmp_path / REMOTE_CODE[0]).read_text() == "# a file of the user's\n"
-    for name in REMOTE_CODE[1:]:
-        assert (tmp_path / name).read_bytes() == (PACKAGE / name).read_bytes()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / REMOTE_CODE[0]).write_text("# a file of the user's\n")
+    for folder in (tmp_path / "run", mine):
+        arguments = TrainingArguments(folder, max_steps=1, save_steps=1, disable_tqdm=True, use_cpu=True)
+        Trainer(model, arguments, train_dataset=rows).train()
+        assert (folder / "checkpoint-1" / "config.json").is_file()
+    for name in REMOTE_CODE:
+        assert (tmp_path / "run" / name).read_bytes() == (PACKAGE / name).read_bytes()
+    assert [path.name for path in mine.glob("*.py")] == [REMOTE_CODE[0]]
+    assert (mine / REMOTE_CODE[0]).read_text() == "# a file of the user's\n"
 
 
 @pytest.mark.parametrize("folder", ["checkpoint-3", "checkpoint-best", "model", "my-checkpoint-3"])

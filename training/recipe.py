@@ -22,8 +22,9 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from modeling_lnfree import LNFreeConfig
+from modeling_lnfree.configuration_lnfree import read_variant
 from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
-from modeling_lnfree.variants import variant_slug
+from modeling_lnfree.variants import rename_variant, variant_slug
 
 from .errors import UserError, explained, one_line
 from .methods import MethodArguments, check_methods
@@ -225,9 +226,11 @@ class Recipe:
 
     @property
     def variant(self) -> str:
-        """The variant with its preset: `SM+R@Stable`; empty where `init_from` says which."""
+        """The variant with its preset: `SM+R@Stable`; empty where `init_from` says which. ValueError for no name."""
         variant = self.data.variant or ""
-        return variant if self.data.preset is None or "@" in variant else f"{variant}@{self.data.preset}"
+        if not variant or self.data.preset is None or read_variant(variant)["preset"]:
+            return variant
+        return rename_variant(variant, preset=self.data.preset)
 
     def build_arguments(self) -> TrainingArguments:
         """The Trainer's arguments; raises UserError for those that it refuses."""
@@ -391,7 +394,11 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             raise UserError(f"{name} must be finite and more than 0, got {given[name]}")
     if data.preset is not None and data.init_from is not None:
         raise UserError(f"preset={data.preset!r} has no effect with init_from={data.init_from!r}, a model as it is")
-    if data.preset is not None and not recipe.variant.endswith(f"@{data.preset}"):
+    try:
+        preset = read_variant(recipe.variant)["preset"] if recipe.variant else None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if data.preset not in (None, preset):
         raise UserError(f"preset={data.preset!r} has no effect on variant={data.variant!r}, which names its own")
     _check_layer_optimizer(recipe)
     if training["seed"] >= 2**32:

@@ -381,6 +381,7 @@ def test_card_tells_what_was_measured(built, runs_dir):
     assert measured["perplexity"] == results["SM+R-5"]["perplexity"]
     entropy = torch.tensor(results["SM+R-5"]["attention_entropy"]["entropy"], dtype=torch.float64).mean().item()
     assert measured["attention_entropy"] == pytest.approx(entropy)
+    assert "SM softmax attention, LN LayerNorm, G GELU, R ReLU" in card.text.replace("\n", " ")
     change = 100 * (results["SM+R-5"]["perplexity"] / results["SM+LN+G-5"]["perplexity"] - 1)
     assert f"| **SM+R** (this one) | {results['SM+R-5']['perplexity']:.3f} | {change:+.2f}&nbsp;% |" in card.text
     assert (

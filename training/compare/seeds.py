@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from modeling_lnfree.variants import BASELINE, RELU_AGAINST_GELU
+from modeling_lnfree.configuration_lnfree import read_variant
+from modeling_lnfree.variants import rename_variant
 
 from ..errors import UserError
 from ..runs import Run, find_baseline
@@ -53,18 +54,6 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
                 "entropy_by_layer": np.mean(entropies, axis=0).tolist(),
             }
         )
-    # Whatever follows the variant in a configuration is the same in both; the changes above have LayerNorm without a
-    # preset alone.
-    compared: list[tuple[str, str, tuple[str, ...]]] = [
-        (first, second, ("", ",", "@")) for first, second in RELU_AGAINST_GELU
-    ]
-    compared += [(first, BASELINE, ("@",)) for first in ("SM+R", "SM+G")]
-    named = [
-        (name, second + name.removeprefix(first))
-        for first, second, follows in compared
-        for name in by_configuration
-        if name.startswith(first) and name.removeprefix(first)[:1] in follows
-    ]
     pairs = [
         {
             "first": first,
@@ -72,10 +61,24 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
             "change": paired_change(by_configuration[first], by_configuration[second]),
             "ahead": ahead(by_configuration[first], by_configuration[second]),
         }
-        for first, second in named
+        for first, second in _counterparts(by_configuration)
         if second in by_configuration
     ]
     return {"configurations": configurations, "pairs": [pair for pair in pairs if pair["change"] is not None]}
+
+
+def _counterparts(by_configuration: dict[str, dict[int, Run]]) -> list[tuple[str, str]]:
+    """Configurations that differ in one word: ReLU and GELU; with a preset no norm and LayerNorm with GELU."""
+    variants = {name: next(iter(seeds.values())).variant for name, seeds in by_configuration.items()}
+    words = {name: read_variant(variant) for name, variant in variants.items()}
+    # without a norm first
+    ordered = sorted(variants, key=lambda name: words[name]["norm"] != "")
+    pairs = [(name, {"act": "G"}) for name in ordered if words[name]["act"] == "R"]
+    plain = [name for name in ordered if words[name]["preset"] and not words[name]["norm"]]
+    # what changes are against has LayerNorm without a preset alone
+    pairs += [(name, {"norm": "LN", "act": "G"}) for name in plain]
+    # whatever follows the variant in a configuration is the same in both
+    return [(name, name.replace(variants[name], rename_variant(variants[name], **other), 1)) for name, other in pairs]
 
 
 def paired_change(ours: dict[int, Run], theirs: dict[int, Run]) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from model_cards.card import build_card
 from model_cards.diagram import draw_block
 from modeling_lnfree import LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import read_variant
 from modeling_lnfree.variants import BASELINE
 
 from ..encryption.tables import describe_forward
@@ -99,7 +100,10 @@ def export(
         step = step_of(checkpoint) if checkpoint else None
         cost = describe_forward(type(model), model.config, results["block_size"])
         rows = _compare(siblings)
-        card = build_card(name, model.config, results, folder, cost, namespace=namespace, siblings=rows, step=step)
+        named = [read_variant(variant) for variant in (results["variant"], *(row["variant"] for row in rows))]
+        words = {read[kind] for read in named for kind in ("norm", "act")}
+        about = (name, model.config, results, folder, cost)
+        card = build_card(*about, namespace=namespace, siblings=rows, words=words, step=step)
         card.save(folder / "README.md")
         _write_probe(folder / PROBE, model)
         prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
