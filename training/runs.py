@@ -135,7 +135,8 @@ SETTING_FIELDS = MODEL_FIELDS - {
     *("streaming", "separate_documents"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
     *START_FIELDS,
-    *("lr_scheduler_type", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "bf16"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "fp16", "bf16", "label_smoothing_factor", "neftune_noise_alpha"),
 }
 
 
