@@ -235,7 +235,7 @@ def test_command_trains_the_layers_by_muon(recipe_values, monkeypatch, tmp_path,
 
 
 def test_command_trains_the_layers_at_the_rate_of_their_width(recipe_values, monkeypatch, tmp_path):
-    overrides = ["layer_learning_rate=0.04", "layer_base_width=8", "decay_slopes=true"]
+    overrides = ["layer_learning_rate=0.04", "layer_base_width=8"]
     run, seen = train_by_command(monkeypatch, tmp_path, {**recipe_values, "warmup_steps": 4}, *overrides)
     # the sixth of eight steps; the first four warm up, the hidden size is 16
     for name, (_, group) in seen[5].items():

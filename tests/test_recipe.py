@@ -163,7 +163,21 @@ WRONG = [
     ({"negative_slope": 0.1}, "negative_slope is an option of hidden_act='leaky_relu'"),
     ({"block_size": 64, "max_position_embeddings": 32}, "block_size=64 is longer than max_position_embeddings=32"),
     ({"save_steps": 15, "logging_steps": 10}, "save_steps must be a multiple of logging_steps.*15.*10"),
+    ({"shuffle_buffer": 7}, "shuffle_buffer=7 has no effect without streaming=True"),
+    ({"decay_slopes": True}, "decay_slopes=True has no effect without a learned slope"),
+    ({"rope_theta": 5e5}, "rope_theta=500000.0 has no effect without position_embedding_type='rotary'"),
+    ({"partial_rotary_factor": 1.0}, "partial_rotary_factor=1.0 has no effect without position_embedding_type"),
+    ({"norm_alpha_init": 0.8}, "norm_alpha_init=0.8 has no effect without a norm of type dyt or derf"),
 ]
+
+
+def test_what_has_an_effect_is_taken():
+    for values in (
+        {"variant": "SM+LR-layer", "decay_slopes": True},
+        {"position_embedding_type": "rotary", "rope_theta": 5e5, "partial_rotary_factor": 1.0},
+        {"variant": "SM+DyT+G", "norm_alpha_init": 0.8},
+    ):
+        assert values.items() <= build_recipe({**SMALLEST, **values}).to_dict().items()
 
 
 @pytest.mark.parametrize(("values", "message"), WRONG, ids=lambda v: "-".join(v) if isinstance(v, dict) else "")

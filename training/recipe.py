@@ -418,6 +418,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             config = recipe.build_config()
         except (ValueError, StrictDataclassError) as error:
             raise UserError(one_line(error)) from None
+        _check_effects(recipe, config)
         if data.block_size > config.max_position_embeddings:
             raise UserError(
                 f"block_size={data.block_size} is longer than max_position_embeddings={config.max_position_embeddings}"
@@ -443,6 +444,23 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             raise UserError(f"milestones must be multiples of save_steps={save_steps}, got {step}")
     training.setdefault("output_dir", f"runs/{recipe.name}")
     return recipe
+
+
+def _check_effects(recipe: Recipe, config: LNFreeConfig):
+    """Refuses what was given and would change nothing."""
+    rotary = config.position_embedding_type == "rotary"
+    scaled = {"dyt", "derf"} & {config.norm_type, config.final_norm_type}
+    for name, acts, needs in (
+        ("shuffle_buffer", recipe.data.streaming, "streaming=True"),
+        ("decay_slopes", config.slope_sharing, "a learned slope (slope_sharing)"),
+        ("rope_theta", rotary, "position_embedding_type='rotary'"),
+        ("partial_rotary_factor", rotary, "position_embedding_type='rotary'"),
+        ("norm_alpha_init", scaled, "a norm of type dyt or derf"),
+    ):
+        default = getattr(DataArguments, name, None)
+        given = recipe.to_dict().get(name)
+        if not acts and given not in (None, default):
+            raise UserError(f"{name}={given} has no effect without {needs}")
 
 
 def _check_layer_optimizer(recipe: Recipe):
