@@ -326,19 +326,16 @@ def run_folder(folder: Path, config: LNFreeConfig, input_ids: Tensor, text: Tens
 
 def _compare(measured: dict[str, dict[str, float]], cost: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What `lnfree cost` predicts for the operations that are measured together, and in total."""
-    parts = {
-        name: {
-            "rounds": sum(cost["by_operation"][part]["rounds"] for part in names if part in cost["by_operation"]),
-            "bytes": sum(
-                2 * cost["by_operation"][part]["bytes_per_party"] for part in names if part in cost["by_operation"]
-            ),
-            "measured_rounds": sum(
-                measured[part]["rounds"] for part in MEASURED.get(name, [name]) if part in measured
-            ),
-            "measured_bytes": sum(measured[part]["bytes"] for part in MEASURED.get(name, [name]) if part in measured),
+    parts = {}
+    for name, operations in PREDICTED.items():
+        costs = [cost["by_operation"][operation] for operation in operations if operation in cost["by_operation"]]
+        found = [measured[part] for part in MEASURED.get(name, [name]) if part in measured]
+        parts[name] = {
+            "rounds": sum(part["rounds"] for part in costs),
+            "bytes": sum(2 * part["bytes_per_party"] for part in costs),
+            "multiply_adds": sum(part["multiply_adds"] for part in costs),
+            **{f"measured_{key}": sum(part[key] for part in found) for key in ("rounds", "bytes", "seconds")},
         }
-        for name, names in PREDICTED.items()
-    }
     total = {key: sum(part[key] for part in parts.values()) for key in parts["embedding"]}
     return {**parts, "total": total}
 
@@ -382,7 +379,7 @@ def to_markdown(runs: list[dict[str, Any]]) -> str:
     lines += ["", "Predicted by `lnfree cost` and measured:", "", "| " + " | ".join(prediction_rows(runs)[0]) + " |"]
     lines.append("|---" * len(prediction_rows(runs)[0]) + "|")
     lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in prediction_rows(runs)]
-    return "\n".join([*lines, "", NOT_PROTECTED])
+    return "\n".join([*lines, "", fit_rates(runs), "", NOT_PROTECTED])
 
 
 def prediction_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -406,6 +403,20 @@ def prediction_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def fit_rates(runs: list[dict[str, Any]]) -> str:
+    """Seconds of a multiply-add, a byte and a round on this machine, by least squares over all parts of all passes."""
+    passes = [run["predicted"][name] for run in runs for name in run["predicted"]]
+    parts = [part for one in passes for name, part in one.items() if name != "total" and part["bytes"]]
+    costs = torch.tensor([[part[key] for key in ("multiply_adds", "bytes", "rounds")] for part in parts]).double()
+    seconds = torch.tensor([part["measured_seconds"] for part in parts]).double()
+    fitted = torch.linalg.lstsq(costs, seconds[:, None], driver="gelsd").solution[:, 0]
+    error = (costs @ fitted - seconds).norm() / seconds.norm()
+    values = ", ".join(
+        f"{value:.2e} s a {unit}" for value, unit in zip(fitted, ("multiply-add", "byte", "round"), strict=True)
+    )
+    return f"Seconds here are about {values} (relative error {error:.0%})."
 
 
 def _cost(cost: dict[str, float] | None, separator: str = " | ") -> str:

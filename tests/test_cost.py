@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from training import cli
 from training.cost import cost
 from training.encryption.named import find_named
+from training.encryption.published import find_published
 from training.errors import UserError
 
 from .conftest import random_ids, tiny_model
@@ -209,6 +210,28 @@ def test_steps_and_tables_for_the_docs(tmp_path, capsys):
     assert cli.main(["cost", name, "--tokens", "6", "--steps", "--docs", str(path)]) == 0
     printed = capsys.readouterr().out
     (first, *_), text = json.loads(path.read_text())["rows"], page.read_text()
-    assert first["step"] in text and first["step"] in printed and f"`lnfree cost {name} --length 6 --steps`" in text
+    assert first["step"] in text and first["step"] in printed and f"`lnfree cost {name} --tokens 6 --steps`" in text
     with pytest.raises(UserError, match="--docs must be the folder docs of a checkout"):
         cost([name], length=6, docs_path=tmp_path / "x.json")
+
+
+def test_totals_of_papers_stand_beside_the_same_model(tmp_path, capsys):
+    (tmp_path / "docs" / "data").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("nothing\n")
+    path = tmp_path / "docs" / "data" / "x.json"
+    command = ["cost", "SM+LN+G", "SM+Lin@ScFFN", "--tokens", "128"]
+    assert cli.main([*command, "--network", "lan", "--docs", str(path)]) == 0
+    assert "totals that papers have" in capsys.readouterr().out
+    first, second = json.loads(path.read_text())["rows"][:2]
+    assert (first["configuration"], second["against SM+LN+G"][:23]) == ("SM+LN+G", "-3,072 LayerNorm rows, ")
+    rows = json.loads((path.parent / "x-published.json").read_text())["rows"]
+    assert [(row["configuration"], row["GB"], row["s"]) for row in rows] == [
+        ("SM+LN+G", 25.32, pytest.approx(492.6)),
+        ("SM+LN+G", None, 1.6),
+        ("SM+Lin@ScFFN", 6.43, pytest.approx(285.6)),
+    ]
+    # both parties together
+    assert rows[0]["SEMI2K: GB"] == pytest.approx(2 * first["MB sent by each party"] / 1e3)
+    assert len(find_published(find_named("gpt2"), None, 32, 1)) == 2
+    others = (("gpt2", 32, 2), ("gpt2-medium", 128, 1), ("pythia-160m", 128, 1))
+    assert [find_published(find_named(name), None, *sizes) for name, *sizes in others] == [[]] * 3

@@ -16,12 +16,14 @@ from .encryption.counting import PHASES, count_operations
 from .encryption.fixed_point import measure_fixed_point
 from .encryption.named import find_named
 from .encryption.prices import NETWORKS, Network, find_network
+from .encryption.published import find_published
 from .encryption.tables import (
     compare_costs,
     cost_rows,
     describe_steps,
     operation_rows,
     place_rows,
+    published_rows,
     step_rows,
     tabulate,
     to_table,
@@ -75,7 +77,8 @@ def cost(
         trust_remote_code: whether the code that comes with the model may be run.
         revision: branch, tag or commit of the models.
         json_path: where to write the results.
-        docs_path: `docs/data/NAME.json` of a checkout: where to write the models' costs, or the steps.
+        docs_path: `docs/data/NAME.json` of a checkout: where to write the models' costs, and beside it, as
+            NAME-published, totals of papers; or the steps.
 
     Returns:
         `model`, `revision`, `versions`, and `private_cost` as `count_operations` returns it, with `others` (`model`
@@ -121,13 +124,27 @@ def cost(
                 counted.append(count_operations(type(model), model.config, **sizes))
         others = [{"model": name, "private_cost": counts} for name, counts in zip(model_ids, counted, strict=True)][1:]
         found = {"private_cost": counted[0], **({"others": others} if others else {})}
-        _print_counts(_name(model_ids, counted), counted, lines, steps)
+        names = _name(model_ids, counted)
+        _print_counts(names, counted, lines, steps)
+        published = [
+            (name, counts["forward"], find_published(model.config, counts["variant"], length, batch_size or 1))
+            for name, counts, model in zip(names, counted, models, strict=True)
+        ]
+        if beside := published_rows(published):
+            print("totals that papers have, of all parties together, beside ours:\n")
+            print(to_markdown([to_table(beside)]), end="\n\n")
         if docs is not None:
             forward = [counts["forward"] for counts in counted]
-            named = list(zip(model_ids, forward, strict=True))
-            rows = step_rows(forward[0]) if steps else cost_rows(named, lines, forward[0] if others else None)
-            command = " ".join(["lnfree cost", *model_ids, f"--length {length}", *["--steps"] * steps])
-            write_table(docs, Path(str(docs_path)).stem, rows, command)
+            tables = {
+                "": cost_rows(list(zip(names, forward, strict=True)), lines, forward[0] if others else None, names[0])
+            }
+            if steps:
+                tables = {"": step_rows(forward[0])}
+            elif beside:
+                tables["-published"] = beside
+            command = " ".join(["lnfree cost", *model_ids, f"--tokens {length}", *["--steps"] * steps])
+            for suffix, rows in tables.items():
+                write_table(docs, Path(str(docs_path)).stem + suffix, rows, command)
     results = {"model": model_ids[0], "revision": revision, **found, "versions": library_versions()}
     if json_path is not None:
         with explained(f"{json_path} cannot be written"):

@@ -98,6 +98,41 @@ def plot_overview(measurements: list[dict[str, Any]], names: list[str], bars: di
     return figure
 
 
+def plot_seconds(settings: list[list[dict[str, Any]]], titles: list[str]) -> Figure:
+    """
+    Perplexity against seconds under encryption, a row a setting and a panel a network; a line along the frontier.
+
+    Args:
+        settings: of each its configurations, with `perplexity`, and by network `seconds` and `frontier`.
+        titles: of the settings.
+    """
+    networks = list(settings[0][0]["seconds"])
+    figure = Figure(figsize=(4.6 * len(networks), 3.6 * len(settings) + 0.3), layout="constrained", dpi=150)
+    grid = figure.subplots(len(settings), len(networks), squeeze=False, sharey="row")
+    for axes, points, title in zip(grid, settings, titles, strict=True):
+        points = [point for point in points if np.isfinite(point["perplexity"])]
+        for axis, network in zip(axes, networks, strict=True):
+            for point in points:
+                best, place = point["frontier"][network], (point["seconds"][network], point["perplexity"])
+                axis.scatter(*place, s=36, color="tab:red" if best else "tab:gray", zorder=3)
+                offset = {"xytext": (4, 4), "textcoords": "offset points"}
+                axis.annotate(point["configuration"], place, fontsize=7, parse_math=False, **offset)
+            best = sorted(
+                (point["seconds"][network], point["perplexity"]) for point in points if point["frontier"][network]
+            )
+            axis.plot([x for x, _ in best], [y for _, y in best], color="tab:red", linewidth=1)
+            axis.set_xlabel(f"seconds of one private pass on {network}")
+            axis.grid(alpha=0.3)
+            axis.margins(x=0.25, y=0.15)
+        reached = [point["perplexity"] for point in points]
+        # what failed is far above the rest
+        if reached and max(reached) > 5 * min(reached):
+            axes[0].set_yscale("log")
+        axes[0].set_ylabel("perplexity")
+        axes[0].set_title(textwrap.fill(title, 60), fontsize=8, loc="left", parse_math=False)
+    return figure
+
+
 def plot_curves(runs: list[Run], titles: list[str]) -> Figure:
     """
     Training loss of all runs in one panel, then the mean entropy of each layer over the steps, a panel a run.

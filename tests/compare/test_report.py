@@ -42,7 +42,25 @@ def test_report_has_the_papers_table(variant_runs, capsys):
         assert sum(cost["layer_norm"]["rows"].values()) == 16 * (5 if "LN" in row["variant"] else 1)
         assert row["private_cost"]["baseline"]["total"]["gelu"]["elements"] == 2 * 16 * 64
         assert row["entropy_by_layer"] == pytest.approx([sum(heads) / 2 for heads in entropy["entropy"]])
-    for picture in ("heat_maps.png", "curves.png"):
+    points = comparison["groups"][0]["seconds"]
+    assert {point["configuration"] for point in points} == {*PAPERS_VARIANTS, "SM+LR-layer"}
+    for point in points:
+        (cost,) = [
+            row["private_cost"]["forward"]["estimates"]["SEMI2K"]
+            for row in comparison["groups"][0]["rows"]
+            if row["variant"] == point["configuration"]
+        ]
+        for network, latency, bandwidth in (("LAN", 0.8e-3, 3e9), ("WAN", 80e-3, 0.2e9)):
+            seconds = cost["rounds"] * latency + cost["bytes_per_party"] * 8 / bandwidth
+            assert point["seconds"][network] == pytest.approx(seconds)
+            better = [
+                other["configuration"]
+                for other in points
+                if other["perplexity"] < point["perplexity"] and other["seconds"][network] < point["seconds"][network]
+            ]
+            assert point["frontier"][network] == (better == [])
+        assert f"| {point['configuration']} | {point['perplexity']:.3f} | " in report
+    for picture in ("heat_maps.png", "curves.png", "seconds.png"):
         assert (variant_runs / "report" / picture).read_bytes().startswith(b"\x89PNG")
 
 
@@ -115,7 +133,7 @@ def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path
     assert dict(zip(heads, rows[1], strict=True))["configuration"] == "SM+R" and "ReLU" in heads
     # all that the page needs is in it
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page and "@import" not in page
-    assert page.count('src="data:image/png;base64,') == 8 + 7
+    assert page.count('src="data:image/png;base64,') == 9 + 8
 
 
 def test_logarithmic_axes_have_plain_numbers(tmp_path):

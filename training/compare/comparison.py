@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ..errors import UserError
 from ..files import write_atomically
 from ..pages import check_docs, machine, write_table
-from ..plots import plot_curves, plot_heat_maps, plot_overview
+from ..plots import plot_curves, plot_heat_maps, plot_overview, plot_seconds
 from ..runs import Run, find_runs
 from ..tables import to_markdown
 from .group import Group, compare_group
@@ -21,7 +21,8 @@ from .report import build_report, tables_for_docs
 def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | Path | None = None) -> Path:
     """
     Compares the finished runs below a folder; writes `report.md`, `report.html` (one file, for a browser),
-    `comparison.json`, `heat_maps.png`, `curves.png`, and of the first setting `overview.png`.
+    `comparison.json`, `heat_maps.png`, `curves.png`, `seconds.png` (perplexity against seconds under encryption), and
+    of the first setting `overview.png`.
 
     Args:
         runs_dir: folder whose subfolders are runs.
@@ -50,6 +51,9 @@ def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | 
     titles = [title for group in groups for title in group.run_titles]
     plot_heat_maps([run.attention_entropy for run in runs], titles).savefig(output / "heat_maps.png")
     plot_curves(runs, titles).savefig(output / "curves.png")
+    plot_seconds([group.seconds() for group in groups], [group.seconds_title for group in groups]).savefig(
+        output / "seconds.png"
+    )
     _plot_overview(groups[0]).savefig(output / "overview.png")
     document = {"groups": [group.to_dict() for group in groups], "unfinished": unfinished}
     write_atomically(output / "comparison.json", json.dumps(document, indent=1))

@@ -1,5 +1,6 @@
 """The runs of one setting, side by side."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 
 from modeling_lnfree import LNFreeForCausalLM
 
-from ..encryption.counting import count_operations, totals
+from ..encryption.counting import PROTOCOLS, count_operations, totals
+from ..encryption.prices import NETWORKS
 from ..files import read_records
 from ..runs import Run, find_baseline
 from .seeds import LEAST_SEEDS, format_interval, summarize
@@ -45,11 +47,47 @@ class Group:
         """A title for each run by which it is told from all others."""
         return [run.describe(*self.differing) for run in self.runs]
 
+    @property
+    def seconds_title(self) -> str:
+        return f"{self.title}; {PROTOCOLS[0].name}"
+
+    def seconds(self) -> list[dict[str, Any]]:
+        """
+        Of every configuration its perplexity over seeds, and for each network the seconds of one private forward pass
+        by the first cost model, and whether no other is both better and faster: `seconds` and `frontier`.
+        """
+        (protocol, *_) = PROTOCOLS
+        costs = {row["configuration"]: row["private_cost"]["forward"]["estimates"][protocol.name] for row in self.rows}
+        points = []
+        for row in self.summary["configurations"]:
+            cost = costs[row["configuration"]]
+            seconds = {line.name: line.seconds(cost["rounds"], cost["bytes_per_party"]) for line in NETWORKS.values()}
+            points.append({"configuration": row["configuration"], "perplexity": row["perplexity"], "seconds": seconds})
+        for point in points:
+            point["frontier"] = {
+                name: math.isfinite(point["perplexity"])
+                and not any(
+                    other["perplexity"] <= point["perplexity"]
+                    and other["seconds"][name] <= seconds
+                    and (other["perplexity"], other["seconds"][name]) != (point["perplexity"], seconds)
+                    for other in points
+                )
+                for name, seconds in point["seconds"].items()
+            }
+        return points
+
     def to_dict(self) -> dict[str, Any]:
         """As `comparison.json` holds it."""
         setting = self.runs[0].setting._asdict()
         del setting["fields"]
-        return {**setting, "rows": self.rows, "summary": self.summary, "notes": self.notes, "title": self.title}
+        return {
+            **setting,
+            "rows": self.rows,
+            "summary": self.summary,
+            "notes": self.notes,
+            "title": self.title,
+            "seconds": self.seconds(),
+        }
 
 
 def compare_group(runs: list[Run], differing: list[str]) -> Group:

@@ -8,7 +8,7 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..plots import plot_evaluations, plot_gradient_norms, plot_heat_maps, plot_layers
+from ..plots import plot_evaluations, plot_gradient_norms, plot_heat_maps, plot_layers, plot_seconds
 from .group import Group
 from .report import describe_group
 
@@ -62,6 +62,11 @@ def build_html(groups: list[Group], unfinished: dict[str, str]) -> str:
                     [run.attention_entropy for run in runs],
                     [f"{run.configuration}\nseed {run.seed}" for run in runs],
                 ),
+            ),
+            (
+                "Perplexity against seconds under encryption",
+                "of one private forward pass; the line joins what nothing else is both better and faster than",
+                plot_seconds([group.seconds()], [group.seconds_title]),
             ),
         ]
         drawn = [(title, caption, _data_uri(figure)) for title, caption, figure in figures if figure is not None]

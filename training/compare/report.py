@@ -4,7 +4,7 @@ from typing import Any
 
 from modeling_lnfree.variants import BASELINE
 
-from ..encryption.tables import compare_costs
+from ..encryption.tables import compare_costs, to_table
 from ..tables import Block, Heading, Table
 from .group import Group
 from .seeds import format_interval
@@ -19,6 +19,7 @@ def build_report(groups: list[Group], unfinished: dict[str, str]) -> list[Block]
     for group in groups:
         blocks += [Heading(2, group.title), *describe_group(group)]
     blocks += ["![attention entropy by layer and head](heat_maps.png)", "![curves over training](curves.png)"]
+    blocks.append("![perplexity against seconds under encryption](seconds.png)")
     if unfinished:
         named = ", ".join(f"{name} {why}".strip() for name, why in unfinished.items())
         blocks.append(f"Not finished, and left out: {named}.")
@@ -47,6 +48,8 @@ def describe_group(group: Group) -> list[Block]:
         f"Operations on private data in one forward pass over {setting.block_size} tokens, counted by running it, "
         f"beside {BASELINE} of the same sizes.",
         *describe_costs(group.rows),
+        Heading(3, "Perplexity against seconds under encryption"),
+        to_table(seconds_rows(group)),
     ]
 
 
@@ -55,6 +58,19 @@ def describe_costs(rows: list[dict[str, Any]]) -> list[Block]:
     costs = {row["variant"]: row["private_cost"] for row in rows}
     named = [(variant, cost["forward"]) for variant, cost in costs.items()]
     return compare_costs(named, rows[0]["private_cost"]["baseline"])
+
+
+def seconds_rows(group: Group) -> list[dict[str, Any]]:
+    """Of every configuration perplexity and seconds, and on which networks none is both better and faster."""
+    return [
+        {
+            "configuration": point["configuration"],
+            "perplexity": f"{point['perplexity']:.3f}",
+            **{f"s on {name}": seconds for name, seconds in point["seconds"].items()},
+            "on the frontier": ", ".join(name for name, best in point["frontier"].items() if best),
+        }
+        for point in group.seconds()
+    ]
 
 
 def _over_seeds(configurations: list[dict[str, Any]]) -> Table:
@@ -103,7 +119,7 @@ def _entropy_by_layer(configurations: list[dict[str, Any]]) -> Table:
 
 def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]], dict[str, str]]]:
     """Rows and formats of the tables for the docs: what every configuration reaches, pairs, entropies by layer."""
-    results, pairs, entropies = [], [], []
+    results, pairs, entropies, seconds = [], [], [], []
     for group in groups:
         setting = {"setting": group.title} if len(groups) > 1 else {}
         for row in group.summary["configurations"]:
@@ -113,11 +129,13 @@ def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]]
             results.append({**named, "seeds": seeds, "perplexity": reached, **_change(row["change"])})
             layers = enumerate(row["entropy_by_layer"])
             entropies.append({**named, **{f"layer {layer}": entropy for layer, entropy in layers}})
+        seconds += [{**setting, **row} for row in seconds_rows(group)]
         for pair in group.summary["pairs"]:
             named = {"first": pair["first"], "against": pair["second"], "pairs": len(pair["change"]["by_seed"])}
             pairs.append({**setting, **named, **_change(pair["change"])})
     formats = {"perplexity": "{:.3f}", "change": "{:+.2f} %", "95 % interval": "{:+.2f} to {:+.2f} %"}
     tables = {"perplexity": (results, formats), "pairs": (pairs, formats), "entropy": (entropies, {})}
+    tables["seconds"] = (seconds, {})
     return {name: table for name, table in tables.items() if table[0]}
 
 

@@ -11,6 +11,7 @@ from ..pages import format_cell
 from ..tables import Block, Table, to_markdown
 from .counting import OUTSIDE, PROTOCOLS, count_operations
 from .prices import NETWORKS, UNKNOWN, Network, Protocol, local_seconds
+from .published import Total
 
 
 Rows = list[dict[str, Any]]
@@ -149,6 +150,20 @@ def step_rows(phase: dict[str, Any]) -> Rows:
         for name, cost in phase["estimates"][protocol.name]["by_operation"].items()
         for step in cost["steps"]
     ]
+
+
+def published_rows(named: list[tuple[str, dict[str, Any], list[Total]]]) -> Rows:
+    """Totals of papers beside ours, both for the forward pass: of each model its name, phase and what is published."""
+    lan = NETWORKS["lan"]
+    rows = []
+    for name, phase, totals in named:
+        costs = {protocol.name: phase["estimates"][protocol.name] for protocol in PROTOCOLS}
+        for total in totals:
+            ours = {f"{protocol}: GB": 2 * cost["bytes_per_party"] / 1e9 for protocol, cost in costs.items()}
+            ours |= {f"{protocol}: s on {lan.name}": _seconds(lan, cost) for protocol, cost in costs.items()}
+            theirs = {"source": total.source, "GB": total.gigabytes, "s": total.seconds}
+            rows.append({"configuration": name, **theirs, **ours, "what differs": total.differs})
+    return rows
 
 
 def describe_steps(phase: dict[str, Any]) -> list[Block]:
