@@ -80,7 +80,7 @@ NOT_PROTECTED = (
 
 
 class Meter:
-    """Rounds, bytes (sent and received by this party) and seconds by operation, since the last `take`."""
+    """Rounds, bytes (sent and received by this party), seconds and those of computing, since the last `take`."""
 
     def __init__(self):
         self.costs: dict[str, dict[str, float]] = {}
@@ -88,13 +88,14 @@ class Meter:
     @contextmanager
     def measure(self, operation: str) -> Iterator[None]:
         communicator = crypten.communicator.get()
-        before, started = communicator.get_communication_stats(), time.perf_counter()
+        before, started, computed = communicator.get_communication_stats(), time.perf_counter(), time.process_time()
         yield
         after, seconds = communicator.get_communication_stats(), time.perf_counter() - started
-        cost = self.costs.setdefault(operation, {"rounds": 0, "bytes": 0, "seconds": 0.0})
+        cost = self.costs.setdefault(operation, {"rounds": 0, "bytes": 0, "seconds": 0.0, "computing": 0.0})
         cost["rounds"] += after["rounds"] - before["rounds"]
         cost["bytes"] += after["bytes"] - before["bytes"]
         cost["seconds"] += seconds
+        cost["computing"] += time.process_time() - computed
 
     def take(self) -> dict[str, dict[str, float]]:
         costs, self.costs = self.costs, {}
@@ -326,7 +327,7 @@ def run_folder(folder: Path, config: LNFreeConfig, input_ids: Tensor, text: Tens
 
 def _compare(measured: dict[str, dict[str, float]], cost: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What `lnfree cost` predicts for the operations that are measured together, and in total."""
-    parts = {}
+    parts, keys = {}, ("rounds", "bytes", "computing")
     for name, operations in PREDICTED.items():
         costs = [cost["by_operation"][operation] for operation in operations if operation in cost["by_operation"]]
         found = [measured[part] for part in MEASURED.get(name, [name]) if part in measured]
@@ -334,7 +335,7 @@ def _compare(measured: dict[str, dict[str, float]], cost: dict[str, Any]) -> dic
             "rounds": sum(part["rounds"] for part in costs),
             "bytes": sum(2 * part["bytes_per_party"] for part in costs),
             "multiply_adds": sum(part["multiply_adds"] for part in costs),
-            **{f"measured_{key}": sum(part[key] for part in found) for key in ("rounds", "bytes", "seconds")},
+            **{f"measured_{key}": sum(part[key] for part in found) for key in keys},
         }
     total = {key: sum(part[key] for part in parts.values()) for key in parts["embedding"]}
     return {**parts, "total": total}
@@ -346,12 +347,14 @@ def _add_parties(parties: list[dict[str, dict[str, float]]]) -> dict[str, dict[s
         name: {
             "rounds": parties[SERVER][name]["rounds"],
             "bytes": sum(party[name]["bytes"] for party in parties) / 2,
-            "seconds": statistics.mean(party[name]["seconds"] for party in parties),
+            # which wait for one another
+            **{key: statistics.mean(party[name][key] for party in parties) for key in ("seconds", "computing")},
         }
         for name in OPERATIONS
         if name in parties[SERVER]
     }
-    total = {key: sum(cost[key] for cost in by_operation.values()) for key in ("rounds", "bytes", "seconds")}
+    keys = ("rounds", "bytes", "seconds", "computing")
+    total = {key: sum(cost[key] for cost in by_operation.values()) for key in keys}
     return {**by_operation, "total": total}
 
 
@@ -399,6 +402,7 @@ def prediction_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         "MB: predicted": round(total["bytes"] / 1e6, 3),
                         "measured MB": round(total["measured_bytes"] / 1e6, 3),
                         "s": round(run[name]["total"]["seconds"], 1),
+                        "s of computing": round(run[name]["total"]["computing"], 1),
                         "GiB of the parties": ", ".join(f"{peak:.1f}" for peak in run["peak_gib"]),
                     }
                 )
@@ -406,17 +410,17 @@ def prediction_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fit_rates(runs: list[dict[str, Any]]) -> str:
-    """Seconds of a multiply-add, a byte and a round on this machine, by least squares over all parts of all passes."""
+    """A party's seconds of computing, by least squares over the parts of all passes: of what, and how well it fits."""
     passes = [run["predicted"][name] for run in runs for name in run["predicted"]]
     parts = [part for one in passes for name, part in one.items() if name != "total" and part["bytes"]]
     costs = torch.tensor([[part[key] for key in ("multiply_adds", "bytes", "rounds")] for part in parts]).double()
-    seconds = torch.tensor([part["measured_seconds"] for part in parts]).double()
+    seconds = torch.tensor([part["measured_computing"] for part in parts]).double()
     fitted = torch.linalg.lstsq(costs, seconds[:, None], driver="gelsd").solution[:, 0]
     error = (costs @ fitted - seconds).norm() / seconds.norm()
     values = ", ".join(
         f"{value:.2e} s a {unit}" for value, unit in zip(fitted, ("multiply-add", "byte", "round"), strict=True)
     )
-    return f"Seconds here are about {values} (relative error {error:.0%})."
+    return f"A party computes about {values} (relative error {error:.0%})."
 
 
 def _cost(cost: dict[str, float] | None, separator: str = " | ") -> str:

@@ -190,7 +190,7 @@ def test_a_named_variant_has_the_sizes_of_its_shape():
         ("SM+X", "model 'SM\\+X': variant must be"),
         ("gpt2:foo", "model 'gpt2:foo': variant must be"),
         ("gpt2:SM+R:5", "behind a ':' stand a variant and then FIELD=VALUE,...; got '5'"),
-        ("gpt2:hidden_size=65", "hidden_size must be divisible by num_attention_heads, got 65"),
+        ("gpt2:hidden_size=65", "num_attention_heads must divide hidden_size=65, got 12"),
         ("SM+R:no_such_field=1", "no_such_field"),
     ],
 )
@@ -200,30 +200,43 @@ def test_wrong_names_are_one_line(name, message):
     assert "\n" not in str(error.value)
 
 
-def test_steps_and_tables_for_the_docs(tmp_path, capsys):
-    (tmp_path / "docs" / "data").mkdir(parents=True)
-    (tmp_path / "README.md").write_text("nothing\n")
-    page = tmp_path / "docs" / "page.md"
-    page.write_text("<!-- table cost-x -->\n<!-- end -->\n")
+@pytest.fixture
+def docs(tmp_path):
+    """Of a checkout with one page, whose tables are those of the names."""
+
+    def build(*names):
+        (tmp_path / "docs" / "data").mkdir(parents=True)
+        (tmp_path / "README.md").write_text("nothing\n")
+        marks = [f"<!-- table {name} -->\n<!-- end -->\n" for name in names]
+        (tmp_path / "docs" / "page.md").write_text("\n".join(marks))
+        return tmp_path / "docs"
+
+    return build
+
+
+def test_steps_and_tables_for_the_docs(tmp_path, docs, capsys):
+    folder = docs("x-steps", "x-operations")
     name = "SM+R:hidden_size=32,num_hidden_layers=1,num_attention_heads=4,vocab_size=99"
-    path = tmp_path / "docs" / "data" / "cost-x.json"
-    assert cli.main(["cost", name, "--tokens", "6", "--steps", "--docs", str(path)]) == 0
-    printed = capsys.readouterr().out
-    (first, *_), text = json.loads(path.read_text())["rows"], page.read_text()
-    assert first["step"] in text and first["step"] in printed and f"`lnfree cost {name} --tokens 6 --steps`" in text
+    command = ["cost", name, "--tokens", "6", "--steps", "--docs"]
+    assert cli.main([*command, str(folder / "data" / "x.json")]) == 0
+    printed, text = capsys.readouterr().out, (folder / "page.md").read_text()
+    assert {path.stem for path in (folder / "data").iterdir()} == {"x-steps", "x-operations"}
+    (first, *_) = json.loads((folder / "data" / "x-steps.json").read_text())["rows"]
+    assert first["step"] in text and first["step"] in printed and f"`lnfree cost {name} --tokens 6`" in text
+    assert "| instead: sampling, the largest logit found by the parties |" in text and text.count("<!-- end -->") == 2
+    with pytest.raises(UserError, match="no page of .* has a mark for y-steps, y, y-token, y-operations, y-published"):
+        cost([name], length=6, docs_path=folder / "data" / "y.json")
     with pytest.raises(UserError, match="--docs must be the folder docs of a checkout"):
         cost([name], length=6, docs_path=tmp_path / "x.json")
 
 
-def test_totals_of_papers_stand_beside_the_same_model(tmp_path, capsys):
-    (tmp_path / "docs" / "data").mkdir(parents=True)
-    (tmp_path / "README.md").write_text("nothing\n")
-    path = tmp_path / "docs" / "data" / "x.json"
+def test_totals_of_papers_stand_beside_the_same_model(docs, capsys):
+    path = docs("x", "x-published") / "data" / "x.json"
     command = ["cost", "SM+LN+G", "SM+Lin@ScFFN", "--tokens", "128"]
     assert cli.main([*command, "--network", "lan", "--docs", str(path)]) == 0
     assert "totals that papers have" in capsys.readouterr().out
     first, second = json.loads(path.read_text())["rows"][:2]
-    assert (first["configuration"], second["against SM+LN+G"][:23]) == ("SM+LN+G", "-3,072 LayerNorm rows, ")
+    assert (first["configuration"], first["change on LAN"]) == ("SM+LN+G", "0") and second["change on LAN"][0] == "-"
     rows = json.loads((path.parent / "x-published.json").read_text())["rows"]
     assert [(row["configuration"], row["GB"], row["s"]) for row in rows] == [
         ("SM+LN+G", 25.32, pytest.approx(492.6)),

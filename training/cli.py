@@ -246,7 +246,7 @@ def _cost(verbs):
         "--docs",
         dest="docs_path",
         metavar="DOCS/data/NAME.json",
-        help="of a checkout: write the costs there, with --steps the steps, and put the table into its pages",
+        help="of a checkout: write the tables NAME, NAME-token, -operations, -steps, -published that its pages show",
     )
 
 

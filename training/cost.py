@@ -30,7 +30,7 @@ from .encryption.tables import (
 )
 from .errors import UserError, explained
 from .files import check_outputs, to_json, write_atomically
-from .pages import check_docs, write_table
+from .pages import check_docs, find_pages, write_table
 from .recipe import check_model_id
 from .runs import library_versions
 from .tables import Block, to_markdown
@@ -77,8 +77,9 @@ def cost(
         trust_remote_code: whether the code that comes with the model may be run.
         revision: branch, tag or commit of the models.
         json_path: where to write the results.
-        docs_path: `docs/data/NAME.json` of a checkout: where to write the models' costs, and beside it, as
-            NAME-published, totals of papers; or the steps.
+        docs_path: `docs/data/NAME.json` of a checkout: where to write the models' costs, if a page has a mark for
+            NAME; as NAME-token those of one token, as NAME-operations and -steps the first model's, as
+            NAME-published totals of papers, each if a page has a mark for it.
 
     Returns:
         `model`, `revision`, `versions`, and `private_cost` as `count_operations` returns it, with `others` (`model`
@@ -134,22 +135,29 @@ def cost(
             print("totals that papers have, of all parties together, beside ours:\n")
             print(to_markdown([to_table(beside)]), end="\n\n")
         if docs is not None:
-            forward = [counts["forward"] for counts in counted]
-            tables = {
-                "": cost_rows(list(zip(names, forward, strict=True)), lines, forward[0] if others else None, names[0])
-            }
-            if steps:
-                tables = {"": step_rows(forward[0])}
-            elif beside:
-                tables["-published"] = beside
-            command = " ".join(["lnfree cost", *model_ids, f"--tokens {length}", *["--steps"] * steps])
-            for suffix, rows in tables.items():
-                write_table(docs, Path(str(docs_path)).stem + suffix, rows, command)
+            first = counted[0]["forward"]
+            tables = {"-steps": step_rows(first)}
+            for phase, suffix in (("forward", ""), ("token", "-token")):
+                named = [(name, counts[phase]) for name, counts in zip(names, counted, strict=True)]
+                tables[suffix] = cost_rows(named, lines, named[0][1] if others else None)
+            tables |= {"-operations": operation_rows(first, lines), "-published": beside}
+            command = " ".join(["lnfree cost", *model_ids, f"--tokens {length}"])
+            _write_tables(docs, Path(str(docs_path)).stem, tables, command)
     results = {"model": model_ids[0], "revision": revision, **found, "versions": library_versions()}
     if json_path is not None:
         with explained(f"{json_path} cannot be written"):
             write_atomically(json_path, to_json(results))
     return results
+
+
+def _write_tables(docs: Path, name: str, tables: dict[str, list[dict[str, Any]]], command: str):
+    """Those of the tables that a page has a mark for, by the name and their suffixes."""
+    text = "".join(page.read_text(encoding="utf-8") for page in find_pages(docs))
+    shown = {suffix: rows for suffix, rows in tables.items() if rows and f"<!-- table {name}{suffix} -->" in text}
+    if not shown:
+        raise UserError(f"no page of {docs} has a mark for {', '.join(f'{name}{suffix}' for suffix in tables)}")
+    for suffix, rows in shown.items():
+        write_table(docs, f"{name}{suffix}", rows, command)
 
 
 def _load(model_ids: Sequence[str], loading: dict[str, Any]) -> list[PreTrainedModel]:

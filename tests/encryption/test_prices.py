@@ -7,7 +7,7 @@ import pytest
 from modeling_lnfree import LNFreeForCausalLM
 from training.encryption.counting import count_operations
 from training.encryption.crypten import CRYPTEN
-from training.encryption.prices import NETWORKS, Cost, Network, Shape, find_network
+from training.encryption.prices import NETWORKS, Cost, Network, Shape, find_network, local_seconds
 from training.encryption.semi2k import SEMI2K
 from training.encryption.tables import cost_rows, operation_rows, place_rows, step_rows
 from training.errors import UserError
@@ -142,6 +142,13 @@ def test_seconds_by_hand():
     assert NETWORKS["wan"].seconds(1000, 30_000_000) == pytest.approx(81.2)
     assert find_network("20,1").seconds(100, 125_000_000) == pytest.approx(3.0)
     assert find_network("wan") == Network("WAN", 80.0, 0.2)
+
+
+def test_seconds_of_computing_by_hand():
+    # 1e9 multiply-adds, 5e8 bytes of both parties, 1,000 rounds
+    cost = {"multiply_adds": 10**9, "bytes_per_party": 250_000_000, "rounds": 1000}
+    assert local_seconds(CRYPTEN, cost) == pytest.approx(0.67 + 1.6 + 1.2)
+    assert local_seconds(SEMI2K, cost) is None
 
 
 @pytest.mark.parametrize("name", ["", "man", "20", "20,0", "-1,1", "nan,1", "1,inf", "1,2,3"])

@@ -65,7 +65,7 @@ class Protocol:
         operations: by name, from the shape of a call to its steps, one after the other.
         instead: the same for ways of doing an operation that are not in any total.
         absent: of operations that have no figure, why.
-        rates: seconds of local computation for a multiply-add and for a byte, and how they were measured.
+        rates: seconds that a party computes for a multiply-add, a byte and a round, and how they were measured.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Protocol:
     operations: dict[str, Callable[[Shape], list[Step]]]
     instead: dict[str, Callable[[Shape], list[Step]]]
     absent: dict[str, str]
-    rates: tuple[float, float, str] | None = None
+    rates: tuple[float, float, float, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def estimate(protocol: Protocol, places: dict[str, dict[str, Any]]) -> dict[str,
 
 
 def local_seconds(protocol: Protocol, cost: dict[str, Any]) -> float | None:
-    """Of computing what is not waiting, by the protocol's measured rates; None where there are none."""
+    """Of what a party computes, while nothing is on its way, by the protocol's rates; None where it has none."""
     if protocol.rates is None:
         return None
-    per_multiply_add, per_byte, _ = protocol.rates
-    return cost["multiply_adds"] * per_multiply_add + 2 * cost["bytes_per_party"] * per_byte
+    multiply_add, byte, a_round, _ = protocol.rates
+    return cost["multiply_adds"] * multiply_add + 2 * cost["bytes_per_party"] * byte + cost["rounds"] * a_round

@@ -86,9 +86,12 @@ def cost_rows(
     named: list[tuple[str, dict[str, Any]]],
     networks: Sequence[Network],
     baseline: dict[str, Any] | None = None,
-    against: str = BASELINE,
+    against: str | None = None,
 ) -> Rows:
-    """Of every cost model and phase a row: rounds, MB, seconds, the offline phase, what has no figure, the change."""
+    """
+    Of every cost model and phase a row: rounds, MB, seconds, the offline phase, what has no figure, and the change, by
+    operation if it is said against what.
+    """
     rows = []
     for protocol in PROTOCOLS:
         for name, phase in named:
@@ -103,7 +106,8 @@ def cost_rows(
                 for network in networks:
                     change = 100 * (_seconds(network, cost) / _seconds(network, theirs) - 1)
                     row[f"change on {network.name}"] = "0" if phase is baseline else f"{change:+.1f} %"
-                row[f"against {against}"] = ", ".join(difference(phase["total"], baseline["total"])) or "the same"
+                if against is not None:
+                    row[f"against {against}"] = ", ".join(difference(phase["total"], baseline["total"])) or "the same"
             rows.append(row)
     return rows
 
@@ -189,6 +193,8 @@ def explain(networks: Sequence[Network], phases: Sequence[dict[str, Any]]) -> st
         + " Triples come from a dealer. `lnfree cost --steps` has every step and source."
     )
     for protocol in PROTOCOLS:
+        measured = "not measured" if protocol.rates is None else protocol.rates[-1]
+        text += f" Seconds of computing come on top, for {protocol.name} {measured}."
         for name in dict.fromkeys(name for phase in phases for name in _missing(phase, protocol)):
             text += f" {protocol.name} has no figure for {_title(name)}: {protocol.absent.get(name, UNKNOWN)}."
     return text
