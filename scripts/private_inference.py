@@ -4,6 +4,7 @@ clear, beside the same tokens computed in the clear:
 
     bash scripts/private_inference.sh runs/quick/exports/* --json private.json --plot private.png
     bash scripts/private_inference.sh SM+LN+G SM+R --tokens 8 --new-tokens 2
+    bash scripts/private_inference.sh --functions 3x16 5x23
 
 A name of `lnfree cost` stands for that model with random weights, at any size; it reads random tokens. Each model runs
 in two processes on loopback, with CrypTen 0.4.1: additive shares in the ring of 64-bit integers with 16 fractional
@@ -51,7 +52,9 @@ from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import read_variant
 from modeling_lnfree.variants import variant_order
 from training.encryption.counting import count_operations
+from training.encryption.crypten import CRYPTEN
 from training.encryption.named import find_named
+from training.encryption.prices import Shape
 from training.pages import write_table
 
 
@@ -379,9 +382,7 @@ def to_markdown(runs: list[dict[str, Any]]) -> str:
     for name in (*OPERATIONS, "total"):
         cells = (_cost(run["prompt"].get(name), separator=" / ") for run in runs)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "Predicted by `lnfree cost` and measured:", "", "| " + " | ".join(prediction_rows(runs)[0]) + " |"]
-    lines.append("|---" * len(prediction_rows(runs)[0]) + "|")
-    lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in prediction_rows(runs)]
+    lines += ["", "Predicted by `lnfree cost` and measured:", "", *_table(prediction_rows(runs))]
     return "\n".join([*lines, "", fit_rates(runs), "", NOT_PROTECTED])
 
 
@@ -409,6 +410,66 @@ def prediction_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+# what the designs of the family compute besides, as `lnfree cost` composes it; x has rows
+FUNCTIONS = {
+    "sigmoid": lambda x: x.sigmoid(),
+    "tanh": lambda x: x.tanh(),
+    "silu": lambda x: x * x.sigmoid(),
+    "relu": lambda x: x.relu(),
+    "leaky_relu": lambda x: x.relu() * 0.9 + x * 0.1,
+    "clamp": lambda x: x.hardtanh(0, 1),
+    "softmax": lambda x: x.softmax(-1),
+    "rms_norm": lambda x: (
+        x * x.square().mean(-1, keepdim=True).inv_sqrt() * crypten.cryptensor(torch.ones(x.size(-1)))
+    ),
+    "sampling, the largest logit found by the parties": lambda x: x.max(-1, keepdim=True),
+}
+
+
+def run_functions(rank: int, aside: Path, shapes: list[tuple[int, int]]):
+    """One party's process: every function on random numbers `(rows, length)`; writes what it cost below `aside`."""
+    environment = {"DISTRIBUTED_BACKEND": "gloo", "RENDEZVOUS": f"file://{aside}/rendezvous"}
+    os.environ.update(environment, WORLD_SIZE="2", RANK=str(rank))
+    crypten.init()
+    crypten.cfg.communicator.verbose = True
+    costs, meter = [], Meter()
+    with crypten.no_grad():
+        for shape in shapes:
+            for name, function in FUNCTIONS.items():
+                x = crypten.cryptensor(torch.rand(shape), src=CLIENT)
+                with meter.measure(name):
+                    function(x)
+            costs.append(meter.take())
+    (aside / f"costs{rank}.json").write_text(json.dumps(costs), encoding="utf-8")
+    crypten.uninit()
+
+
+def function_rows(shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Of every function and shape rounds and bytes as predicted and as measured."""
+    with tempfile.TemporaryDirectory() as aside:
+        multiprocessing.spawn(run_functions, (Path(aside), shapes), nprocs=2)
+        parties = [
+            json.loads(Path(aside, f"costs{rank}.json").read_text(encoding="utf-8")) for rank in (SERVER, CLIENT)
+        ]
+    rows = []
+    for index, (number, length) in enumerate(shapes):
+        for name in FUNCTIONS:
+            compose = CRYPTEN.operations.get(name) or CRYPTEN.instead[name]
+            steps = [step.cost for step in compose(Shape(number * length, row=length))]
+            server, client = (party[index][name] for party in parties)
+            rows.append(
+                {
+                    "function": name,
+                    "rows x length": f"{number} x {length}",
+                    "rounds: predicted": sum(step.rounds for step in steps),
+                    "measured": server["rounds"],
+                    "bytes: predicted": sum(step.bytes for step in steps),
+                    "measured bytes": round((server["bytes"] + client["bytes"]) / 2),
+                }
+            )
+    return rows
+
+
 def fit_rates(runs: list[dict[str, Any]]) -> str:
     """A party's seconds of computing, by least squares over the parts of all passes: of what, and how well it fits."""
     passes = [run["predicted"][name] for run in runs for name in run["predicted"]]
@@ -421,6 +482,11 @@ def fit_rates(runs: list[dict[str, Any]]) -> str:
         f"{value:.2e} s a {unit}" for value, unit in zip(fitted, ("multiply-add", "byte", "round"), strict=True)
     )
     return f"A party computes about {values} (relative error {error:.0%})."
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (rows[0], *(row.values() for row in rows))]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 
 
 def _cost(cost: dict[str, float] | None, separator: str = " | ") -> str:
@@ -457,7 +523,13 @@ def plot(runs: list[dict[str, Any]], path: str):
 def main():
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("exports", nargs="+", metavar="EXPORT_DIR_OR_NAME")
+    parser.add_argument("exports", nargs="*", metavar="EXPORT_DIR_OR_NAME")
+    parser.add_argument(
+        "--functions",
+        nargs="+",
+        metavar="ROWSxLENGTH",
+        help="run single functions of CrypTen beside what is predicted",
+    )
     parser.add_argument("--prompt", default=PROMPT, help="default: %(default)r")
     parser.add_argument("--tokens", type=int, default=8, metavar="N", help="that a named model reads (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=8, metavar="N", help="default: %(default)s")
@@ -468,20 +540,30 @@ def main():
     for name, value in (("--new-tokens", arguments.new_tokens), ("--tokens", arguments.tokens)):
         if value < 1:
             parser.error(f"{name} must be at least 1, got {value}")
+    if not arguments.exports and not arguments.functions:
+        parser.error("name an export, a model, or --functions")
     for folder in (Path(name) for name in arguments.exports if find_named(name) is None):
         for name in ("config.json", "model.safetensors", *(["results.json"] if arguments.plot else [])):
             if not (folder / name).is_file():
                 parser.error(f"{folder} is not an export: it has no {name}")
+    tables = {}
+    if arguments.functions:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.functions]
+        tables["-functions"] = function_rows(shapes)
+        print("\n".join(_table(tables["-functions"])))
     runs = [run(name, arguments.prompt, arguments.tokens, arguments.new_tokens) for name in arguments.exports]
     runs.sort(key=lambda run: variant_order(run["variant"]))
-    print(to_markdown(runs))
+    if runs:
+        tables[""] = prediction_rows(runs)
+        print(to_markdown(runs))
     if arguments.json:
         versions = {name: importlib.metadata.version(name) for name in ("crypten", "torch")}
-        document = {"runs": runs, "versions": versions, "not_protected": NOT_PROTECTED}
+        document = {"runs": runs, "functions": tables.get("-functions"), "versions": versions}
+        document["not_protected"] = NOT_PROTECTED
         Path(arguments.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
-    if arguments.docs:
+    for suffix, rows in tables.items() if arguments.docs else ():
         command = " ".join(["bash scripts/private_inference.sh", *sys.argv[1 : sys.argv.index("--docs")]])
-        write_table(Path(arguments.docs).parent.parent, Path(arguments.docs).stem, prediction_rows(runs), command)
+        write_table(Path(arguments.docs).parent.parent, Path(arguments.docs).stem + suffix, rows, command)
     if arguments.plot:
         plot(runs, arguments.plot)
 

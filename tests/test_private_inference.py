@@ -69,12 +69,17 @@ def test_what_is_predicted_is_what_the_parties_count(tmp_path):
     path, page = tmp_path / "private.json", tmp_path / "docs" / "page.md"
     (tmp_path / "docs" / "data").mkdir(parents=True)
     (tmp_path / "README.md").write_text("nothing\n")
-    page.write_text("<!-- table x -->\n<!-- end -->\n")
+    page.write_text("<!-- table x -->\n<!-- end -->\n\n<!-- table x-functions -->\n<!-- end -->\n")
     command = ["bash", SCRIPT, f"SM+LN+G:{sizes}=1", f"SM+LN+R:{sizes}=2", "--tokens", "23", "--new-tokens", "2"]
-    docs = ["--docs", tmp_path / "docs" / "data" / "x.json"]
+    docs = ["--functions", "3x16", "2x130", "--docs", tmp_path / "docs" / "data" / "x.json"]
     run = subprocess.run([*command, "--json", path, *docs], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for result in json.loads(path.read_text())["runs"]:
+    document = json.loads(path.read_text())
+    for row in document["functions"]:
+        assert row["rounds: predicted"] == row["measured"] > 0, row
+        assert row["bytes: predicted"] == row["measured bytes"] > 0, row
+    assert {row["rows x length"] for row in document["functions"]} == {"3 x 16", "2 x 130"}
+    for result in document["runs"]:
         assert result["predicted"].keys() == {"prompt", "new_token"}
         for parts in result["predicted"].values():
             assert parts["total"]["rounds"] > 200

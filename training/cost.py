@@ -1,5 +1,7 @@
 """`lnfree cost`: what a model costs under encryption, counted, and the bits of fixed point that it needs."""
 
+import shlex
+import shlex
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -141,7 +143,7 @@ def cost(
                 named = [(name, counts[phase]) for name, counts in zip(names, counted, strict=True)]
                 tables[suffix] = cost_rows(named, lines, named[0][1] if others else None)
             tables |= {"-operations": operation_rows(first, lines), "-published": beside}
-            command = " ".join(["lnfree cost", *model_ids, f"--tokens {length}"])
+            command = shlex.join(["lnfree", "cost", *model_ids, "--tokens", str(length)])
             _write_tables(docs, Path(str(docs_path)).stem, tables, command)
     results = {"model": model_ids[0], "revision": revision, **found, "versions": library_versions()}
     if json_path is not None:

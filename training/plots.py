@@ -112,18 +112,30 @@ def plot_seconds(settings: list[list[dict[str, Any]]], titles: list[str]) -> Fig
     for axes, points, title in zip(grid, settings, titles, strict=True):
         points = [point for point in points if np.isfinite(point["perplexity"])]
         for axis, network in zip(axes, networks, strict=True):
-            for point in points:
+            lower = 0
+            for point in sorted(points, key=lambda point: point["seconds"][network]):
                 best, place = point["frontier"][network], (point["seconds"][network], point["perplexity"])
                 axis.scatter(*place, s=36, color="tab:red" if best else "tab:gray", zorder=3)
-                offset = {"xytext": (4, 4), "textcoords": "offset points"}
-                axis.annotate(point["configuration"], place, fontsize=7, parse_math=False, **offset)
+                # towards the middle, and those of the frontier below it, where nothing is
+                right = point["seconds"][network] > np.mean([other["seconds"][network] for other in points])
+                style = {"ha": "right" if right else "left", "fontsize": 7, "parse_math": False}
+                offset = (0, -11 - 9 * (lower % 2) if best else 5)
+                lower += best
+                axis.annotate(
+                    point["configuration"],
+                    place,
+                    xytext=offset,
+                    textcoords="offset points",
+                    annotation_clip=False,
+                    **style,
+                )
             best = sorted(
                 (point["seconds"][network], point["perplexity"]) for point in points if point["frontier"][network]
             )
             axis.plot([x for x, _ in best], [y for _, y in best], color="tab:red", linewidth=1)
             axis.set_xlabel(f"seconds of one private pass on {network}")
             axis.grid(alpha=0.3)
-            axis.margins(x=0.25, y=0.15)
+            axis.margins(x=0.1, y=0.15)
         reached = [point["perplexity"] for point in points]
         # what failed is far above the rest
         if reached and max(reached) > 5 * min(reached):

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from modeling_lnfree import LNFreeForCausalLM
-from training.encryption.counting import count_operations
+from training.encryption.counting import count_operations, totals
 from training.encryption.tables import compare_costs, difference, tabulate
 from training.tables import to_markdown
 
@@ -124,8 +124,8 @@ def test_the_baseline_is_sm_ln_g_of_the_same_sizes(variant, backbone):
     reference = count_operations(LNFreeForCausalLM, tiny_config("SM+LN+G", backbone), length=7, new_tokens=2)
     baseline = counts["baseline"] if variant != "SM+LN+G" else counts
     for phase in ("forward", "token", "generation"):
-        assert baseline[phase]["total"] == reference[phase]["total"]
-        assert baseline[phase]["estimates"] == reference[phase]["estimates"]
+        found = totals(baseline[phase]) if variant == "SM+LN+G" else baseline[phase]
+        assert found == totals(reference[phase]) and found["estimates"]["SEMI2K"]["rounds"] > 0
     changes = difference(counts["forward"]["total"], reference["forward"]["total"])
     assert (changes == []) == (variant == "SM+LN+G")
     if variant == "SM+R":

@@ -36,7 +36,7 @@ def test_crypten_by_hand(rows, length):
     # a comparison: an adder's 1 + 6 levels of 2 and 4 words (set and propagate), and a bit that is opened
     negative = (8, 2 + 6 * 4 + 1)
     check(CRYPTEN, "relu", flat, negative[0] + 1, n * (negative[1] + 2))
-    check(CRYPTEN, "clamp", flat, 2 * 9, 2 * 29 * n)
+    check(CRYPTEN, "clamp", flat, 9, 2 * 29 * n)
     # squares, 8 squarings and 3 steps of 1 + 2 + 2 words, two products
     inverse_root = (8 + 3 * 3, 8 + 3 * 5)
     layer_norm = n + inverse_root[1] * rows + (n + rows) + (n + length)

@@ -324,5 +324,15 @@ class _OperationCounter(PrivateDispatchMode):
 
 
 def totals(phase: dict[str, Any]) -> dict[str, Any]:
-    """A phase without its blocks."""
-    return {name: phase[name] for name in ("total", "estimates")}
+    """A phase without its blocks and steps."""
+    estimates = {}
+    for name, cost in phase["estimates"].items():
+        operations = {
+            operation: {key: value for key, value in part.items() if key != "steps"}
+            for operation, part in cost["by_operation"].items()
+        }
+        estimates[name] = {
+            **{key: value for key, value in cost.items() if key != "by_place"},
+            "by_operation": operations,
+        }
+    return {"total": phase["total"], "estimates": estimates}

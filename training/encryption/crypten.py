@@ -106,7 +106,7 @@ def _relu(shape: Shape) -> list[Step]:
 
 
 def _clamp(shape: Shape) -> list[Step]:
-    return [Step("hardtanh: 2 ReLUs", "comparison", _relu_cost(shape.elements) * 2)]
+    return [Step("hardtanh: 2 ReLUs side by side", "comparison", _relu_cost(2 * shape.elements))]
 
 
 def _softmax(shape: Shape) -> list[Step]:

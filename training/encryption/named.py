@@ -1,5 +1,6 @@
 """Models by name alone: the shapes that people run, as the stock class or as any variant of this family."""
 
+import re
 from typing import Any
 
 import yaml
@@ -64,16 +65,18 @@ def find_named(name: str) -> PreTrainedConfig | None:
     Raises:
         UserError: for a variant or field that there is not.
     """
-    first, *rest = name.split(":")
+    first, _, rest = name.partition(":")
+    variant = None
     if first.startswith("SM+"):
-        first, rest = "gpt2", [first, *rest]
+        first, variant = "gpt2", first
+    elif "=" not in rest.partition(":")[0]:
+        variant, _, rest = rest.partition(":")
     if first not in SHAPES:
         return None
     backbone, sizes = SHAPES[first]
-    variant = rest.pop(0) if rest and "=" not in rest[0] else None
     with explained(f"model {name!r}"):
         fields = _read_fields(rest)
-        if variant is not None:
+        if variant:
             return LNFreeConfig.from_variant(variant, backbone, **{**sizes, **fields})
         # a stock model has them all
         biased = [] if backbone == "llama" else list(PROJECTIONS)
@@ -81,11 +84,8 @@ def find_named(name: str) -> PreTrainedConfig | None:
         return stock_config(LNFreeConfig.from_variant(_STOCK[backbone], backbone, **fields))
 
 
-def _read_fields(given: list[str]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for field in ",".join(given).split(",") if given else []:
-        key, equals, value = field.partition("=")
-        if not equals:
-            raise ValueError(f"behind a ':' stand a variant and then FIELD=VALUE,...; got {field!r}")
-        fields[key] = yaml.safe_load(value)
-    return fields
+def _read_fields(given: str) -> dict[str, Any]:
+    """`FIELD=VALUE,...`, values as YAML has them within braces."""
+    if given and "=" not in given:
+        raise ValueError(f"behind a ':' stand a variant and then FIELD=VALUE,...; got {given!r}")
+    return yaml.safe_load("{" + re.sub(r"(?:^|(?<=,))(\w+)=", r"\1: ", given) + "}")
