@@ -178,4 +178,10 @@ def test_seeds_of_a_comparison_are_told(tmp_path):
     assert "Among the variants trained" not in text(rows[0])
     assert "| **SM+R** (this one) | 2.000 |  | 1.000 | 9 | 1 |" in text(*rows)
     assert "| [SM+LN+G](https://huggingface.co/me/b) | 3.000 | 0 | 1.000 | 9 | 1 |" in text(*rows)
-    assert "LN LayerNorm" in text(*rows) and "LN LayerNorm" not in text(rows[0])
+
+
+def test_words_of_the_notation_are_explained_and_no_others(tmp_path):
+    named = {"variant": "SM+R", "backbone": "gpt2", **RESULTS}
+    card = build_card("a", design("residual_gains"), named, tmp_path, "", words=("R", "LR-layer"))
+    assert "SM softmax attention, R ReLU, LR-layer leaky ReLU with a learned slope a layer" in card.text
+    assert "LN LayerNorm" not in card.text

@@ -174,6 +174,12 @@ def test_rows_of_the_results_are_those_of_the_runs(published, runs_dir):
     assert rows == expected
 
 
+def test_cards_explain_the_words_of_all_that_they_compare(published):
+    for publication in published.folders[:3]:
+        words = "SM softmax attention, LN LayerNorm, G GELU, R ReLU"
+        assert words in (publication.folder / "README.md").read_text()
+
+
 def test_nans_of_each_layer_are_in_the_results(runs_dir, tmp_path):
     from training.hub.results import write_results
 
