@@ -92,6 +92,21 @@ WRONG = [
     ({"hidden_act": "leaky_relu", "slope_sharing": "head"}, "slope_sharing.*layer.*global.*head"),
     ({"biased_projections": ["query"]}, "biased_projections.*q_proj.*'query'"),
     ({"embedding_dropout": 1.5}, r"embedding_dropout must be in \[0, 1\), got 1.5"),
+    # at the bound, and what is no number
+    *(
+        ({name: value}, rf"{name} must be in \[0, 1\), got {value}")
+        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout", "classifier_dropout")
+        for value in (1.0, -0.01, float("nan"))
+    ),
+    ({"attention_gate_init": 0.0}, r"attention_gate_init must be in \(0, 1\), got 0.0"),
+    ({"attention_gate_init": float("nan")}, r"attention_gate_init must be in \(0, 1\), got nan"),
+    ({"partial_rotary_factor": 1.01, "position_embedding_type": "rotary"}, "partial_rotary_factor.*got 1.01"),
+    *(
+        ({name: value}, f"{name} must be finite and positive, got {value}")
+        for name in ("layer_norm_eps", "softmax_temperature", "attn_logit_softcapping", "attention_multiplier")
+        for value in (float("inf"), float("nan"))
+    ),
+    ({"softmax_clipping": float("nan")}, "softmax_clipping must be finite and not negative, got nan"),
     ({"initializer_range": -0.1}, "initializer_range.*got -0.1"),
     ({"num_key_value_heads": 5}, "num_key_value_heads must divide num_attention_heads=12, got 5"),
     ({"head_dim": 0}, "head_dim must be at least 1, got 0"),

@@ -347,3 +347,39 @@ def test_sft_trainer_takes_the_mixin(tmp_path):
     trainer.train()
     assert not trainer.entropy_regularizer.targets.equal(before)
     assert all(entry["entropy_penalty"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_thresholds_do_not_decay_and_are_forgotten_between_steps():
+    from modeling_lnfree.entropy_regularization import add_parameter
+
+    model = tiny_model("SM+R", embedding_dropout=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.9)
+    thresholds = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    for _ in range(2):
+        add_parameter(optimizer, thresholds, "thresholds")
+    assert sum(thresholds is parameter for group in optimizer.param_groups for parameter in group["params"]) == 1
+    for _ in range(2):
+        thresholds.sum().backward()
+        # as the Trainer does
+        model.zero_grad()
+        optimizer.step()
+    assert thresholds.tolist() == [0.0, 1.0] and thresholds.grad is None
+    assert optimizer.state_dict()["thresholds"].tolist() == [0.0, 1.0]
+
+
+def test_penalty_in_the_log_is_the_mean_over_steps(tmp_path):
+    penalties = []
+    trainer = train(tmp_path / "run", max_steps=2)
+    penalty = trainer.entropy_regularizer.penalty
+
+    def kept():
+        penalties.append(penalty())
+        return penalties[-1]
+
+    trainer.entropy_regularizer.penalty = kept
+    trainer.train()
+    [entry] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    number = len(penalties)
+    assert number % 2 == 0 and entry["entropy_penalty"] == pytest.approx(
+        sum(p.item() for p in penalties) / 2, rel=1e-5
+    )

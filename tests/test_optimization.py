@@ -387,3 +387,47 @@ def test_script_of_the_mechanism_writes_a_table(recipe_values, monkeypatch, tmp_
     monkeypatch.setattr("sys.argv", ["update_rank.py", *given[:-1], str(tmp_path)])
     with pytest.raises(SystemExit, match="update_rank: --docs must be the folder docs of a checkout"):
         runpy.run_path(str(ROOT / "scripts" / "update_rank.py"), run_name="__main__")
+
+
+def test_weights_of_stock_gpt2_decay_too():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from modeling_lnfree.optimization import get_decayed_parameters
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    decayed = set(get_decayed_parameters(model))
+    for name, parameter in model.named_parameters():
+        assert (name in decayed) == (parameter.ndim == 2), name
+
+
+@needs_muon
+def test_group_added_later_is_of_the_first_rule_and_comes_first():
+    model, more = tiny_model(), torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer(model, learning_rate=0.01, layer_learning_rate=0.02)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.add_param_group({"params": [more], "weight_decay": 0.0})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, *rates]
+    assert optimizer.param_groups[0]["params"][0] is more
+    alone, alike = torch.nn.Parameter(torch.ones(3)), model.model.embed_tokens.weight
+    reference = torch.optim.AdamW([alone], lr=0.01, weight_decay=0.0)
+    for parameter in (more, alone):
+        parameter.grad = torch.tensor([1.0, -2.0, 0.5])
+    before = alike.clone()
+    optimizer.step(), reference.step()
+    # AdamW has stepped it, and nothing that has no gradient
+    assert more.equal(alone) and alike.equal(before)
+
+
+@needs_muon
+def test_closure_of_a_step_has_gradients():
+    model, ids = tiny_model(), random_ids(2, 9)
+    optimizer = build_optimizer(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    assert optimizer.step(closure).item() > 0 and not model.model.layers[0].mlp.up_proj.weight.equal(before)

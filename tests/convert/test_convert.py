@@ -452,3 +452,27 @@ def test_import_with_the_tokenizer_of_gpt2(tmp_path):
     run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("transformers_modules {'generated_text': 'Hello world")
+
+
+@pytest.mark.parametrize(
+    ("change", "accepted"),
+    [(0.0, True), (0.9e-4, True), (1.2e-4, False), (1e-3, False), (float("nan"), False), (float("inf"), False)],
+)
+def test_logits_that_differ_are_refused_and_nothing_is_written(change, accepted, tmp_path, monkeypatch, capsys):
+    """A conversion that is wrong by a share of the largest logit, of which rounding makes a ten thousandth."""
+    tiny_gpt2().save_pretrained(tmp_path / "stock")
+    forward = LNFreeForCausalLM.forward
+
+    def wrong(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        expected = GPT2LMHeadModel.from_pretrained(tmp_path / "stock").eval()(*args).logits
+        output.logits = expected.clone()
+        output.logits[1, 3, 5] += change * expected.abs().max()
+        return output
+
+    monkeypatch.setattr(LNFreeForCausalLM, "forward", wrong)
+    status = main(["import", str(tmp_path / "stock"), str(tmp_path / "out")])
+    assert status == (0 if accepted else 1) and (tmp_path / "out").exists() == accepted
+    if not accepted:
+        assert "the converted model's logits differ by up to" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["stock"]

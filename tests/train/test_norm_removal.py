@@ -395,3 +395,23 @@ def test_a_norm_that_explodes_ends_the_run_by_its_name(removal_values, tmp_path,
     path.write_text(yaml.safe_dump({**removal_values, "output_dir": str(tmp_path / "run")}))
     assert cli.main(["train", str(path)]) == 1
     assert "layers.0.input_layernorm is the norm that exploded" in capsys.readouterr().err
+
+
+def test_shares_taper_off_along_a_cosine(removal_values, tmp_path):
+    run({**removal_values, "save_strategy": "no", "remove_norms_taper": 3, "max_steps": 13}, tmp_path / "tapered")
+    records = read_records(tmp_path / "tapered" / "run" / "norm_removal.jsonl")
+    shares = [record["share"]["model.layers.0.post_attention_layernorm"][0] for record in records]
+    # from step 3 on, over three steps and gone in the fourth
+    expected = [1.0, 1.0, *(0.5 * (1 + math.cos(math.pi * i / 4)) for i in (1, 2, 3)), *[0.0] * 8]
+    assert shares == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_norm_that_is_left_is_not_folded():
+    model = wrapped("gpt2")
+    with pytest.raises(UserError, match="model.norm are not removed: train for more steps"):
+        fold(model)
+    removals = [removal for _, removal in plan_removals(3, 2, [1, 1, 1, 1], keep_final_norm=False)]
+    removed(model, removals)
+    model.model.norm.share[0] = 1e-6
+    with pytest.raises(UserError, match="model.norm is not removed: train for more steps"):
+        fold(model)
