@@ -1,7 +1,6 @@
 """`lnfree cost`: what a model costs under encryption, counted, and the bits of fixed point that it needs."""
 
 import shlex
-import shlex
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
