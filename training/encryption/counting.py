@@ -293,8 +293,9 @@ class _OperationCounter(PrivateDispatchMode):
                 self.add("matmul", Shape(size))
                 multiply_adds = size * args[first].shape[-1]
             if len(factors) == 2:
-                elements = factors[0].numel() + factors[1].numel()
-                self.add("opening", Shape(elements, output=size, multiply_adds=multiply_adds))
+                elements = sum(factor.numel() for factor in factors)
+                weights = sum(factor.numel() for factor in factors if factor not in self.private)
+                self.add("opening", Shape(elements, None, size, multiply_adds, weights))
             self.add("truncation", Shape(size))
         elif name == "_softmax":
             length = output.shape[args[1]]

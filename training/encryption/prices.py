@@ -15,6 +15,7 @@ class Shape(NamedTuple):
     row: int | None = None  # length of the rows that it works on
     output: int = 0  # elements of the product
     multiply_adds: int = 0
+    weights: int = 0  # of its elements, the server's weights
 
     @property
     def rows(self) -> int:

@@ -84,6 +84,10 @@ def _opening(shape: Shape) -> list[Step]:
     return [Step("mmul_aa, mul_aa: both factors opened under a mask", "kernels", cost)]
 
 
+def _weights_opened(shape: Shape) -> list[Step]:
+    return _opening(shape._replace(elements=shape.elements - shape.weights))
+
+
 def _truncation(shape: Shape) -> list[Step]:
     return [Step("trunc_a, probabilistic", "kernels", _run("trunc_a", shape.elements))]
 
@@ -217,6 +221,7 @@ SEMI2K = Protocol(
         **{"embedding": _one_hot, "sampling": _revealed},
     },
     instead={
+        "opening, each weight opened under one mask before all passes": _weights_opened,
         "embedding, one-hot rows made of shared tokens by the parties": _one_hot_inside,
         "embedding, looked up by the client in a public table": _looked_up,
         "sampling, the largest logit found by the parties": _largest,

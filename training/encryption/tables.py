@@ -38,8 +38,8 @@ _TITLES = {
         "clamp_max": "clipping above",
     },
 }
-_PARTS = {"opening": "products (openings)", "embedding": "token embedding, one-hot product"}
-_PARTS |= {"sampling": "sampling, by the client"}
+_PARTS = {"opening": "products (openings)", "embedding": "token embedding (one-hot product)"}
+_PARTS |= {"sampling": "sampling (by the client)"}
 # the same in every variant, and rows of their own where costs are shown
 _ENDS = {"embedding", "sampling"}
 
@@ -123,7 +123,10 @@ def operation_rows(phase: dict[str, Any], networks: Sequence[Network]) -> Rows:
         rows.append({"operation": _PARTS.get(name, _title(name)), **_side_by_side(costs, networks)})
     for title in first["instead"]:
         costs = {protocol: found["instead"][title] for protocol, found in estimates.items()}
-        rows.append({"operation": f"instead: {title}", **_side_by_side(costs, networks)})
+        name, how = title.split(", ", 1)
+        rows.append(
+            {"operation": f"instead: {_PARTS.get(name, name).split(' (')[0]}, {how}", **_side_by_side(costs, networks)}
+        )
     return rows
 
 
