@@ -327,3 +327,55 @@ def test_separated_documents_are_blind_to_each_other(backbone, implementation):
             assert positions[row, start:stop].tolist() == list(range(stop - start))
             alone = model(input_ids[row : row + 1, start:stop]).logits[0]
             torch.testing.assert_close(logits[row, start:stop], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_is_on_validation_before_test():
+    assert data.evaluation_split({"train": 1, "test": 2, "validation": 3}) == 3
+    assert data.evaluation_split({"train": 1, "test": 2}) == 2 and data.evaluation_split({"other": 1, "more": 2}) == 1
+
+
+def test_a_tokenizer_is_of_its_texts_column_and_size(jsonl):
+    """The same file with as many texts and other ones, another column, another size."""
+    arguments = DataArguments(dataset=str(jsonl))
+
+    def vocabulary(size=300, **named):
+        given = DataArguments(**{"dataset": str(jsonl), **named})
+        return data.load_tokenizer(given, data.load_documents(given, 0)["train"], size).get_vocab()
+
+    rows = [{"content": text, "upper": text.upper()} for text in DOCUMENTS]
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = vocabulary()
+    assert vocabulary() == first and vocabulary(text_column="upper") != first and len(vocabulary(320)) > len(first)
+    jsonl.write_text(jsonl.read_text().replace("return", "yields"))
+    assert any("yield" in token for token in vocabulary()) and not any("yield" in token for token in first)
+    assert arguments.dataset == str(jsonl)
+
+
+def test_digest_of_blocks_sees_number_order_and_part():
+    def blocks(**parts):
+        return {name: Dataset.from_dict({"input_ids": rows}).with_format("torch") for name, rows in parts.items()}
+
+    rows = [[i, i + 1] for i in range(5)]
+    digest = data.digest_blocks(blocks(train=rows, eval=rows[:2]))
+    assert digest == data.digest_blocks(blocks(train=rows, eval=rows[:2]))
+    for train, held_out in ((rows[::-1], rows[:2]), (rows[:4], rows[:2]), (rows, rows[:1]), (rows, rows[1:3])):
+        assert data.digest_blocks(blocks(train=train, eval=held_out)) != digest
+
+
+def test_revision_of_what_is_no_repository(tmp_path, monkeypatch):
+    import platform
+    from types import SimpleNamespace
+
+    asked = []
+    monkeypatch.setattr(
+        data.datasets, "load_dataset_builder", lambda *named: asked.append(named) or SimpleNamespace(hash="a1")
+    )
+    (tmp_path / "texts.jsonl").touch()
+    assert data.find_revision(DataArguments()) == f"python-{platform.python_version()}"
+    assert data.find_revision(DataArguments(dataset=str(tmp_path / "texts.jsonl"))) is None
+    assert data.find_revision(DataArguments(eval_dataset=str(tmp_path / "texts.jsonl"))) is None
+    assert not asked
+    # of the evaluation data, where they are others
+    assert data.find_revision(DataArguments(dataset="a/b", dataset_config="c")) == "a1"
+    assert data.find_revision(DataArguments(dataset="a/b", dataset_config="c", eval_dataset="d/e")) == "a1"
+    assert asked == [("a/b", "c"), ("d/e", None)]

@@ -216,3 +216,61 @@ def test_numbers_with_an_exponent_are_numbers_at_any_depth(tmp_path):
 def test_override_without_a_value():
     with pytest.raises(UserError, match="key=value, got 'variant'"):
         load_recipe(RECIPES[0], ["variant"])
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("train_tokens", "eval_sequences", "entropy_steps", "entropy_sequences", "shuffle_buffer", "fsdp_size"),
+        *("layer_base_width", "per_device_train_batch_size", "per_device_eval_batch_size", "save_steps", "eval_steps"),
+        *("gradient_accumulation_steps", "logging_steps"),
+    ],
+)
+def test_number_that_must_be_at_least_one(name, value):
+    with pytest.raises(UserError, match=f"{name} must be at least 1, got {value}"):
+        build_recipe({**SMALLEST, name: value})
+    if name != "shuffle_buffer":  # of a stream alone
+        assert build_recipe({**SMALLEST, "logging_steps": 1, "save_steps": 1, name: 1}).to_dict()[name] == 1
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-3, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["learning_rate", "layer_learning_rate", "num_train_epochs"])
+def test_number_that_must_be_finite_and_more_than_zero(name, value):
+    with pytest.raises(UserError, match=f"{name} must be finite and more than 0, got {value}"):
+        build_recipe({**SMALLEST, name: value})
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, float("nan")])
+def test_share_that_is_held_out_is_in_between(value):
+    with pytest.raises(UserError, match=f"eval_fraction must be in .0, 1., got {value}"):
+        build_recipe({**SMALLEST, "eval_fraction": value})
+
+
+def test_arguments_of_the_trainer_are_those_of_this_project():
+    arguments = build_recipe({**SMALLEST, "max_grad_norm": 0.25, "adam_beta2": 0.5}).build_arguments()
+    # a NaN in the loss shows, and is not replaced by the running mean
+    assert arguments.logging_nan_inf_filter is False
+    assert (arguments.max_grad_norm, arguments.adam_beta2, arguments.seed) == (0.25, 0.5, 1337)
+    with pytest.raises(UserError, match="fp16=True needs an accelerator: .*; bf16=True works"):
+        build_recipe({**SMALLEST, "fp16": True, "use_cpu": True}).build_arguments()
+    assert build_recipe({**SMALLEST, "bf16": True, "use_cpu": True}).build_arguments().bf16
+
+
+def test_longest_position_is_the_block_unless_it_is_named():
+    assert build_recipe({**SMALLEST, "block_size": 32}).build_config().max_position_embeddings == 32
+    named = build_recipe({**SMALLEST, "block_size": 32, "max_position_embeddings": 48})
+    assert named.build_config().max_position_embeddings == 48
+
+
+def test_run_that_is_started_from_is_its_model(tmp_path):
+    from training.recipe import parent_name
+
+    run = tmp_path / "a run"
+    (run / "model").mkdir(parents=True)
+    (run / "recipe.yaml").touch()
+    recipe = build_recipe({"init_from": str(run), "embedding_dropout": 0.3})
+    assert recipe.data.init_from == recipe.data.tokenizer == str(run / "model") and recipe.data.variant is None
+    assert recipe.name == "a-run-tuned-t128-seed1337"
+    assert (parent_name(str(run / "model")), parent_name("owner/model")) == ("a run", "owner/model")
+    assert build_recipe({"init_from": str(run), "tokenizer": "owner/other"}).data.tokenizer == "owner/other"

@@ -110,7 +110,7 @@ def test_a_run_of_before_a_field_had_the_effect_of_its_default(tmp_path):
 CHANGES = {
     **{name: value for name, value in DATA_OF_A_SETTING.items() if name not in ("init_from", "streaming")},
     **{"trainable": "q_proj", "block_size": 8, "dataset": "other.jsonl", "variant": "SM+G", "eval_sequences": 3},
-    **{"entropy_steps": 9, "entropy_sequences": 9, "milestones": [4], "decay_slopes": True, "shuffle_buffer": 9},
+    **{"entropy_steps": 9, "entropy_sequences": 9, "milestones": [4]},
     **{"hidden_size": 32, "num_hidden_layers": 1, "embedding_dropout": 0.3, "initializer_range": 0.2},
     **{"learning_rate": 0.5, "weight_decay": 0.0, "max_steps": 4, "seed": 7, "warmup_steps": 3, "optim": "sgd"},
     # keys that the finished run's recipe did not have
@@ -206,3 +206,32 @@ def test_baseline_is_the_best_of_those_with_the_most_seeds(tmp_path):
     assert runs.find_baseline(several) == "SM+LN+G, adamw 0.5"
     assert runs.find_baseline(several[:2] + several[4:]) == "SM+LN+G"
     assert runs.find_baseline([]) is None
+
+
+def test_recipe_of_an_older_version_is_the_same_run(recipe_values, tmp_path, capsys):
+    values = {**recipe_values, "output_dir": str(tmp_path / "run"), "variant": "SM+R"}
+    (tmp_path / "run").mkdir()
+    whole = build_recipe(values).to_dict()
+    older = {key: value for key, value in whole.items() if key not in ("layer_optimizer", "keep_final_norm")}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(older))
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"perplexity": 7.0}))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert cli.main(["train", str(path)]) == 0
+    path.write_text(yaml.safe_dump({**values, "layer_optimizer": "muon"}))
+    assert cli.main(["train", str(path)]) == 1
+
+
+def test_report_says_of_each_run_what_it_measured(tmp_path):
+    from training.compare.report import build_report
+    from training.tables import Table
+
+    group = compare_group(grouped(tmp_path, {("SM+LN+G", 1): 100.0, ("SM+R", 1): 110.0, ("SM+R", 2): 180.0}), [])
+    blocks = build_report([group], {"half": "", "broken": "is unstable at step 3"})
+    [runs_of] = [block for block in blocks if isinstance(block, Table) and "NaNs" in block.heads]
+    rows = [dict(zip(runs_of.heads, row, strict=True)) for row in runs_of.rows]
+    assert [row["NaNs"] for row in rows] == ["11", "11", "12"]
+    assert [row["change"] for row in rows] == ["+0.00 %", "+10.00 %", ""]
+    assert [row["seed"] for row in rows] == ["1", "1", "2"] and rows[0]["evaluation tokens"] == "5"
+    assert rows[0]["heads in [3max/4, max]"] == "100 %" and rows[0]["heads in [0, max/4)"] == "0 %"
+    assert blocks[-1] == "Not finished, and left out: half, broken is unstable at step 3."

@@ -461,3 +461,45 @@ def test_read_only_folder_is_one_line(write_sweep, small_disk, capsys):
     recipe = load_recipe(path.with_name("base.yaml"), [f"output_dir={small_disk / 'run'}"])
     with pytest.raises(UserError, match="output_dir=.* cannot be written: Read-only file system"):
         loop.train(recipe)
+
+
+def test_values_that_are_nothing_are_values(write_sweep):
+    """Zero, false and null reach the recipe of their run, and are in the name of its folder."""
+    path = write_sweep(
+        [
+            {"weight_decay": [0, 0.1], "variant": "SM+R"},
+            {"decay_slopes": [False, True], "variant": "SM+LR-layer"},
+            {"eval_sequences": [None, 3], "variant": "SM+G"},
+        ]
+    )
+    _, jobs = sweep.load_sweep(path)
+    recipes = {job.folder.name.split("seed1337-")[1]: load_recipe(job.command[4], job.command[5:]) for job in jobs}
+    assert [recipes[f"weight_decay-{value}"].training["weight_decay"] for value in ("0", "0.1")] == [0, 0.1]
+    assert [recipes[f"decay_slopes-{value}"].data.decay_slopes for value in ("false", "true")] == [False, True]
+    assert [recipes[f"eval_sequences-{value}"].data.eval_sequences for value in ("null", "3")] == [None, 3]
+
+
+def test_folder_of_a_sweep_is_named_from_its_file(write_sweep, tmp_path):
+    path = write_sweep([{"variant": "SM+R"}])
+    values = yaml.safe_load(path.read_text())
+    del values["output_dir"]
+    path.with_name("study-of-mine.yaml").write_text(yaml.safe_dump(values))
+    folder, [job] = sweep.load_sweep(path.with_name("study-of-mine.yaml"))
+    assert folder == Path("runs/study-of-mine") and job.folder.parent == folder
+
+
+def test_how_a_run_ended_is_told(write_sweep):
+    _, [job] = sweep.load_sweep(write_sweep([{"variant": "SM+R"}]))
+    job.folder.mkdir(parents=True)
+    log = job.folder / "train.log"
+    log.write_text("a line\nlnfree train: error: no room\n\n")
+    assert sweep._outcome(job, 1) == ("failed", "no room")
+    assert sweep._outcome(job, -9) == ("failed", "killed by SIGKILL")
+    log.write_text("")
+    assert sweep._outcome(job, 3) == ("failed", "exit 3")
+    # a status of 0 without results is no success
+    assert sweep._outcome(job, 0)[0] == "failed"
+    (job.folder / "results.json").write_text('{"perplexity": 12.3456}')
+    assert sweep._outcome(job, 0) == ("finished", "")
+    job.state = "finished"
+    assert job.describe() == "finished, perplexity 12.346" and job.step == 8

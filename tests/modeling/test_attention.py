@@ -188,4 +188,7 @@ def test_sequence_past_the_learned_positions_is_a_clear_error():
     model = tiny_model("SM+R")
     with pytest.raises(ValueError, match="position 64 is past the learned positions.*max_position_embeddings=64"):
         model(random_ids(1, 65))
+    assert model(random_ids(1, 64)).logits.shape == (1, 64, 99)
+    with pytest.raises(ValueError, match="position_ids must not be negative, got -1"):
+        model(random_ids(1, 3), position_ids=torch.tensor([[0, 1, -1]]))
     assert tiny_model("SM+R", "pythia")(random_ids(1, 65)).logits.shape == (1, 65, 99)

@@ -172,6 +172,22 @@ def test_starts_are_those_of_the_fields(name):
             assert tensor.std().item() == pytest.approx(0.02, rel=0.25), key
 
 
+def test_starts_of_what_no_preset_has():
+    derf = LNFreeForCausalLM(design("derf")).state_dict()
+    for key, tensor in derf.items():
+        if "norm" in key:
+            start = {"weight": 1.0, "bias": 0.0, "alpha": 0.7, "shift": 0.0}[key.rpartition(".")[2]]
+            assert tensor.equal(torch.full_like(tensor, start)), key
+    alphas = LNFreeForCausalLM(design("dyt")).state_dict()
+    starts = {key: tensor.item() for key, tensor in alphas.items() if key.endswith("alpha")}
+    for key, start in starts.items():
+        assert start == pytest.approx(0.8 if "input_layernorm" in key else 0.2), key
+    for scale in (0.02, 0.5):
+        gated = LNFreeForCausalLM(design("attention_gate_init", hidden_size=64, initializer_range=scale))
+        for layer in gated.model.layers:
+            assert layer.self_attn.head_gate.weight.std().item() == pytest.approx(scale, rel=0.4)
+
+
 @every_preset
 def test_names_of_presets_round_trip(name):
     for backbone in ("gpt2", "pythia", "llama"):

@@ -457,3 +457,32 @@ def test_model_of_a_checkpoint_loads(run_dir):
     model = LNFreeForCausalLM.from_pretrained(run_dir / "checkpoint-8")
     final = load_file(run_dir / "model" / "model.safetensors")
     assert all(value.equal(final[name]) for name, value in model.state_dict().items() if name in final)
+
+
+def test_last_byte_of_a_large_file_of_a_checkpoint_is_seen(tmp_path):
+    folder = tmp_path / "checkpoint-4"
+    (folder / "inside").mkdir(parents=True)
+    path = folder / "inside" / "model.safetensors"
+    content = bytearray(3 * 2**20 + 7)
+    path.write_bytes(content)
+    checkpoints.write_manifest(folder)
+    assert checkpoints.find_damage(folder) is None
+    for position in (0, 2**20 + 1, len(content) - 1):
+        content[position] ^= 1
+        path.write_bytes(content)
+        assert checkpoints.find_damage(folder) == "the content of inside/model.safetensors has changed"
+        content[position] ^= 1
+
+
+def test_measurements_after_a_step_are_dropped_and_those_cut_short_left_out(tmp_path):
+    path = tmp_path / "speed.jsonl"
+    for step in (2, 4, 6):
+        files.append_record(path, {"step": step})
+    path.write_text(path.read_text() + '{"step": 8')
+    assert [record["step"] for record in files.read_records(path)] == [2, 4, 6]
+    files.drop_records_after(path, 4)
+    assert [record["step"] for record in files.read_records(path)] == [2, 4]
+    # a run that begins again measures its first step again too
+    files.append_record(path, {"step": 0})
+    files.drop_records_after(path, 0)
+    assert files.read_records(path) == []
