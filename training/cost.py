@@ -21,7 +21,8 @@ from .encryption.published import find_published
 from .encryption.tables import (
     compare_costs,
     cost_rows,
-    describe_steps,
+    describe_sources,
+    explain,
     operation_rows,
     place_rows,
     published_rows,
@@ -259,5 +260,8 @@ def _print_counts(names: list[str], counted: list[dict[str, Any]], networks: lis
                 named.insert(0, (baseline["variant"], baseline[phase]))
             blocks += compare_costs(named, baseline and baseline[phase], networks)
         if steps:
-            blocks += describe_steps(first[phase])
+            blocks.append(to_table(step_rows(first[phase])))
         print(to_markdown(blocks), end="\n\n")
+    if steps:
+        print(to_markdown(describe_sources()), end="\n\n")
+    print(explain(networks, [counts[phase] for counts in counted for phase in PHASES if counts[phase]]), end="\n\n")

@@ -4,7 +4,7 @@ from typing import Any
 
 from modeling_lnfree.variants import BASELINE
 
-from ..encryption.tables import compare_costs, to_table
+from ..encryption.tables import BOTH, compare_costs, explain, to_table
 from ..tables import Block, Heading, Table
 from .group import Group
 from .seeds import format_interval
@@ -57,7 +57,8 @@ def describe_costs(rows: list[dict[str, Any]]) -> list[Block]:
     """What the variants among the rows of a setting cost under encryption."""
     costs = {row["variant"]: row["private_cost"] for row in rows}
     named = [(variant, cost["forward"]) for variant, cost in costs.items()]
-    return compare_costs(named, rows[0]["private_cost"]["baseline"])
+    tables = compare_costs(named, rows[0]["private_cost"]["baseline"])
+    return [*tables, explain(BOTH, [phase for _, phase in named])]
 
 
 def seconds_rows(group: Group) -> list[dict[str, Any]]:

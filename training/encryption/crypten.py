@@ -196,8 +196,8 @@ CRYPTEN = Protocol(
         "embedding, looked up by the client in a public table": _local,
         "sampling, the largest logit found by the parties": _largest,
     },
-    # as `bash scripts/private_inference.sh` fits them: the models of docs/encryption.md, and at 128 tokens three of one
-    # or two blocks of width 256 to 1,024 (relative error 8 %)
+    # as `bash scripts/private_inference.sh` fits them: the models of docs/encryption.md, and at 128 tokens three of
+    # one or two blocks of width 256 to 1,024 (relative error 8 %)
     rates=(
         2.1e-10,
         2.9e-9,

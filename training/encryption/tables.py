@@ -78,8 +78,7 @@ def compare_costs(
     the phase that is called `against`, and by both cost models its rounds, bytes and seconds.
     """
     counts = tabulate([(name, phase["total"]) for name, phase in named], "configuration")
-    costs = to_table(cost_rows(named, networks, baseline, against))
-    return [counts, costs, explain(networks, [phase for _, phase in named])]
+    return [counts, to_table(cost_rows(named, networks, baseline, against))]
 
 
 def cost_rows(
@@ -173,13 +172,12 @@ def published_rows(named: list[tuple[str, dict[str, Any], list[Total]]]) -> Rows
     return rows
 
 
-def describe_steps(phase: dict[str, Any]) -> list[Block]:
-    """The steps, and below them where they are from."""
-    sources = [
+def describe_sources() -> list[Block]:
+    """Where the steps are from, by the names that they have in their table."""
+    sources: list[Block] = [
         f"{protocol.name}, {what}: {source}." for protocol in PROTOCOLS for what, source in protocol.sources.items()
     ]
-    sources += [f"{protocol.name}, offline: {protocol.offline}." for protocol in PROTOCOLS]
-    return [to_table(step_rows(phase)), *sources]
+    return [*sources, *(f"{protocol.name}, offline: {protocol.offline}." for protocol in PROTOCOLS)]
 
 
 def to_table(rows: Rows) -> Table:
@@ -237,7 +235,7 @@ def describe_forward(model_class: type[PreTrainedModel], config: PreTrainedConfi
     if "baseline" in counts:
         baseline = counts["baseline"]["forward"]
         named.insert(0, (BASELINE, baseline))
-    return to_markdown(compare_costs(named, baseline))
+    return to_markdown([*compare_costs(named, baseline), explain(BOTH, [phase for _, phase in named])])
 
 
 def _title(name: str) -> str:
