@@ -218,7 +218,8 @@ class LNFreeDecoderLayer(GradientCheckpointingLayer):
         self.add_attn = add if gains is None else add_scaled
         self.add_mlp = self.add_attn if has_mlp else add_nothing
         kind = GAINS[config.residual_gains_trainable]
-        self.residual_gains = None if gains is None else kind(torch.empty(len(gains)))
+        # with their values already here, since a buffer is no part of what is initialized
+        self.residual_gains = None if gains is None else kind(torch.tensor(gains, dtype=torch.get_default_dtype()))
         self.starts = {} if gains is None else {"residual_gains": partial(fill, values=gains)}
 
     def forward(

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.modeling_lnfree import LNFreeDecoderLayer
 
 from ..conftest import every_backbone, random_ids
 from .designs import SIZES, design, design_model, every_design_and_backbone, every_preset, possible, preset_name
@@ -186,6 +187,13 @@ def test_starts_of_what_no_preset_has():
         gated = LNFreeForCausalLM(design("attention_gate_init", hidden_size=64, initializer_range=scale))
         for layer in gated.model.layers:
             assert layer.self_attn.head_gate.weight.std().item() == pytest.approx(scale, rel=0.4)
+
+
+def test_fixed_gains_are_there_before_weights_are_initialized():
+    config = design("OP")
+    gains = LNFreeDecoderLayer(config, 0).residual_gains
+    assert gains is not None and not isinstance(gains, torch.nn.Parameter)
+    torch.testing.assert_close(gains, torch.tensor(config.residual_gains))
 
 
 @every_preset
