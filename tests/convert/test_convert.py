@@ -476,3 +476,14 @@ def test_logits_that_differ_are_refused_and_nothing_is_written(change, accepted,
     if not accepted:
         assert "the converted model's logits differ by up to" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["stock"]
+
+
+def test_model_whose_own_logits_are_not_finite_is_told(tmp_path, capsys):
+    model = tiny_gpt2(tie_word_embeddings=False)
+    with torch.no_grad():
+        # finite weights, of whose products float32 has none
+        model.lm_head.weight.fill_(3e38)
+    model.save_pretrained(tmp_path / "stock")
+    assert main(["import", str(tmp_path / "stock"), str(tmp_path / "out")]) == 1
+    assert "cannot be converted: its own logits are NaN or infinite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["stock"]

@@ -7,7 +7,6 @@ import torch
 
 from training.encryption.fixed_point import (
     MOST_BITS,
-    TOLERANCE,
     _fixed_point,
     _RangeRecorder,
     _smallest,
@@ -140,7 +139,8 @@ def test_the_fewest_bits_are_enough_and_one_fewer_is_not():
     integer, fraction = results["integer_bits"], results["fraction_bits"]
     tried = {(row["integer_bits"], row["fraction_bits"]): row["perplexity"] for row in results["tried"]}
     assert len(tried) == len(results["tried"])
-    limit = (1 + TOLERANCE) * results["perplexity"]
+    limit = 1.01 * results["perplexity"]
+    assert results["tolerance"] == 0.01
     assert results["perplexity"] == pytest.approx(math.exp(clear), rel=1e-5)
     assert tried[integer, fraction] == results["fixed_point_perplexity"] <= limit
     assert tried[MOST_BITS, fraction] <= limit < tried[MOST_BITS, fraction - 1]

@@ -415,3 +415,9 @@ def test_a_norm_that_is_left_is_not_folded():
     model.model.norm.share[0] = 1e-6
     with pytest.raises(UserError, match="model.norm is not removed: train for more steps"):
         fold(model)
+
+
+@pytest.mark.parametrize("final", ["rmsnorm", "dyt", "derf"])
+def test_a_final_norm_of_another_kind_is_not_removed(final):
+    with pytest.raises(UserError, match=f"all layernorm or all rmsnorm, got .*final_norm_type='{final}'"):
+        wrap_norms(tiny_model("SM+LN+R", final_norm_type=final), keep_final_norm=False)
