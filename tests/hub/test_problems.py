@@ -3,12 +3,15 @@
 import io
 import pickle
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from training.hub.export import export
 from training.hub.problems import find_private_strings, find_problems
+from training.hub.publication import Publication
 
 from ..hub_server import TOKEN
 from .conftest import MODELS
@@ -107,29 +110,41 @@ REFUSED = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(runs_dir, tmp_path_factory):
+    return export(runs_dir / "SM+R-5", tmp_path_factory.mktemp("exports") / MODELS[1], namespace="me")
+
+
+@pytest.fixture
+def exported(whole, tmp_path, monkeypatch):
+    """A model that may be published, in a folder of the test's own."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return Publication(f"me/{MODELS[1]}", "model", shutil.copytree(whole, tmp_path / MODELS[1]))
+
+
 @pytest.mark.parametrize("what", REFUSED)
-def test_folder_is_refused(server, family, what):
+def test_folder_is_refused(what, exported):
     tamper, message = REFUSED[what]
-    assert find_problems(family[1], ["j.doe-smith"]) == []
-    tamper(family[1].folder)
-    problems = find_problems(family[1], ["j.doe-smith"])
+    assert find_problems(exported, ["j.doe-smith"]) == []
+    tamper(exported.folder)
+    problems = find_problems(exported, ["j.doe-smith"])
     assert any(message in problem and f"me/{MODELS[1]}" in problem for problem in problems), problems
 
 
-def test_ids_of_the_hub_are_no_secrets(server, family):
-    edit("results.json", lambda text: text.replace("{", '{"dataset": "j.doe-smith/code",', 1))(family[1].folder)
-    assert find_problems(family[1], ["j.doe-smith"]) == []
+def test_ids_of_the_hub_are_no_secrets(exported):
+    edit("results.json", lambda text: text.replace("{", '{"dataset": "j.doe-smith/code",', 1))(exported.folder)
+    assert find_problems(exported, ["j.doe-smith"]) == []
 
 
-def test_what_is_at_its_limit_is_not_refused(server, family):
-    folder = family[1].folder
+def test_what_is_at_its_limit_is_not_refused(exported):
+    folder = exported.folder
     (folder / "data").mkdir()
     for index in range(10_000):
         (folder / "data" / str(index)).touch()
-    assert find_problems(family[1]) == []
+    assert find_problems(exported) == []
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(50 * 10**9)
-    assert not any("the Hub takes" in problem for problem in find_problems(family[1]))
+    assert not any("the Hub takes" in problem for problem in find_problems(exported))
 
 
 def test_folders_of_this_machine_and_its_user_are_private(tmp_path, monkeypatch):
