@@ -233,6 +233,8 @@ def test_revision_is_the_one_named(tmp_path, tokenizer, configured, results_of, 
     with HubServer().running() as server:
         for name, value in (("ENDPOINT", server.endpoint), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False)):
             monkeypatch.setattr(constants, name, value)
+        # the client that transformers keeps has the address of the Hub that was there when it was made
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -153,6 +153,8 @@ def test_the_revision_that_is_measured_is_the_one_named(metric, tokenizer, tmp_p
     with HubServer().running() as server:
         for name, value in (("ENDPOINT", server.endpoint), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False)):
             monkeypatch.setattr(constants, name, value)
+        # the client that transformers keeps has the address of the Hub that was there when it was made
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
