@@ -562,7 +562,9 @@ def main():
         document["not_protected"] = NOT_PROTECTED
         Path(arguments.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
     for suffix, rows in tables.items() if arguments.docs else ():
-        command = " ".join(["bash scripts/private_inference.sh", *sys.argv[1 : sys.argv.index("--docs")]])
+        sizes = f"--tokens {arguments.tokens} --new-tokens {arguments.new_tokens}"
+        what = [*arguments.exports, sizes] if suffix == "" else ["--functions", *arguments.functions]
+        command = " ".join(["bash scripts/private_inference.sh", *what])
         write_table(Path(arguments.docs).parent.parent, Path(arguments.docs).stem + suffix, rows, command)
     if arguments.plot:
         plot(runs, arguments.plot)

@@ -159,7 +159,7 @@ def _write_tables(docs: Path, name: str, tables: dict[str, list[dict[str, Any]]]
     if not shown:
         raise UserError(f"no page of {docs} has a mark for {', '.join(f'{name}{suffix}' for suffix in tables)}")
     for suffix, rows in shown.items():
-        write_table(docs, f"{name}{suffix}", rows, command)
+        write_table(docs, f"{name}{suffix}", rows, command + " --steps" * (suffix == "-steps"))
 
 
 def _load(model_ids: Sequence[str], loading: dict[str, Any]) -> list[PreTrainedModel]:

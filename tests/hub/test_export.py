@@ -85,6 +85,7 @@ save_file({"logits": again(inputs[:, :16]).logits.detach()}, sys.argv[3])
     torch.testing.assert_close(trained(probe["input_ids"]).logits.detach(), probe["logits"], atol=1e-6, rtol=1e-5)
     card = (out_dir / "README.md").read_text()
     assert "## Under encryption" in card and f"| {variant} |" in card
+    assert "| s on LAN | s on WAN |" in card and f"| SEMI2K | {variant} | " in card and "WAN 80 ms, 0.2 Gbit/s" in card
     assert f"**{runs.read_results(variant_runs / variant)['perplexity']:.3f}**" in card
     for path in out_dir.iterdir():
         if path.suffix in (".json", ".md", ".yaml", ".py") and path.name != "tokenizer.json":
