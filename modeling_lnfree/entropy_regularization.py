@@ -211,9 +211,8 @@ class EntropyRegularizer:
             columns = (torch.where(counted, entropy, 0), torch.where(counted, largest, 0), counted)
             sums = torch.stack([column.sum((0, 2), dtype=torch.float64) for column in columns], -1)
             # a layer that runs again has the number of the run behind its name
-            row = self._layers.index(layer.partition("[")[0])
-            heads = torch.arange(len(sums), device=totals.device)
-            totals = totals.index_put((torch.tensor(row, device=totals.device), heads), sums, accumulate=True)
+            row, heads = self._layers.index(layer.partition("[")[0]), torch.arange(len(sums), device=totals.device)
+            totals = totals.index_put((torch.full_like(heads, row), heads), sums, accumulate=True)
         return totals
 
 

@@ -349,6 +349,8 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        # of those alone it is asked whether they start again, which reads a number from the device
+        given_position_ids = position_ids
         if position_ids is None:
             past_len = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_len
@@ -358,7 +360,7 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=given_position_ids,
             **{CACHE_NAME: cache},
         )
 

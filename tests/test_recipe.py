@@ -35,7 +35,8 @@ def test_every_recipe_makes_every_variant(path, variant):
         assert tokens * arguments.max_steps == 65536 * 32000
         assert (arguments.learning_rate, arguments.weight_decay, arguments.warmup_steps) == (0.001, 0.1, 0.05)
         assert (arguments.max_grad_norm, arguments.adam_epsilon, arguments.seed) == (1.0, 1e-8, 1337)
-        assert recipe.training["fp16"] and recipe.build_config().initializer_range == 0.02
+        half = "bf16" if path.stem.endswith("_bf16") else "fp16"
+        assert recipe.training[half] and recipe.build_config().initializer_range == 0.02
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,11 @@ def test_stable_recipes_differ_in_gains_and_the_optimizer_of_the_layers_alone(st
     width = config.hidden_size
     assert ours["layer_learning_rate"] == pytest.approx(0.012 * (128 / width) ** 0.5, rel=0.03)
     assert config.initializer_range == pytest.approx(0.02 * (768 / width) ** 0.5, rel=0.01)
+
+
+def test_recipe_in_bfloat16_is_the_papers_but_for_the_precision():
+    ours, theirs = (load_recipe(name, ["output_dir=runs/x"]).to_dict() for name in ("gpt2_t128_bf16", "gpt2_t128"))
+    assert (ours.pop("bf16"), theirs.pop("fp16")) == (True, True) and ours == theirs
 
 
 def test_recipe_of_eight_processes_is_the_papers():

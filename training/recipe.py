@@ -166,6 +166,26 @@ class DataArguments(MethodArguments):
             "match_rms_adamw"
         },
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "transformers' attention that trains and measures: eager, sdpa, flex_attention, "
+            "flash_attention_2, ...; None: its own choice"
+        },
+    )
+    fused_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "head and loss in one, by blocks of tokens, so that no step holds its logits; None: on a GPU"
+        },
+    )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "torch.compile of each layer by itself: the first step comes sooner than with torch_compile, "
+            "which is of the whole model"
+        },
+    )
     fsdp_size: int = field(
         default=1,
         metadata={
@@ -234,10 +254,14 @@ class Recipe:
 
     def build_arguments(self) -> TrainingArguments:
         """The Trainer's arguments; raises UserError for those that it refuses."""
-        # A NaN in the loss must show, not be replaced by the running mean; pinned memory is for accelerators. On a
-        # machine without one, processes of a launcher find each other only if the Trainer is told that it has none.
+        # A NaN in the loss must show, not be replaced by the running mean. Every parameter has a part in every step.
+        # Pinned memory, from which a batch is copied while the device computes, is for accelerators. On a machine
+        # without one, processes of a launcher find each other only if the Trainer is told that it has none.
         accelerated = torch.accelerator.is_available()
-        defaults = {"logging_nan_inf_filter": False, "dataloader_pin_memory": accelerated, "use_cpu": not accelerated}
+        defaults: dict[str, Any] = {"logging_nan_inf_filter": False, "ddp_find_unused_parameters": False}
+        defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}
+        if accelerated and self.training.get("dataloader_pin_memory", True):
+            defaults["accelerator_config"] = {"non_blocking": True}
         if self.training.get("fp16") and (self.training.get("use_cpu") or not torch.accelerator.is_available()):
             raise UserError("fp16=True needs an accelerator: a CPU would train in float32 silently; bf16=True works")
         try:
@@ -401,6 +425,11 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     if data.preset not in (None, preset):
         raise UserError(f"preset={data.preset!r} has no effect on variant={data.variant!r}, which names its own")
     _check_layer_optimizer(recipe)
+    if data.compile_layers:
+        for name in ("torch_compile", "entropy_weight", "batch_entropy_weight", "remove_norms_from"):
+            # what looks into a layer in every step would have it compiled anew in every step
+            if given.get(name):
+                raise UserError(f"compile_layers=True and {name}={given[name]} do not go together")
     if training["seed"] >= 2**32:
         raise UserError(f"seed must be less than 2**32, got {training['seed']}")
     if data.train_tokens is not None:

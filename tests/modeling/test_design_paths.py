@@ -35,6 +35,14 @@ def test_cached_equals_full(name, backbone):
     torch.testing.assert_close(torch.cat(found, 1), expected, **CLOSE)
 
 
+@every_design
+def test_every_parameter_has_a_part_in_every_step(name):
+    """So that DDP need not look in every step for those that have none."""
+    model, input_ids = LNFreeForCausalLM(design(name)).train(), ids(2, 5)
+    model(input_ids, labels=input_ids).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 @every_preset
 def test_generation_with_a_static_cache_equals_that_without(name):
     model, input_ids = design_model(name), ids(2, 5)

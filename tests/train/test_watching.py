@@ -316,11 +316,11 @@ def watch_norms(tmp_path, norms, warmup_steps=0, scaled=False) -> int | None:
         parameter.grad = torch.ones_like(parameter) * (1 + (parameter is model.model.layers[2].mlp.up_proj.weight))
     callback = stability.StabilityCallback(tmp_path, model)
     state = type("State", (), {"is_world_process_zero": True, "global_step": 0, "max_steps": len(norms)})
-    callback.on_train_begin(TrainingArguments(str(tmp_path), warmup_steps=warmup_steps), state, None)
+    callback.on_train_begin(TrainingArguments(str(tmp_path), warmup_steps=warmup_steps, use_cpu=True), state, None)
     batch = {"input_ids": random_ids(1, 5), "labels": random_ids(1, 5)}
     for step, norm in enumerate(norms, start=1):
         try:
-            callback.check_gradient(step, norm, batch, scaled)
+            callback.check_gradient(step, torch.tensor(norm, dtype=torch.float64), batch, scaled)
         except stability.UnstableRunError as error:
             assert scaled or not math.isfinite(norm) or "layer 2: the median gradient norm" in str(error)
             return step

@@ -44,6 +44,11 @@ class MeasurementCallback(AttentionEntropyCallback):
                 drop_records_after(self.run_dir / f"{name}.jsonl", state.global_step)
         super().on_train_begin(args, state, control, **kwargs)
 
+    def measure(self, model):
+        # layers that are compiled run as they are: a graph of this pass would be compiled for nothing else
+        with torch.compiler.set_stance("force_eager"):
+            return super().measure(model)
+
     @contextmanager
     def watch(self, model: torch.nn.Module) -> Iterator[AttentionEntropyRecord]:
         with super().watch(model) as record, ExitStack() as stack:

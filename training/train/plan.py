@@ -3,7 +3,7 @@
 
 One training step runs on fake tensors, which have shapes but no memory, under torch's own memory tracker and FLOP
 counter: the figures are those of this very model with its activation checkpointing and precision, not of a formula.
-The loss is a GPU's: on a CPU, a run keeps one copy of the logits less.
+The loss is a GPU's, by blocks of tokens, unless the recipe says `fused_loss: false`.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import TrainingArguments
 
-from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, build_optimizer
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM, build_optimizer, use_fused_loss
 
 from ..convert.convert import config_in_family
 from ..data import load_tokenizer, vocabulary_size
@@ -68,6 +68,8 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         model = LNFreeForCausalLM(_config(recipe)).train()
         if training.get("activation_checkpointing") or training.get("gradient_checkpointing"):
             model.activation_checkpointing_enable()
+        if recipe.data.fused_loss is not False:
+            use_fused_loss(model)
         optimizer = build_optimizer(model, **{"layer_optimizer": "adamw", **recipe.layer_options}, fused=True)
         input_ids = torch.zeros(sequences, block_size, dtype=torch.long)
 

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..errors import UserError
@@ -30,7 +31,8 @@ class StabilityCallback(TrainerCallback):
     Ends a run that is unstable, by `UnstableRunError`:
 
     - a gradient norm that is not finite, before the weights take that step (with fp16's loss scaling such steps are
-      left out by the scaler, and not looked at);
+      left out by the scaler, and not looked at). On an accelerator, which reading a number would hold up in every
+      step, norms are read when the loss is logged; until then the weights get zeros for such a gradient;
     - a loss, of training or evaluation, or an attention map of the probe batch that is not finite;
     - gradient norms far outside their history: past the warm-up, the median of the last 10 steps is more than 20 times
       that of the 100 before. One outlier is not enough: clipping takes care of it.
@@ -49,13 +51,17 @@ class StabilityCallback(TrainerCallback):
     def __init__(self, run_dir: Path, model: PreTrainedModel):
         self.run_dir, self.model = run_dir, model
         self.path = run_dir / "gradient_norm.jsonl"
+        # of the steps since the last record: what was read, and what still is on the device, with the step's batch
         self.pending: list[float] = []
+        self.unread: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
+        self.reads_at_once = True
         self.writes = True
         self.batch: dict[str, torch.Tensor] | None = None
         self.told_stream = LARGE_STREAM * model.config.hidden_size**0.5
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.args = args
+        self.args, self.max_steps = args, state.max_steps
+        self.reads_at_once = args.device.type == "cpu"
         self.warmup_steps = args.get_warmup_steps(state.max_steps)
         self.writes = state.is_world_process_zero
         if self.writes:
@@ -64,20 +70,31 @@ class StabilityCallback(TrainerCallback):
         past_warmup = norms[: state.global_step][self.warmup_steps :]
         self.norms = [norm for norm in past_warmup if math.isfinite(norm)]
 
-    def check_gradient(self, step: int, norm: float, batch: dict[str, torch.Tensor], scaled: bool):
+    def check_gradient(self, step: int, norm: torch.Tensor, batch: dict[str, torch.Tensor], scaled: bool):
         """
         Looks at the gradient of a step that is about to be made.
 
         Args:
-            norm: before clipping.
+            norm: before clipping, a number on the model's device.
             batch: inputs of the step, to find again what is not finite.
             scaled: whether fp16's scaler sees to what is not finite.
         """
-        self.pending.append(norm)
         self.batch = batch
+        self.unread.append((step, norm, batch))
+        if self.reads_at_once or step % self.args.logging_steps == 0 or step == self.max_steps:
+            unread, self.unread = self.unread, []
+            norms = torch.stack([norm for _, norm, _ in unread]).tolist()  # the one place that waits for the device
+            for (step, _, batch), value in zip(unread, norms, strict=True):
+                self.check_norm(step, value, batch, scaled)
+        elif not scaled:
+            drop_broken_gradients(self.model, norm)
+
+    def check_norm(self, step: int, norm: float, batch: dict[str, torch.Tensor], scaled: bool):
+        """As `check_gradient`, once the norm is read."""
+        self.pending.append(norm)
         if not math.isfinite(norm):
             if not scaled:
-                self.end(step, f"the gradient norm is {norm}", *locate(self.model, self.batch))
+                self.end(step, f"the gradient norm is {norm}", *locate(self.model, batch))
             return
         if step <= self.warmup_steps:
             return
@@ -154,6 +171,16 @@ class StabilityCallback(TrainerCallback):
         if self.writes:
             write_atomically(self.run_dir / REPORT, json.dumps(report, indent=1))
         raise UnstableRunError(f"{self.run_dir} {describe_instability(report)}")
+
+
+@torch.no_grad()
+def drop_broken_gradients(model: torch.nn.Module, norm: torch.Tensor):
+    """Zeros for gradients whose norm is not finite, without reading it."""
+    broken = ~norm.isfinite()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            grad.masked_fill_(broken, 0.0)
 
 
 def locate(model: PreTrainedModel, batch: dict[str, torch.Tensor] | None = None) -> tuple[int | None, str]:

@@ -2,12 +2,13 @@
 
 import re
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_lnfree import LNFreeForCausalLM, use_fast_cpu
+from modeling_lnfree import LNFreeForCausalLM, use_fast_cpu, use_fused_loss
 
 from ..convert.convert import load_in_family
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..parametrization import parametrize_weights
 from ..recipe import DROPOUTS, Recipe
 from .norm_removal import wrap_norms
@@ -19,11 +20,15 @@ def load_parent(recipe: Recipe) -> LNFreeForCausalLM | None:
 
     Raises:
         UserError: for a model that cannot be had, that is shorter than the recipe's blocks, or of which nothing is to
-            be trained.
+            be trained; and for an attention implementation that the model cannot have, also if there is no parent.
     """
     if recipe.data.init_from is None:
+        # without weights: what cannot be had is told before the data
+        with torch.device("meta"):
+            choose_attention(LNFreeForCausalLM(recipe.build_config()), recipe)
         return None
     parent = load_in_family(recipe.data.init_from)
+    choose_attention(parent, recipe)
     if recipe.data.block_size > parent.config.max_position_embeddings:
         raise UserError(
             f"block_size={recipe.data.block_size} is longer than the max_position_embeddings="
@@ -62,8 +67,11 @@ def start_model(
     choose_trainable(model, recipe)
     if recipe.data.remove_norms_from is not None:
         wrap_norms(model, recipe.data.keep_final_norm, recipe.data.remove_norms_skip_first)
+    choose_attention(model, recipe)
     # before the layers get classes of their own
     use_fast_cpu(model)
+    if takes_fused_loss(recipe):
+        use_fused_loss(model)
     if recipe.data.weight_parametrization is not None:
         parametrize_weights(
             model,
@@ -71,7 +79,25 @@ def start_model(
             recipe.data.parametrized_projections,
             recipe.data.parametrization_gain_init,
         )
+    if recipe.data.compile_layers:
+        for layer in model.model.layers:
+            layer.compile()
     return model
+
+
+def takes_fused_loss(recipe: Recipe) -> bool:
+    """What the recipe says, or whether training is on an accelerator."""
+    on_cpu = recipe.training.get("use_cpu", not torch.accelerator.is_available())
+    return not on_cpu if recipe.data.fused_loss is None else recipe.data.fused_loss
+
+
+def choose_attention(model: LNFreeForCausalLM, recipe: Recipe):
+    """Raises UserError for an attention implementation that is not known, not installed or not exact for the model."""
+    if recipe.data.attn_implementation is not None:
+        try:
+            model.set_attn_implementation(recipe.data.attn_implementation)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"attn_implementation={recipe.data.attn_implementation!r}: {one_line(error)}") from error
 
 
 def choose_trainable(model: LNFreeForCausalLM, recipe: Recipe):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
@@ -25,6 +26,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from modeling_lnfree import EntropyRegularizationMixin, LNFreeForCausalLM, build_optimizer
+from modeling_lnfree.fused_loss import has_fused_loss
 from modeling_lnfree.optimization import get_decayed_parameters
 
 from ..errors import UserError, one_line
@@ -77,6 +79,10 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
         args.save_only_model = only_model
         self.decay_slopes, self.milestones, self.data_digest = decay_slopes, milestones, data_digest
         self.layer_options, self.layer_learning_rate = layer_options, 0.0
+        self.label_smoothing = 0.0
+        if has_fused_loss(model):
+            # smoothed in the model: there are no logits to smooth
+            self.label_smoothing, self.label_smoother = args.label_smoothing_factor, None
         self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
         self.add_callback(self.stability)
         self.stream: Any = None
@@ -107,10 +113,13 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
     def _stream_name(self) -> str:
         return f"stream_{self.args.process_index}.pt"
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
         began = time.perf_counter()
+        if self.stream is not None:
+            # as Accelerate does with what it has prepared: nothing waits for the copy
+            epoch_iterator = (send_to_device(batch, device, non_blocking=True) for batch in epoch_iterator)
         try:
-            samples = super().get_batch_samples(*args, **kwargs)
+            samples = super().get_batch_samples(epoch_iterator, num_batches, device)
         except (OSError, ValueError, DatasetsError) as error:
             step = self.state.global_step + 1
             raise UserError(f"the data of step {step} cannot be read: {one_line(error)}") from error
@@ -151,7 +160,9 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
         return nll.mean(), nll, labels
 
     def evaluation_loop(self, *args, **kwargs):
-        output = super().evaluation_loop(*args, **kwargs)
+        # what is compiled was so for training steps, and is not compiled for evaluation a second time
+        with torch.compiler.set_stance("force_eager"):
+            output = super().evaluation_loop(*args, **kwargs)
         output.metrics["eval_loss"] = output.metrics.pop("eval_nll")
         return output
 
@@ -163,6 +174,11 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
             logs["layer_learning_rate"] = self.layer_learning_rate
         super().log(logs, *args, **kwargs)
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.label_smoothing and model.training:
+            inputs = {**inputs, "label_smoothing": self.label_smoothing}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def training_step(self, model, inputs, *args, **kwargs):
         self.last_batch = inputs
         return super().training_step(model, inputs, *args, **kwargs)
@@ -172,7 +188,8 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
         scaled = self.accelerator.scaler is not None
         # of the step that is about to be made, as is what the Trainer logs of the first group; the last is the layers'
         self.layer_learning_rate = self.optimizer.param_groups[-1]["lr"]
-        self.stability.check_gradient(self.state.global_step + 1, float(norm), self.last_batch, scaled)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        self.stability.check_gradient(self.state.global_step + 1, norm, self.last_batch, scaled)
         return norm
 
     def _get_output_dir(self, trial):
