@@ -48,6 +48,9 @@ TESTED = {
         ("layer_optimizer", "layer_learning_rate", "layer_base_width", "muon_momentum", "muon_adjustment"),
         HERE + "test_every_option_of_the_layers_acts",
     ),
+    "attn_implementation": "tests/train/test_speed.py::test_the_recipe_names_the_attention",
+    "fused_loss": "tests/train/test_speed.py::test_fused_loss_trains_the_same",
+    "compile_layers": "tests/train/test_speed.py::test_compiled_training_equals_eager_and_evaluation_compiles_nothing",
     "fsdp_size": "tests/train/test_distributed.py::test_run_that_keeps_weights_alone_or_cannot_be_sharded_says_so",
     **dict.fromkeys(METHOD_FIELDS, METHODS + "test_every_method_has_a_test_that_it_acts"),
 }
