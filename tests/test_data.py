@@ -336,10 +336,12 @@ def test_evaluation_is_on_validation_before_test():
 
 def test_a_tokenizer_is_of_its_texts_column_and_size(jsonl):
     """The same file with as many texts and other ones, another column, another size."""
-    arguments = DataArguments(dataset=str(jsonl))
+    held_out = jsonl.with_name("held_out.jsonl")
+    held_out.write_text(json.dumps({"content": "a text", "upper": "A TEXT"}) + "\n")
 
     def vocabulary(size=300, **named):
-        given = DataArguments(**{"dataset": str(jsonl), **named})
+        # nothing is held out of it, so that as many texts are left
+        given = DataArguments(**{"dataset": str(jsonl), "eval_dataset": str(held_out), **named})
         return data.load_tokenizer(given, data.load_documents(given, 0)["train"], size).get_vocab()
 
     rows = [{"content": text, "upper": text.upper()} for text in DOCUMENTS]
@@ -348,7 +350,6 @@ def test_a_tokenizer_is_of_its_texts_column_and_size(jsonl):
     assert vocabulary() == first and vocabulary(text_column="upper") != first and len(vocabulary(320)) > len(first)
     jsonl.write_text(jsonl.read_text().replace("return", "yields"))
     assert any("yield" in token for token in vocabulary()) and not any("yield" in token for token in first)
-    assert arguments.dataset == str(jsonl)
 
 
 def test_digest_of_blocks_sees_number_order_and_part():
