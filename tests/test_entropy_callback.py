@@ -202,3 +202,36 @@ def test_heat_map_shows_each_head():
 def test_wrong_arguments_are_told(options, message):
     with pytest.raises(ValueError, match=message):
         AttentionEntropyCallback(None, **options)
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ([[0.1, 0.5], [0.5, 0.5]], ["collapsed"]),
+        ([[0.31, 0.5], [0.5, 0.5]], []),
+        ([[0.5, 0.5], [0.5, 0.61]], ["overloaded"]),
+        ([[0.59, 0.59], [0.59, 0.59]], []),
+        ([[0.1, 0.1], [0.9, 0.9]], ["collapsed", "overloaded"]),
+    ],
+)
+def test_bounds_of_an_alert_are_those_given(shares, told, monkeypatch):
+    from types import SimpleNamespace
+
+    from modeling_lnfree import AttentionEntropyCallback, entropy_callback
+
+    said: list[str] = []
+    monkeypatch.setattr(entropy_callback.logger, "warning", said.append)
+    record = SimpleNamespace(normalized_entropy=torch.tensor(shares), max_entropy=torch.ones(2, 2))
+    # a quarter of the four heads is one
+    callback = AttentionEntropyCallback(None, collapse=0.3, overload=0.6, alert_share=0.25)
+    callback._alert(record, 5, {})
+    assert said == []  # the first measurement
+    callback._is_first = False
+    callback._alert(record, 5, {})
+    assert [word for word in ("collapsed", "overloaded") if any(word in text for text in said)] == told
+    # half of them, which is more than there are
+    said.clear()
+    callback = AttentionEntropyCallback(None, collapse=0.3, overload=0.6, alert_share=0.75)
+    callback._is_first = False
+    callback._alert(record, 5, {})
+    assert said == []

@@ -351,6 +351,12 @@ def test_history_of_gradient_norms_outlives_a_resumption(tmp_path):
     state = type("State", (), {"is_world_process_zero": True, "global_step": 100, "max_steps": 200})
     callback.on_train_begin(TrainingArguments(str(tmp_path), warmup_steps=10), state, None)
     assert callback.norms == norms[10:100]
+    # another process than the first, which drops what was measured after the checkpoint, may be quicker than that one
+    files.append_record(tmp_path / "gradient_norm.jsonl", {"step": 130, "norms": norms[100:]})
+    callback = stability.StabilityCallback(tmp_path, tiny_model())
+    state.is_world_process_zero = False
+    callback.on_train_begin(TrainingArguments(str(tmp_path), warmup_steps=10), state, None)
+    assert callback.norms == norms[10:100]
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
