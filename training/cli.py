@@ -154,7 +154,9 @@ def _compare(verbs):
         "the paper's table, heat maps and curves from finished runs",
         "lnfree compare runs/quickstart",
     )
-    verb.add_argument("runs_dir", metavar="RUNS_DIR", help="folder whose subfolders are runs")
+    verb.add_argument(
+        "runs_dir", metavar="RUNS_DIR", help="folder whose subfolders are runs, or a docs/data/NAME.parquet of one"
+    )
     verb.add_argument("--output", metavar="DIR", help="where to write the report (default: RUNS_DIR/report)")
     verb.add_argument("--docs", metavar="DIR", help="of a checkout: put the tables into its pages too")
 

@@ -79,6 +79,11 @@ def fill_pages(docs: Path):
             write_atomically(page, filled)
 
 
+def find_marks(docs: Path) -> set[str]:
+    """The names of all tables that README.md and the pages in `docs` have marks for."""
+    return {match["name"] for page in find_pages(docs) for match in TABLE.finditer(page.read_text(encoding="utf-8"))}
+
+
 def find_pages(docs: Path) -> list[Path]:
     return [docs.parent / "README.md", *sorted(docs.glob("*.md"))]
 

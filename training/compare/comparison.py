@@ -1,6 +1,7 @@
 """`lnfree compare`: finished runs -> the paper's table, statistics over seeds, heat maps and curves."""
 
 import json
+import tempfile
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -9,10 +10,11 @@ from matplotlib.figure import Figure
 
 from ..errors import UserError
 from ..files import write_atomically
-from ..pages import check_docs, machine, write_table
+from ..pages import check_docs, find_marks, machine, write_table
 from ..plots import plot_curves, plot_heat_maps, plot_overview, plot_seconds
 from ..runs import Run, find_runs
 from ..tables import to_markdown
+from .archive import pack, unpack
 from .group import Group, compare_group
 from .page import build_html
 from .report import build_report, tables_for_docs
@@ -25,9 +27,10 @@ def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | 
     of the first setting `overview.png`.
 
     Args:
-        runs_dir: folder whose subfolders are runs.
-        output: folder of the report; `runs_dir/report` by default.
+        runs_dir: folder whose subfolders are runs, or a parquet file in the docs that has been made of one.
+        output: folder of the report; `report` in the folder of the runs by default, of a file `runs/NAME/report`.
         docs: folder `docs` of a checkout, in whose pages the tables that have the name of `runs_dir` are replaced.
+            Its `data` gets the runs as NAME.parquet, from which this comparison can be made again.
 
     Returns:
         The path of `report.md`.
@@ -38,12 +41,23 @@ def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | 
     runs_dir = Path(runs_dir)
     if docs is not None:
         check_docs(docs)
+    name = runs_dir.resolve().stem if runs_dir.suffix == ".parquet" else runs_dir.resolve().name
+    if runs_dir.suffix == ".parquet":
+        with tempfile.TemporaryDirectory() as folder:
+            unpack(runs_dir, Path(folder))
+            return _compare(Path(folder), name, runs_dir, Path(output or Path("runs", name, "report")), docs)
+    report = _compare(runs_dir, name, runs_dir, Path(output or runs_dir / "report"), docs)
+    if docs is not None:
+        pack(runs_dir, Path(docs) / "data" / f"{name}.parquet")
+    return report
+
+
+def _compare(runs_dir: Path, name: str, given: Path, output: Path, docs: str | Path | None) -> Path:
     runs, unfinished = find_runs(runs_dir)
     by_setting = [list(group) for _, group in groupby(runs, key=attrgetter("setting"))]
     groups = [
         compare_group(group, differing) for group, differing in zip(by_setting, _differing(by_setting), strict=True)
     ]
-    output = Path(output) if output is not None else runs_dir / "report"
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,9 +81,10 @@ def compare(runs_dir: str | Path, output: str | Path | None = None, docs: str | 
             "versions": results["versions"],
             "commit": results["commit"],
         }
-        for name, (rows, formats) in tables_for_docs(groups).items():
-            name = f"{runs_dir.resolve().name}-{name}"
-            write_table(docs, name, rows, f"lnfree compare {runs_dir}", formats, **origin)
+        marks = find_marks(Path(docs))
+        for table, (rows, formats) in tables_for_docs(groups).items():
+            if f"{name}-{table}" in marks:
+                write_table(docs, f"{name}-{table}", rows, f"lnfree compare {given}", formats, **origin)
     print(report)
     print(f"report: {output / 'report.md'}, and for a browser {output / 'report.html'}")
     return output / "report.md"

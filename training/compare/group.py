@@ -101,6 +101,7 @@ def compare_group(runs: list[Run], differing: list[str]) -> Group:
     rows = []
     for run in runs:
         baseline, measured = perplexity.get((compared, run.seed)), run.attention_entropy
+        stream = read_records(run.folder / "residual_stream.jsonl")
         rows.append(
             {
                 "variant": run.variant,
@@ -114,6 +115,9 @@ def compare_group(runs: list[Run], differing: list[str]) -> Group:
                 "max_entropy": float(np.mean(measured["max_entropy"])),
                 "head_distribution": measured["head_distribution"],
                 "nan_count": sum(measured["nan_count"]),
+                # on the way, and at the end: the largest of the layers
+                "largest_stream": max((max(record["norm"]) for record in stream), default=None),
+                "kurtosis": max(stream[-1]["kurtosis"]) if stream else None,
                 "private_cost": costs[run.configuration],
             }
         )

@@ -4,6 +4,7 @@ from typing import Any
 
 from modeling_lnfree.variants import BASELINE
 
+from ..encryption.counting import PROTOCOLS
 from ..encryption.tables import BOTH, compare_costs, explain, to_table
 from ..tables import Block, Heading, Table
 from .group import Group
@@ -137,7 +138,43 @@ def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]]
     formats = {"perplexity": "{:.3f}", "change": "{:+.2f} %", "95 % interval": "{:+.2f} to {:+.2f} %"}
     tables = {"perplexity": (results, formats), "pairs": (pairs, formats), "entropy": (entropies, {})}
     tables["seconds"] = (seconds, {})
+    overview = [
+        row for group in groups for row in _overview_rows(group, {"setting": group.title} if len(groups) > 1 else {})
+    ]
+    tables["overview"] = (overview, {**formats, "perplexity": "{:.2f}", "kurtosis": "{:.2f}"})
     return {name: table for name, table in tables.items() if table[0]}
+
+
+def _overview_rows(group: Group, setting: dict[str, str]) -> list[dict[str, Any]]:
+    """
+    A row for each configuration, the lowest perplexity first: what it reaches, the entropies of its first and last
+    layer, its residual stream, and what it costs under encryption by the first cost model.
+    """
+    rows = []
+    for row, point in zip(group.summary["configurations"], group.seconds(), strict=True):
+        runs = [each for each in group.rows if each["configuration"] == row["configuration"]]
+        cost = runs[0]["private_cost"]["forward"]["estimates"][PROTOCOLS[0].name]
+        streams, kurtoses = (
+            [each[name] for each in runs if each[name] is not None] for name in ("largest_stream", "kurtosis")
+        )
+        rows.append(
+            {
+                **setting,
+                "configuration": row["configuration"],
+                "seeds": len(row["seeds"]),
+                "perplexity": row["perplexity"],
+                **_change(row["change"]),
+                "entropy, first": row["entropy_by_layer"][0],
+                "last": row["entropy_by_layer"][-1],
+                "kurtosis": max(kurtoses, default=None),
+                "stream": max(streams, default=None),
+                "parameters": runs[0]["parameters"],
+                "rounds": cost["rounds"],
+                "MB": cost["bytes_per_party"] / 1e6,
+                **{f"s on {name}": seconds for name, seconds in point["seconds"].items()},
+            }
+        )
+    return sorted(rows, key=lambda row: row["perplexity"])
 
 
 def _change(change: dict[str, Any] | None) -> dict[str, Any]:
