@@ -178,7 +178,8 @@ def main():
     if arguments.docs is not None:
         results = Run.load(next(iter(finished.values())) / "removed").results
         origin = {"versions": results["versions"], "commit": results["commit"]}
-        command = "python scripts/norm_removal_study.py"
+        backbones = " ".join(dict.fromkeys(backbone for backbone, _ in finished))
+        command = f"python scripts/norm_removal_study.py --backbones {backbones}"
         write_table(
             arguments.docs, "norm-removal", rows, command, FORMATS, machine=machine(results["hardware"]), **origin
         )

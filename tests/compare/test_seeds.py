@@ -89,6 +89,11 @@ def test_ways_to_train_the_layers_are_configurations_of_one_setting(tmp_path):
     assert [(pair["first"], pair["second"]) for pair in summary["pairs"]] == [
         ("SM+R@Stable, muon 0.01", "SM+G@Stable, muon 0.01"),
         ("SM+G@Stable", "SM+LN+G@Stable"),
+        # an optimizer against none that is named
+        ("SM+G@Stable, muon 0.01", "SM+G@Stable"),
+        ("SM+LN+G, muon", "SM+LN+G"),
+        ("SM+LN+G, muon 0.01", "SM+LN+G"),
+        ("SM+LN+G, muon 0.02, muon_momentum=0.9", "SM+LN+G"),
     ]
     assert list(summary["pairs"][1]["change"]["by_seed"].values()) == pytest.approx([25, 100 * (70 / 60 - 1)])
 

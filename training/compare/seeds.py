@@ -23,9 +23,9 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
     Returns:
         `configurations`: perplexity (exp of the mean loss over seeds, and of its 95 % interval by Student's t), change
         against SM+LN+G in percent (paired by seed; `find_baseline`), and the entropy by layer. `pairs`: the same
-        paired change of ReLU against GELU without and with LayerNorm, and of SM+R and SM+G against SM+LN+G with the
-        same preset, all else alike, and by seed from how many tokens on which of them is ahead. An interval is None
-        with fewer than 3 seeds.
+        paired change of ReLU against GELU without and with LayerNorm, of SM+R and SM+G against SM+LN+G with the same
+        preset, all else alike, and of what names an optimizer or a method against what names none, and by seed from
+        how many tokens on which of them is ahead. An interval is None with fewer than 3 seeds.
 
     Raises:
         UserError: for two runs of one configuration and seed, of which one would hide the other.
@@ -68,7 +68,10 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
 
 
 def _counterparts(by_configuration: dict[str, dict[int, Run]]) -> list[tuple[str, str]]:
-    """Configurations that differ in one word: ReLU and GELU; with a preset no norm and LayerNorm with GELU."""
+    """
+    Configurations that differ in one word: ReLU and GELU; with a preset no norm and LayerNorm with GELU; what names
+    an optimizer or a method and what names none.
+    """
     variants = {name: next(iter(seeds.values())).variant for name, seeds in by_configuration.items()}
     words = {name: read_variant(variant) for name, variant in variants.items()}
     # without a norm first
@@ -78,7 +81,8 @@ def _counterparts(by_configuration: dict[str, dict[int, Run]]) -> list[tuple[str
     # what changes are against has LayerNorm without a preset alone
     pairs += [(name, {"norm": "LN", "act": "G"}) for name in plain]
     # whatever follows the variant in a configuration is the same in both
-    return [(name, name.replace(variants[name], rename_variant(variants[name], **other), 1)) for name, other in pairs]
+    named = [(name, name.replace(variants[name], rename_variant(variants[name], **other), 1)) for name, other in pairs]
+    return named + [(name, variants[name]) for name in ordered if name != variants[name]]
 
 
 def paired_change(ours: dict[int, Run], theirs: dict[int, Run]) -> dict[str, Any] | None:
