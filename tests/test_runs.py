@@ -59,6 +59,7 @@ NAMED_BY_THE_VARIANT = {"slope_sharing", "negative_slope", "hidden_act", "norm_t
 NOT_DECISIVE = {
     *("variant", "preset", "dataset", "block_size", "train_tokens"),  # in a setting's own fields, or in the variant
     *("shuffle_buffer", "eval_sequences", "entropy_steps", "entropy_sequences", "milestones", "fsdp_size"),
+    *("fused_loss", "compile_layers", "attn_implementation"),  # how it is computed
 }
 
 
