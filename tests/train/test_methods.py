@@ -586,20 +586,6 @@ def test_start_of_the_gains_is_the_one_named():
         assert torch.linalg.matrix_norm(layer.self_attn.q_proj.weight, 2).item() == pytest.approx(0.7, rel=1e-4)
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 9, 4)])
-def test_norms_of_inputs_match_a_float64_svd(shape, with_bias):
-    states = torch.randn(shape)
-    wide = states.double()
-    wide = torch.cat([wide, torch.ones(*shape[:2], 1, dtype=torch.float64)], -1) if with_bias else wide
-    expected = torch.linalg.svdvals(wide)[:, 0] ** 2
-    found = parametrization.gram_norm(states, with_bias=with_bias)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-    # where positions rotate between the two, what is not less than the products of any token with all
-    largest = torch.linalg.vector_norm(wide @ wide.mT, dim=-1).amax(-1)
-    assert (parametrization.gram_norm(states, with_bias=with_bias, rotated=True) >= largest).all()
-
-
 def test_loss_that_is_logged_is_the_models_own(values, tmp_path):
     short = {**values, "max_steps": 3, "logging_steps": 3, "save_strategy": "no", "embedding_dropout": 0.0}
     short |= {"learning_rate": 1e-12, "weight_decay": 0.0}
