@@ -64,6 +64,7 @@ def test_a_file_that_holds_no_runs_is_one_line(tmp_path, capsys):
     assert "holds a run whose name is no folder's: '../../outside'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.parquet")), ids=lambda path: path.stem)
 def test_the_pages_have_what_the_file_of_runs_says(path, tmp_path):
     docs = tmp_path / "docs"
