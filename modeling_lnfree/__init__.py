@@ -13,6 +13,7 @@ from .cpu import use_fast_cpu
 from .entropy_callback import AttentionEntropyCallback
 from .entropy_regularization import EntropyRegularizationMixin, EntropyRegularizer
 from .fused_loss import use_fused_loss
+from .measurement import Measurement, measure
 from .metrics.attention_entropy.entropy import compute_attention_entropy
 from .metrics.attention_entropy.recorder import record_attention_entropy
 from .modeling_lnfree import (
@@ -23,6 +24,7 @@ from .modeling_lnfree import (
     LNFreePreTrainedModel,
 )
 from .optimization import build_optimizer, get_parameter_groups
+from .residual_stream import record_residual_stream
 
 
 # Where this is imported, the Auto classes know the model type and no remote code is needed.
@@ -49,10 +51,13 @@ __all__ = [
     "LNFreeForTokenClassification",
     "LNFreeModel",
     "LNFreePreTrainedModel",
+    "Measurement",
     "build_optimizer",
     "compute_attention_entropy",
     "get_parameter_groups",
+    "measure",
     "record_attention_entropy",
+    "record_residual_stream",
     "use_fast_cpu",
     "use_fused_loss",
 ]

@@ -28,7 +28,9 @@ class AttentionEntropyCallback(TrainerCallback):
 
     The log, and so every `report_to`, gets in nats `attention_entropy/mean`, `attention_entropy/layer_L/mean` and
     `attention_entropy/layer_L/head_H`; the share of heads in each quarter of their own largest entropy,
-    `attention_entropy/share_of_heads_in_quarter_Q`; and `attention_nan_count/layer_L`, `attention_inf_count/layer_L`.
+    `attention_entropy/share_of_heads_in_quarter_Q`; `attention_nan_count/layer_L`, `attention_inf_count/layer_L`; and
+    with `logits` `max_logit/layer_L`, the layer's largest attention logit, and `sink_share/layer_L`, the mean weight
+    on the first key that a query may see.
     TensorBoard, trackio and Weights & Biases get a heat map too. An alert is told in the log of the first process, and
     by the tracker where it has alerts: when the share of heads that are collapsed, or of those that are overloaded,
     comes to `alert_share` past the warm-up and the first measurement; once, until it has been below again.
@@ -43,6 +45,7 @@ class AttentionEntropyCallback(TrainerCallback):
         collapse (`float`, defaults to 0.05): a head has collapsed below this share of its largest entropy.
         overload (`float`, defaults to 0.95): a head is overloaded above this share.
         alert_share (`float`, defaults to 0.5): of all heads.
+        logits (`bool`, defaults to `False`): look at the scores too, at about twice the time.
 
     Raises:
         ValueError: for `every` below 1, and for shares outside [0, 1].
@@ -57,6 +60,7 @@ class AttentionEntropyCallback(TrainerCallback):
         collapse: float = 0.05,
         overload: float = 0.95,
         alert_share: float = 0.5,
+        logits: bool = False,
     ):
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
@@ -65,6 +69,7 @@ class AttentionEntropyCallback(TrainerCallback):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         self.trainer, self.every, self.probe = trainer, every, probe
         self.collapse, self.overload, self.alert_share = collapse, overload, alert_share
+        self.logits = logits
         self._told: set[str] = set()
         self._is_first, self._warmup_steps = True, 0
         self._open = ExitStack()
@@ -92,7 +97,7 @@ class AttentionEntropyCallback(TrainerCallback):
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[AttentionEntropyRecord]:
         """Stands around the forward passes that are measured."""
-        with record_attention_entropy(model) as record:
+        with record_attention_entropy(model, logits=self.logits) as record:
             yield record
 
     @torch.no_grad()
@@ -175,13 +180,19 @@ def describe_record(record: AttentionEntropyRecord) -> tuple[dict[str, Any], dic
             scalars[f"attention_entropy/layer_{layer}/head_{head}"] = value
     for quarter, share in enumerate(head_distribution):
         scalars[f"attention_entropy/share_of_heads_in_quarter_{quarter}"] = share
-    return {
+    figures: dict[str, Any] = {
         "entropy": entropy,
         "max_entropy": record.max_entropy.nanmean().item(),
         "head_distribution": head_distribution,
         "nan_count": nan_count,
         "inf_count": inf_count,
-    }, scalars
+    }
+    if record.has_logits:
+        figures |= {"max_logit": record.max_logit.tolist(), "sink_share": record.sink_share.tolist()}
+        for layer, number in enumerate(record.num_heads):
+            scalars[f"max_logit/layer_{layer}"] = max(figures["max_logit"][layer][:number])
+            scalars[f"sink_share/layer_{layer}"] = sum(figures["sink_share"][layer][:number]) / number
+    return figures, scalars
 
 
 def draw_heat_map(record: AttentionEntropyRecord):

@@ -20,7 +20,7 @@ FLOORS = (
     (
         *("training.runs", "training.data", "training.texts", "training.plots", "training.quantities"),
         *("training.encryption", "training.convert", "training.catalog", "training.pages"),
-        "training.parametrization",
+        *("training.parametrization", "training.measured", "training.harness"),
     ),
     (
         *("training.train", "training.sweep", "training.compare", "training.hub", "training.measure"),

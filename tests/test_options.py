@@ -19,6 +19,7 @@ from .hub_server import TOKEN, HubServer
 
 OPTIONS, COMMAND = "tests/test_options.py::", "tests/hub/test_command.py::"
 MEASURE, COST = "tests/test_metric.py::test_measure_matches_naive", "tests/test_cost.py::"
+MEASURED = "tests/measurement/test_command.py::"
 SWITCHES = COMMAND + "test_command_publishes_privately_with_checkpoints_and_loads_all_back"
 TEXTS = OPTIONS + "test_options_of_texts_choose_what_is_read"
 REVISION = OPTIONS + "test_revision_is_the_one_named"
@@ -50,6 +51,12 @@ TESTED = {
         **dict.fromkeys(("--json", "--heat-map", "--parquet"), MEASURE),
         **dict.fromkeys(("--config", "--split", "--text-column", "--max-samples"), TEXTS),
         **dict.fromkeys(("--private-cost", "--fixed-point"), COST + "test_options_that_measure_had_name_the_verb"),
+        **dict.fromkeys(("--stride", "--rolling", "--concatenate"), MEASURED + "test_ways_to_read_act"),
+        **dict.fromkeys(
+            ("--int8", "--int8-clip", "--markdown"),
+            MEASURED + "test_models_stand_side_by_side_with_differences_to_the_first",
+        ),
+        "--tasks": MEASURED + "test_tasks_are_handed_over_to_lm_eval",
         "--batch-size": OPTIONS + "test_batch_size_is_texts_in_a_forward_pass",
         "--dtype": OPTIONS + "test_dtype_is_the_one_named",
         "--revision": REVISION,

@@ -178,17 +178,33 @@ def _measure(verbs):
         verbs,
         "measure",
         "measure:measure",
-        "perplexity and attention entropy of any causal language model on any texts",
-        "lnfree measure runs/quickstart/SM+R/model --dataset stdlib --json measured.json --heat-map measured.png",
+        "perplexity, attention and the residual stream of causal language models on any texts, side by side",
+        "lnfree measure runs/quickstart/SM+G/model runs/quickstart/SM+R/model --dataset stdlib --heat-map heads.png",
     )
-    _add_model(verb)
+    verb.add_argument("model_id", nargs="+", metavar="MODEL", help="models of the Hub, or folders")
+    verb.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with a model")
+    verb.add_argument("--revision", nargs="+", metavar="REVISION", help="branches, tags or commits of one model")
     _add_texts(verb, required=True)
     verb.add_argument("--streaming", action="store_true", help="read the dataset while measuring")
     verb.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: the model's positions)")
+    verb.add_argument("--stride", type=int, metavar="N", help="read on past it, in windows that begin N tokens apart")
+    verb.add_argument("--rolling", action="store_true", help="read on past it as lm-eval does, in disjoint windows")
+    verb.add_argument("--concatenate", action="store_true", help="one text of all, with an empty line between them")
     verb.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts in a forward pass (default: 8)")
+    verb.add_argument("--int8", action="store_true", help="perplexity in simulated int8 too, by tensor and by token")
+    verb.add_argument("--int8-clip", type=float, metavar="Q", help="and clipped at a quantile of the tokens, as 0.99")
+    verb.add_argument("--tasks", metavar="TASK,...", help="tasks of lm-eval too, where it is installed")
     verb.add_argument("--device", help="default: an accelerator, if there is one")
     verb.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the weights")
-    verb.add_argument("--json", dest="json_path", metavar="FILE", help="write all results")
+    verb.add_argument("--json", dest="json_path", metavar="FILE", help="write all results; -: the standard output")
+    verb.add_argument(
+        "--markdown",
+        dest="markdown_path",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write the table as Markdown (default: the standard output)",
+    )
     verb.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help="draw layers x heads")
     verb.add_argument("--parquet", dest="parquet_path", metavar="FILE", help="write the figures of every text")
     for option, now in (("--private-cost", "lnfree cost MODEL"), ("--fixed-point", "lnfree cost MODEL --fixed-point")):
@@ -250,12 +266,6 @@ def _cost(verbs):
         metavar="DOCS/data/NAME.json",
         help="of a checkout: write the tables NAME, NAME-token, -operations, -steps, -published that its pages show",
     )
-
-
-def _add_model(verb: argparse.ArgumentParser):
-    verb.add_argument("model_id", metavar="MODEL", help="model of the Hub, or a folder")
-    verb.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
-    verb.add_argument("--revision", help="branch, tag or commit of the model")
 
 
 def _add_texts(verb: argparse.ArgumentParser, required: bool = False):

@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_lnfree.metrics.attention_entropy.reading import encode, side
+from modeling_lnfree.likelihood import Likelihood, Reading
+from modeling_lnfree.measurement import Meter
 
 from .data import check_reachable
 from .encryption.counting import PHASES, count_operations
@@ -36,7 +36,7 @@ from .pages import check_docs, find_pages, write_table
 from .recipe import check_model_id
 from .runs import library_versions
 from .tables import Block, to_markdown
-from .texts import Texts, load_reader, negative_log_likelihoods
+from .texts import Texts, load_reader
 
 
 def cost(
@@ -202,15 +202,15 @@ def _find_bits(
     max_length: int,
     batch_size: int,
 ) -> dict[str, Any]:
+    reading = Reading(tokenizer, max_length, batch_size=batch_size)
+
     def evaluate() -> float:
-        likelihoods = []
-        for batch in tqdm(texts.batches(batch_size), desc="fixed point", unit="batch"):
-            kept = [ids[:max_length] for ids in encode([text for _, text in batch], tokenizer) if ids]
-            for _, alike in groupby(kept, key=lambda ids: side(model, len(ids))):
-                likelihoods += negative_log_likelihoods(model, list(alike))
-        if not sum(map(len, likelihoods)):
+        found = Likelihood()
+        for _ in tqdm(Meter(model, reading, found).read(texts), desc="fixed point", unit="batch"):
+            pass
+        if not found.predicted_tokens:
             raise UserError(f"dataset {texts.dataset!r} has no text of two tokens in the column {texts.column!r}")
-        return torch.cat(likelihoods).cpu().double().mean().item()
+        return found.nll
 
     try:
         return measure_fixed_point(model, evaluate)

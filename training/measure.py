@@ -1,30 +1,34 @@
-"""Perplexity and attention entropy of any causal language model on any texts, in one forward pass for both."""
+"""`lnfree measure`: what causal language models make of texts, side by side."""
 
 import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from itertools import groupby
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from modeling_lnfree import record_attention_entropy
-from modeling_lnfree.metrics.attention_entropy.reading import encode, side
-from modeling_lnfree.metrics.attention_entropy.recorder import LayerEntropy
-from modeling_lnfree.metrics.attention_entropy.summary import summarize
+from modeling_lnfree.int8 import simulate_int8
+from modeling_lnfree.likelihood import Likelihood, Reading
+from modeling_lnfree.measurement import Measurement, Meter, TextFigures, check_measured, int8_ways
 
-from .errors import UserError, explained
+from .data import check_reachable
+from .errors import UserError, explained, one_line
 from .files import aside_of, check_outputs, to_json, whole, write_atomically
-from .plots import plot_heat_maps
+from .harness import check_tasks, run_tasks
+from .measured import describe, draw, report, tabulate_measured
+from .recipe import check_model_id
 from .runs import library_versions
-from .texts import Texts, load_reader, negative_log_likelihoods, perplexity
+from .tables import to_markdown, to_text
+from .texts import Texts, load_reader
 
 
 # a row a text; entropies in nats
@@ -33,15 +37,15 @@ _FIGURES = pa.schema(
         "row": pa.int64(),  # in the dataset
         "num_tokens": pa.int64(),
         "perplexity": pa.float64(),
-        "nll": pa.list_(pa.float32()),  # of each token but the first, in nats
+        "nll": pa.list_(pa.float32()),  # of each predicted token, in nats
         "entropy": pa.list_(pa.list_(pa.float32())),  # (layers, heads), mean over the text's queries
-        "position_entropy": pa.list_(pa.list_(pa.float32())),  # (layers, num_tokens), mean over the heads
+        "position_entropy": pa.list_(pa.list_(pa.float32())),  # (layers, queries), mean over the heads
     }
 )
 
 
 def measure(
-    model_id: str,
+    model_id: str | list[str],
     *,
     dataset: str,
     config: str | None = None,
@@ -51,155 +55,253 @@ def measure(
     streaming: bool = False,
     max_length: int | None = None,
     batch_size: int = 8,
+    stride: int | None = None,
+    rolling: bool = False,
+    concatenate: bool = False,
+    int8: bool = False,
+    int8_clip: float | None = None,
+    tasks: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-    revision: str | None = None,
+    revision: str | list[str] | None = None,
     json_path: str | Path | None = None,
+    markdown_path: str | Path | None = None,
     heat_map_path: str | Path | None = None,
     parquet_path: str | Path | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | list[dict[str, Any]]:
     """
-    Measures a model on the texts of a dataset, each by itself, with a progress bar.
+    Measures models on the texts of a dataset, with a progress bar: `modeling_lnfree.measure`, and what is around it.
 
-    Perplexity is the exponential of the summed negative log-likelihood over the number of predicted tokens: all but
-    the first of each text. Attention entropy is that of the metric `attention_entropy` (arXiv 2410.09637).
+    Ctrl-C ends behind the batch that is read, and a second one at once; what was measured is shown and written then,
+    as it is where a later model cannot be measured.
 
     Args:
-        model_id: Hub id or folder of a causal language model with its tokenizer.
+        model_id: Hub ids or folders of causal language models with their tokenizers.
         dataset, config, split, text_column, max_samples, streaming: see `Texts`.
-        max_length: only the first `max_length` tokens of a text are read; by default as many as the model has
-            positions.
-        batch_size: texts in a forward pass.
+        max_length, batch_size, stride, rolling, concatenate, int8, int8_clip: see `modeling_lnfree.measure`.
+        tasks: of lm-eval, with commas between them, or `.yaml` files of tasks.
         device: by default an accelerator, if there is one.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default that of the weights.
-        trust_remote_code: whether the code that comes with the model may be run.
-        revision: branch, tag or commit of the model.
-        json_path: where to write the results.
-        heat_map_path: where to draw the entropy of every layer and head.
-        parquet_path: where to write the figures of every text, a row each: the negative log-likelihood of its tokens,
-            its entropy by layer and head, and by layer and position.
+        trust_remote_code: whether the code that comes with a model may be run.
+        revision: branch, tag or commit of the model; several, of one model, are measured one after the other.
+        json_path: where to write the results; `-` is the standard output, which holds nothing else then.
+        markdown_path: where to write the table and what was left out, or `-`.
+        heat_map_path: where to draw the entropy of every layer and head; of several revisions a film strip, and curves
+            of all quantities.
+        parquet_path: where to write the figures of every text of one model, a row each: the negative log-likelihood of
+            its tokens, its entropy by layer and head, and by layer and position.
 
     Returns:
-        The results: `perplexity`, `nll` (nats per token), counts of texts and tokens, `attention_entropy` as the
-        metric of this name returns it, and all that they depend on.
+        `Measurement.to_dict` of the model, and all that it depends on; of several models a list.
 
     Raises:
-        UserError: for a model or dataset that cannot be loaded or measured, and for files that cannot be written.
+        UserError: for a model, dataset or task that cannot be loaded or measured, for options that do not go together,
+            and for files that cannot be written.
+        KeyboardInterrupt: after what was measured was shown and written.
     """
     for name, number in (("batch_size", batch_size), ("max_samples", max_samples), ("max_length", max_length)):
         if number is not None and number < 1:
             raise UserError(f"{name} must be at least 1, got {number}")
-    outputs = {"json_path": json_path, "heat_map_path": heat_map_path, "parquet_path": parquet_path}
-    json_path, heat_map_path, parquet_path = check_outputs(outputs, inputs=[dataset, model_id])
-    if heat_map_path is not None and heat_map_path.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"{heat_map_path} must end in .png, .pdf or .svg")
-    texts = Texts(
-        dataset,
-        config=config,
-        split=split,
-        text_column=text_column,
-        max_samples=max_samples,
-        streaming=streaming,
-    )
-    model, tokenizer, max_length = load_reader(
-        model_id,
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
-    started = time.perf_counter()
-    figures = None if parquet_path is None else _FiguresFile(parquet_path)
+    if int8_clip is not None and not 0 < int8_clip <= 1:
+        raise UserError(f"int8_clip must be a quantile above 0 and at most 1, got {int8_clip}")
+    ids = [model_id] if isinstance(model_id, str) else list(model_id)
+    revisions = revision if isinstance(revision, list) else [revision]
+    if len(ids) > 1 and len(revisions) > 1:
+        raise UserError(f"several revisions are of one model, got {len(ids)} models")
+    sources = [(name, each) for name in ids for each in revisions]
+    if len(sources) > 1 and parquet_path is not None:
+        raise UserError("parquet_path is of one model: the figures of its texts")
+    streams = [name for name, path in (("json_path", json_path), ("markdown_path", markdown_path)) if path == "-"]
+    if len(streams) > 1:
+        raise UserError("json_path and markdown_path must be two files, got the standard output for both")
+    outputs = {"json_path": json_path, "markdown_path": markdown_path}
+    outputs = {name: None if path == "-" else path for name, path in outputs.items()}
+    outputs |= {"heat_map_path": heat_map_path, "parquet_path": parquet_path}
+    json_file, markdown_file, heat_map_file, parquet_file = check_outputs(outputs, inputs=[dataset, *ids])
+    if heat_map_file is not None and heat_map_file.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"{heat_map_file} must end in .png, .pdf or .svg")
+    for name in ids:
+        check_model_id(name)
+    harness_tasks = check_tasks(tasks)
+    stdout = sys.stdout
+    results: list[dict[str, Any]] = []
+    stopped: BaseException | None = None
+    figures = None if parquet_file is None else _FiguresFile(parquet_file)
+    with redirect_stdout(sys.stderr if streams else stdout):
+        texts = Texts(
+            dataset,
+            config=config,
+            split=split,
+            text_column=text_column,
+            max_samples=max_samples,
+            streaming=streaming,
+        )
+        for name in ids:
+            check_reachable("model", name)
+        try:
+            for name, each in sources:
+                model, tokenizer, length = load_reader(
+                    name,
+                    max_length=max_length,
+                    device=device,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    revision=each,
+                )
+                with _measuring(name):
+                    way: dict[str, Any] = {"stride": stride, "rolling": rolling, "concatenate": concatenate}
+                    reading = Reading(tokenizer, length, batch_size, **way)
+                    result = _describe_source(name, each, model, texts, reading, config, max_samples)
+                    results.append(result)
+                    _measure(result, model, reading, texts, int8_ways(int8, int8_clip), figures)
+                if result["interrupted"]:
+                    raise KeyboardInterrupt
+                print(describe(result))
+                if harness_tasks:
+                    result["tasks"] = run_tasks(model, tokenizer, harness_tasks, batch_size, length)
+        # who reads the output may close it
+        except (KeyboardInterrupt, UserError, BrokenPipeError) as error:
+            stopped = error
+        finally:
+            if figures is not None:
+                figures.close()
+        results = [result for result in results if "summary" in result]
+        failures = [] if figures is None else figures.failures
+        if results:
+            found: dict[str, Any] | list[dict[str, Any]] = results[0] if len(sources) == 1 else results
+            page = to_markdown(report(results)) + "\n"
+            try:
+                if results[-1]["interrupted"]:
+                    print(describe(results[-1]))
+                print("\n" + to_text([tabulate_measured(results)]))
+                if streams:
+                    print(to_json(found) if json_path == "-" else page, end="\n" * (json_path == "-"), file=stdout)
+            finally:
+                if json_file is not None:
+                    failures += _attempt(json_file, lambda: write_atomically(json_file, to_json(found)))
+                if markdown_file is not None:
+                    failures += _attempt(markdown_file, lambda: write_atomically(markdown_file, page))
+                if heat_map_file is not None:
+                    failures += _attempt(heat_map_file, lambda: _draw(heat_map_file, results))
+    # told at the end, after what was measured all the same
+    if stopped is not None:
+        raise stopped
+    if failures:
+        raise UserError("; ".join(failures))
+    return found
+
+
+@contextmanager
+def _measuring(model_id: str) -> Iterator[None]:
     try:
-        measured = _measure(texts, model, tokenizer, max_length, batch_size, figures)
-    finally:
-        if figures is not None:
-            figures.close()
-    results = {
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"model {model_id!r} cannot be measured: {one_line(error)}") from error
+
+
+def _describe_source(
+    model_id: str,
+    revision: str | None,
+    model: PreTrainedModel,
+    texts: Texts,
+    reading: Reading,
+    config: str | None,
+    max_samples: int | None,
+) -> dict[str, Any]:
+    """All that a result depends on."""
+    return {
         "model": model_id,
         "revision": revision,
         "model_type": model.config.model_type,
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
-        "dataset": dataset,
+        "dataset": texts.dataset,
         "config": config,
         "split": texts.split,
         "text_column": texts.column,
         "max_samples": max_samples,
-        "max_length": max_length,
-        "batch_size": batch_size,
-        **measured,
-        "seconds": time.perf_counter() - started,
-        "versions": library_versions(),
+        "max_length": reading.max_length,
+        "batch_size": reading.batch_size,
+        "stride": reading.stride,
+        "rolling": reading.rolling,
+        "concatenate": reading.concatenate,
+        "interrupted": False,
     }
-    failures = [] if figures is None else figures.failures
-    try:
-        _print(results)
-    finally:
-        if json_path is not None:
-            failures += _attempt(json_path, lambda: write_atomically(json_path, to_json(results)))
-        if heat_map_path is not None:
-            title = f"{Path(model_id).name}\n{Path(dataset).name}, {results['num_tokens']:,} tokens"
-            failures += _attempt(heat_map_path, lambda: _draw(heat_map_path, results["attention_entropy"], title))
-    # told at the end, after what was measured all the same
-    if failures:
-        raise UserError("; ".join(failures))
-    return results
 
 
 def _measure(
-    texts: Texts,
+    result: dict[str, Any],
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    batch_size: int,
+    reading: Reading,
+    texts: Texts,
+    ways: dict[str, dict[str, Any]],
     figures: "_FiguresFile | None",
-) -> dict[str, Any]:
-    """Perplexity, counts and attention entropy over all texts; each text's own go to `figures`."""
-    counts = dict.fromkeys(("num_texts", "skipped_texts", "truncated_texts", "num_tokens", "predicted_tokens"), 0)
-    total_nll = 0.0
-    layers: dict[str, Tensor] = {}  # of the last batch: name of the layer -> (batch, heads, T)
+) -> None:
+    """Adds to `result` what was measured; of a measurement that is interrupted, what was read until then."""
+    started = time.perf_counter()
+    found = Measurement()
+    with _until_interrupted() as interrupted:
+        meter = Meter(model, reading, found, None if figures is None else figures.write)
+        _read(meter, texts, "measuring", interrupted)
+        if not interrupted():
+            if found.predicted_tokens == 0:
+                raise UserError(f"dataset {texts.dataset!r} has no text of two tokens in the column {texts.column!r}")
+            check_measured(found)
+        if figures is not None:
+            figures.finish()
+        for name, options in ways.items():
+            if not interrupted():
+                likelihood = Likelihood()
+                with simulate_int8(model, **options):
+                    _read(Meter(model, reading, likelihood), texts, f"int8 {name}", interrupted)
+                # of some texts, it would not stand beside that of all
+                if not interrupted():
+                    found.int8[name] = likelihood
+    if found.predicted_tokens:
+        result |= found.to_dict()
+    result |= {
+        "interrupted": interrupted(),
+        "seconds": time.perf_counter() - started,
+        "versions": library_versions(),
+    }
 
-    def keep(measured: LayerEntropy):
-        layers[measured.layer] = measured.entropy
 
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        with explained(f"model {model.name_or_path!r} cannot be measured"):
-            # the towers of other modalities read no text
-            decoder = model.base_model.get_decoder()
-            on_layer = None if figures is None else keep
-            record = stack.enter_context(record_attention_entropy(decoder, reduce=False, on_layer=on_layer))
-        progress = stack.enter_context(tqdm(total=texts.number, desc="measuring", unit="text"))
-        for batch in texts.batches(batch_size):
-            token_ids = encode([text for _, text in batch], tokenizer)
-            kept = [(index, ids[:max_length]) for (index, _), ids in zip(batch, token_ids, strict=True) if ids]
-            counts["skipped_texts"] += len(batch) - len(kept)
-            counts["truncated_texts"] += sum(len(ids) > max_length for ids in token_ids)
-            for _, group in groupby(kept, key=lambda text: side(model, len(text[1]))):
-                alike = list(group)
-                likelihoods = negative_log_likelihoods(model, [ids for _, ids in alike])
-                for position, ((index, ids), nll) in enumerate(zip(alike, likelihoods, strict=True)):
-                    counts["num_texts"] += 1
-                    counts["num_tokens"] += len(ids)
-                    counts["predicted_tokens"] += len(nll)
-                    total_nll += nll.cpu().double().sum().item()
-                    if figures is not None:
-                        entropies = [layers[name][position, :, : len(ids)] for name in record.layer_names]
-                        figures.write(index, nll, entropies)
-            progress.update(len(batch))
-        if counts["predicted_tokens"] == 0:
-            raise UserError(f"dataset {texts.dataset!r} has no text of two tokens in the column {texts.column!r}")
-    if record.num_queries == 0:
-        raise UserError(f"model {model.name_or_path!r} cannot be measured: {'; '.join(record.unmeasured)}")
-    if figures is not None:
-        figures.finish()
-    mean_nll = total_nll / counts["predicted_tokens"]
-    entropy = {"attention_entropy": summarize(record), "unmeasured": record.unmeasured}
-    return {"perplexity": perplexity(mean_nll), "nll": mean_nll, **counts, **entropy}
+def _read(meter: Meter, texts: Texts, what: str, interrupted: Callable[[], bool]) -> None:
+    """Reads the texts, or as many as there is time for."""
+    reading = meter.reading
+    cuts = reading.stride is None and not reading.rolling and not reading.concatenate
+    progress = tqdm(total=texts.number if cuts else None, desc=what, unit="text" if cuts else "window")
+    with torch.no_grad(), progress, closing(meter.read(texts)) as batches:
+        for number in batches:
+            progress.update(number)
+            if interrupted():
+                break
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[Callable[[], bool]]:
+    """Within, the first interruption only sets what the function tells; the second is one."""
+    signals: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+        print("\ninterrupted: ends behind this batch, and at once if it is again", file=sys.stderr)
+
+    # only the main thread may
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(signals)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _FiguresFile:
@@ -210,15 +312,15 @@ class _FiguresFile:
         self.failures: list[str] = []
         self.writer = pq.ParquetWriter(aside_of(path), _FIGURES)
 
-    def write(self, index: int, nll: Tensor, entropies: list[Tensor]):
-        """The row of one text; `entropies` has a tensor `(heads, num_tokens)` a layer."""
+    def write(self, figures: TextFigures):
+        """The row of one text."""
         row = {
-            "row": index,
-            "num_tokens": entropies[0].shape[1],
-            "perplexity": perplexity(nll.cpu().double().mean().item()),
-            "nll": nll.tolist(),
-            "entropy": [layer.mean(1).tolist() for layer in entropies],
-            "position_entropy": [layer.mean(0).tolist() for layer in entropies],
+            "row": figures.row,
+            "num_tokens": figures.num_tokens,
+            "perplexity": figures.nll.cpu().double().mean().exp().item(),
+            "nll": figures.nll.tolist(),
+            "entropy": [layer.mean(1).tolist() for layer in figures.entropies],
+            "position_entropy": [layer.mean(0).tolist() for layer in figures.entropies],
         }
         self._attempt(lambda: self.writer.write(pa.RecordBatch.from_pylist([row], _FIGURES)))
 
@@ -238,7 +340,7 @@ class _FiguresFile:
             self.failures += _attempt(self.path, write)
 
 
-def _attempt(path: Path, write: Callable[[], None]) -> list[str]:
+def _attempt(path: Path, write: Callable[[], Any]) -> list[str]:
     """Why a file could not be written, if so."""
     try:
         with explained(f"{path} cannot be written"):
@@ -248,24 +350,6 @@ def _attempt(path: Path, write: Callable[[], None]) -> list[str]:
     return []
 
 
-def _draw(path: Path, entropy: dict[str, Any], title: str):
+def _draw(path: Path, results: list[dict[str, Any]]):
     with whole(path) as aside:
-        plot_heat_maps([entropy], [title]).savefig(aside, format=path.suffix[1:])
-
-
-def _print(results: dict[str, Any]):
-    entropy = results["attention_entropy"]
-    shares = ", ".join(f"{100 * share:.0f} %" for share in entropy["head_distribution"])
-    print(
-        f"{results['model']} on {results['num_texts']:,} texts of {results['dataset']}: "
-        f"perplexity {results['perplexity']:.3f} over {results['predicted_tokens']:,} tokens\n"
-        f"attention entropy: {entropy['mean_entropy']:.3f} nats; by layer "
-        + ", ".join(f"{value:.2f}" for value in entropy["layer_entropy"])
-        + f"; heads in the quarters of their largest entropy: {shares}"
-    )
-    for count, what in (
-        ("truncated_texts", f"longer than max_length={results['max_length']} tokens: the rest of them is left out"),
-        ("skipped_texts", "without a token: left out"),
-    ):
-        if results[count]:
-            print(f"{results[count]:,} of {results['num_texts'] + results['skipped_texts']:,} texts are {what}")
+        draw(results).savefig(aside, format=path.suffix[1:])

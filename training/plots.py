@@ -40,9 +40,7 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Fig
     for axis in axes.flat[len(measurements) :]:
         axis.set_visible(False)
     for axis, measurement, title in zip(axes.flat, measurements, titles, strict=False):
-        # layers may have different numbers of heads
-        heads = max(map(len, measurement["entropy"]))
-        entropy = np.array([[*row, *[np.nan] * (heads - len(row))] for row in measurement["entropy"]])
+        entropy = _grid(measurement)
         image = axis.imshow(entropy, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
         # a name may have dollars in it
         axis.set_title(title, fontsize=10, parse_math=False)
@@ -56,6 +54,54 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Fig
                 axis.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(image, ax=axes, label="attention entropy (nats)", shrink=0.9)
     return figure
+
+
+def plot_steps(
+    measurements: list[dict[str, Any]], titles: list[str], steps: list[int], series: dict[str, list[float]]
+) -> Figure:
+    """
+    Attention entropy by layer and head as a film strip, a panel a step on one scale, and below it a curve a quantity.
+
+    Args:
+        measurements: dictionaries with `entropy` and `max_entropy`, each `(layers, heads)`, in nats, a step each.
+        titles: of the panels.
+        steps: in training.
+        series: by the name of the quantity, a value a step.
+    """
+    strips, rows = -(-len(measurements) // 8), max(1, -(-len(series) // 4))
+    heights = [1.9 * strips, 2 * rows]
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained", dpi=150)
+    film, curves = figure.subfigures(2, 1, height_ratios=heights)  # type: ignore[misc]  # two of them
+    limit = max(max(map(max, measurement["max_entropy"])) for measurement in measurements)
+    axes = film.subplots(strips, min(len(measurements), 8), squeeze=False)
+    for axis in axes.flat[len(measurements) :]:
+        axis.set_visible(False)
+    for axis, measurement, title in zip(axes.flat, measurements, titles, strict=False):
+        image = axis.imshow(_grid(measurement), vmin=0, vmax=limit, cmap="viridis", aspect="auto")
+        axis.set_title(title, fontsize=9, parse_math=False)
+        axis.set(xlabel="head", ylabel="layer")
+        for locator in (axis.xaxis, axis.yaxis):
+            locator.set_major_locator(MaxNLocator(6, integer=True))
+        axis.label_outer()
+    film.colorbar(image, ax=axes, label="entropy (nats)")
+    order = np.argsort(steps)
+    panels = curves.subplots(rows, 4, squeeze=False)
+    for axis in panels.flat[len(series) :]:
+        axis.set_visible(False)
+    for axis, (name, values) in zip(panels.flat, series.items(), strict=False):
+        axis.plot(np.array(steps)[order], np.array(values)[order], marker="o", markersize=3)
+        axis.set_title(name, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.grid(alpha=0.3)
+    curves.supxlabel("step", fontsize=9)
+    return figure
+
+
+def _grid(measurement: dict[str, Any]) -> np.ndarray:
+    """Its entropies, `(layers, heads)`; layers may have different numbers of heads."""
+    heads = max(map(len, measurement["entropy"]))
+    return np.array([[*row, *[np.nan] * (heads - len(row))] for row in measurement["entropy"]])
 
 
 def plot_overview(measurements: list[dict[str, Any]], names: list[str], bars: dict[str, list[float]]) -> Figure:

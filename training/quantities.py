@@ -1,4 +1,4 @@
-"""What is measured during training beside attention entropy: a class a quantity."""
+"""What is measured during training beside attention: a class a quantity."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modeling_lnfree import LNFreeConfig
+from modeling_lnfree.residual_stream import record_residual_stream
 
 from .parametrization import (
     entropy_lower_bound,
@@ -60,77 +61,6 @@ class LearnedScalars(Quantity):
         return {name: value.tolist() for name, value in values.items()}, scalars
 
 
-class Outliers(Quantity):
-    """
-    Outliers of the residual stream behind every layer, over all tokens of the probe batch:
-
-    - `infinity_norm`, the largest absolute entry, and `pearson_kurtosis`, E[(x - m)^4] / E[(x - m)^2]^2 over all
-      entries, 3 for a Gaussian (arXiv 2306.12929; there by sequence, and averaged);
-    - `cosine`, the mean cosine of two different tokens of a sequence, 1 where all have become one;
-    - `dimensions`, where an entry is larger than 6 in absolute value and more than 6 standard deviations of the
-      layer's entries away from their mean (after arXiv 2208.07339).
-    """
-
-    name = "outliers"
-
-    @contextmanager
-    def watch(self, model):
-        layers = model.model.layers
-        # per layer: sums of x to x^4, number of entries, and sum of cosines and number of pairs
-        self.sums = torch.zeros(len(layers), 7, dtype=torch.float64)
-        self.most = torch.zeros(len(layers), model.config.hidden_size, 2, dtype=torch.float64)  # largest x and -x
-
-        def add(layer: int, output: Tensor):
-            states = output.to(torch.float32 if output.device.type == "mps" else torch.float64)
-            tokens = states.shape[-2]
-            unit = torch.nn.functional.normalize(states, dim=-1)
-            # all pairs without a matrix of them: the square of the sum, less the pairs of a token with itself
-            cosines = unit.sum(-2).square().sum() - unit.square().sum()
-            squares = states.square()
-            sums = [states.sum(), squares.sum(), (squares * states).sum(), squares.square().sum(), cosines]
-            first = torch.stack(sums).cpu().double()
-            numbers = first.new_tensor([states.numel(), len(states) * tokens * (tokens - 1)])
-            self.sums[layer] += torch.stack([*first[:4], numbers[0], first[4], numbers[1]])
-            flat = states.flatten(0, -2)
-            self.most[layer] = torch.maximum(
-                self.most[layer], torch.stack([flat.amax(0), -flat.amin(0)], -1).cpu().double()
-            )
-
-        with ExitStack() as stack:
-            for index, layer in enumerate(layers):
-                stack.enter_context(
-                    layer.register_forward_hook(lambda _, args, output, index=index: add(index, output))
-                )
-            yield
-        self.sums = _add_up(self.sums, model.device)
-        self.most = _add_up(self.most, model.device, torch.distributed.ReduceOp.MAX)
-
-    def measure(self, model):
-        mean, second, third, fourth = (self.sums[:, :4] / self.sums[:, 4:5]).T
-        variance = second - mean**2
-        central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
-        infinity_norm = self.most.amax((1, 2))
-        # one token has no other
-        pairs = self.sums[:, 6]
-        cosine = torch.where(pairs > 0, self.sums[:, 5] / pairs.clamp(min=1), torch.nan)
-        signs = self.most.new_tensor([1.0, -1.0])
-        away = (self.most * signs - mean[:, None, None]).abs() > 6 * variance.sqrt()[:, None, None]
-        outliers = (away & (self.most > 6)).any(-1)
-        record = {
-            "infinity_norm": infinity_norm.tolist(),
-            "pearson_kurtosis": (central / variance**2).tolist(),
-            "cosine": cosine.tolist(),
-            "dimensions": [row.nonzero().flatten().tolist() for row in outliers],
-        }
-        scalars = {
-            f"outliers/layer_{layer}/{name}": value
-            for name in ("infinity_norm", "pearson_kurtosis", "cosine")
-            for layer, value in enumerate(record[name])
-        }
-        scalars |= {f"outliers/layer_{layer}/dimensions": float(row.sum()) for layer, row in enumerate(outliers)}
-        return record, scalars
-
-
 class ResidualStream(Quantity):
     """
     The residual stream behind every layer: the mean L2 norm of a token's vector, and the kurtosis of the activations'
@@ -142,32 +72,44 @@ class ResidualStream(Quantity):
 
     @contextmanager
     def watch(self, model):
-        layers = model.model.layers
-        # per layer: sums over tokens of each dimension's square, and of the norm; number of tokens
-        self.sums = torch.zeros(len(layers), model.config.hidden_size + 2, dtype=torch.float64)
-
-        def add(layer: int, output: torch.Tensor):
-            # the GPUs of Apple have no float64
-            dtype = torch.float32 if output.device.type == "mps" else torch.float64
-            squares = output.to(dtype).square().flatten(0, -2)  # (tokens, D)
-            tokens = torch.full((1,), len(squares), device=squares.device)
-            self.sums[layer] += torch.cat([squares.sum(0), squares.sum(-1).sqrt().sum()[None], tokens]).cpu()
-
-        with ExitStack() as stack:
-            for index, layer in enumerate(layers):
-                stack.enter_context(
-                    layer.register_forward_hook(lambda _, args, output, index=index: add(index, output))
-                )
+        with record_residual_stream(model) as self.record:
             yield
-        self.sums = _add_up(self.sums, model.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.record.all_reduce(model.device)
 
     def measure(self, model):
-        mean_squares = self.sums[:, :-2] / self.sums[:, -1:]  # (layers, D)
-        norm = (self.sums[:, -2] / self.sums[:, -1]).tolist()
-        kurtosis = (mean_squares.square().mean(-1) / mean_squares.mean(-1).square()).tolist()
-        scalars = {f"residual_stream/layer_{layer}/norm": value for layer, value in enumerate(norm)}
-        scalars |= {f"residual_stream/layer_{layer}/kurtosis": value for layer, value in enumerate(kurtosis)}
-        return {"norm": norm, "kurtosis": kurtosis}, scalars
+        values = {"norm": self.record.norm.tolist(), "kurtosis": self.record.neuron_kurtosis.tolist()}
+        return values, _by_layer(self.name, values)
+
+
+class Outliers(Quantity):
+    """
+    Outliers of the residual stream behind every layer, over all tokens of the probe batch, as
+    `modeling_lnfree.residual_stream` defines them: `infinity_norm`, `pearson_kurtosis`, `cosine` (the mean cosine of
+    two different tokens of a sequence) and the outlier `dimensions`.
+
+    Args:
+        stream: whose record of the same pass it reads; by default it looks at the stream itself.
+    """
+
+    name = "outliers"
+
+    def __init__(self, stream: ResidualStream | None = None):
+        self.stream, self.looks = stream or ResidualStream(), stream is None
+
+    def watch(self, model):
+        return self.stream.watch(model) if self.looks else nullcontext()
+
+    def measure(self, model):
+        record = self.stream.record
+        values = {name: getattr(record, name).tolist() for name in ("infinity_norm", "pearson_kurtosis", "cosine")}
+        dimensions = record.outlier_dimensions
+        scalars = _by_layer(self.name, {**values, "dimensions": [float(len(found)) for found in dimensions]})
+        return {**values, "dimensions": dimensions}, scalars
+
+
+def _by_layer(name: str, values: dict[str, list[float]]) -> dict[str, float]:
+    return {f"{name}/layer_{layer}/{key}": value for key, row in values.items() for layer, value in enumerate(row)}
 
 
 class ZeroActivations(Quantity):

@@ -29,6 +29,24 @@ def to_markdown(blocks: Iterable[Block]) -> str:
     return "\n\n".join(map(_block_to_markdown, blocks))
 
 
+def to_text(blocks: Iterable[Block]) -> str:
+    """The blocks for a terminal: the columns of a table stand below each other, all but the first to the right."""
+    return "\n\n".join(_block_to_text(block) for block in blocks)
+
+
+def _block_to_text(block: Block) -> str:
+    if isinstance(block, Heading):
+        return block.text
+    if isinstance(block, str):
+        return block
+    rows = [block.heads, *block.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in rows)
+    )
+
+
 def _block_to_markdown(block: Block) -> str:
     if isinstance(block, str):
         return block

@@ -1,18 +1,17 @@
 """The texts of any dataset, and what a causal language model makes of them."""
 
-import math
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset, IterableDataset, Value
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_lnfree import use_fast_cpu
-from modeling_lnfree.metrics.attention_entropy.reading import check_max_length, load_model, pad
+from modeling_lnfree.likelihood import is_causal
+from modeling_lnfree.metrics.attention_entropy.reading import check_max_length, load_model
 
 from .data import check_reachable, evaluation_split, has_vocabulary, load_documents, load_splits, reading
 from .errors import UserError, explained
@@ -26,7 +25,7 @@ def perplexity(nll: float) -> float:
 
 class Texts:
     """
-    The texts of one split of a dataset, each with the number of its row; a row without one has an empty text.
+    The texts of one split of a dataset, in the order of its rows; a row without one has an empty text.
 
     Args:
         dataset: Hub id, folder or file of a dataset, or `"stdlib"`, the evaluation part of the embedded corpus.
@@ -69,14 +68,8 @@ class Texts:
         if first:
             self._text(first)
 
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        return ((index, self._text(row)) for index, row in enumerate(self._read()))
-
-    def batches(self, size: int) -> Iterator[list[tuple[int, str]]]:
-        """So many texts at a time; the last batch may have fewer."""
-        texts = iter(self)
-        while batch := list(islice(texts, size)):
-            yield batch
+    def __iter__(self) -> Iterator[str]:
+        return map(self._text, self._read())
 
     def _read(self) -> Iterator[dict[str, Any]]:
         with reading(f"dataset {self.dataset!r} cannot be read"):
@@ -134,6 +127,10 @@ def load_reader(
     """
     check_model_id(model_id)
     check_reachable("model", model_id)
+    if revision is not None and Path(model_id).is_dir():
+        raise UserError(
+            f"revision={revision!r} is of the Hub, and {model_id} is a folder: name the folder of that state"
+        )
     _check_device(device)
     with explained(f"model {model_id!r} cannot be measured"):
         model = load_model(
@@ -141,10 +138,10 @@ def load_reader(
         )
         tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
         max_length = check_max_length(model, tokenizer, max_length)
-        is_causal = _is_causal(model, max_length)
+        causal = is_causal(model, max_length)
     if not has_vocabulary(tokenizer):
         raise UserError(f"model {model_id!r} cannot be measured: no tokenizer came with it")
-    if not is_causal:
+    if not causal:
         raise UserError(
             f"model {model_id!r} is no causal language model: what it says of a token depends on the tokens after it, "
             "and perplexity would mean something else; the metric attention_entropy measures encoders too"
@@ -152,39 +149,7 @@ def load_reader(
     return use_fast_cpu(model), tokenizer, max_length
 
 
-@torch.no_grad()
-def _is_causal(model: PreTrainedModel, max_length: int) -> bool:
-    """Whether another last token changes nothing before it."""
-    vocabulary = model.config.get_text_config().vocab_size
-    first = torch.arange(min(max_length, 8), device=model.device) % vocabulary  # (T,)
-    second = first.clone()
-    second[-1] = (second[-1] + vocabulary // 2) % vocabulary
-    logits = model(input_ids=torch.stack([first, second]), use_cache=False).logits[:, :-1].float()
-    # rows of a batch may be rounded differently
-    tolerance = torch.finfo(model.dtype).eps ** 0.5 * logits.abs().max() if logits.numel() else 0
-    return not (logits[0] - logits[1]).abs().gt(tolerance).any()
-
-
 def _check_device(device: str | None):
     with explained(f"device {device!r} cannot be used"):
         if torch.empty(0, device=device).is_meta:
             raise UserError("device 'meta' cannot be used: it holds no values")
-
-
-def negative_log_likelihoods(model: PreTrainedModel, sequences: list[list[int]]) -> list[Tensor]:
-    """Of every token but the first of each sequence, in nats. Raises UserError for what the model cannot read."""
-    if not sequences:
-        return []
-    known = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
-    # on an accelerator, such a token ends the process
-    if (largest := max(map(max, sequences))) >= known:
-        raise UserError(f"the tokenizer gives token {largest}, and the model knows {known}: one is not the other's")
-    inputs = pad(sequences, model.device)
-    # by a batch too large for the memory, or a text too long for the positions
-    with explained(f"{len(sequences)} texts of {max(map(len, sequences))} tokens at a time cannot be measured"):
-        logits = model(**inputs, use_cache=False).logits  # (batch, T, vocab)
-    ends = map(len, sequences)
-    return [
-        F.cross_entropy(row[: end - 1].float(), token_ids[1:end], reduction="none")
-        for row, token_ids, end in zip(logits, inputs["input_ids"], ends, strict=True)
-    ]

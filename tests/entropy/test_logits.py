@@ -14,11 +14,29 @@ def test_weight_on_the_first_key_matches_maps(model_type, padding):
     model, batch = make_model(model_type, "eager"), make_batch(padding)
     with record_attention_entropy(model, logits=True) as record, torch.no_grad():
         model(**batch)
-    first = batch["attention_mask"].argmax(-1)
     maps = float64_maps(model, batch)
-    on_first = maps.gather(-1, first.view(1, -1, 1, 1, 1).expand(*maps.shape[:4], 1))[..., 0]
+    # the first key that a query may see, which a sliding window moves on; a hidden key has no weight at all
+    first = (maps > 0).int().argmax(-1, keepdim=True)
+    on_first = maps.gather(-1, first)[..., 0]
     expected = mean_of_queries(on_first, batch["attention_mask"])
     torch.testing.assert_close(record.sink_share.double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("model_type", ["gpt2", "mistral", "gpt_oss", "bert"])
+def test_spectral_gap_matches_the_eigenvalues_of_maps(model_type, padding):
+    model, batch = make_model(model_type, "eager"), make_batch(padding)
+    with record_attention_entropy(model, logits=True) as record, torch.no_grad():
+        model(batch["input_ids"][:1], attention_mask=batch["attention_mask"][:1])
+        model(batch["input_ids"][1:], attention_mask=batch["attention_mask"][1:])
+    if model_type == "bert":
+        assert record.spectral_gap.isnan().all()  # its maps are not triangular
+        return
+    maps, gaps = float64_maps(model, batch)[..., :13], []  # without a sink's column
+    for sequence, real in enumerate(batch["attention_mask"].bool()):
+        sizes = torch.linalg.eigvals(maps[:, sequence][..., real, :][..., real]).abs().sort(-1).values
+        gaps.append(sizes[..., -1] - sizes[..., -2])
+    torch.testing.assert_close(record.spectral_gap.double(), torch.stack(gaps).mean(0), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])

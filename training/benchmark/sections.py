@@ -277,9 +277,10 @@ def benchmark_callback(settings: Settings) -> list[Row]:
     model = use_fast_cpu(build_lnfree("SM+R", "quick", data.block_size, device))
     input_ids = torch.randint(model.config.vocab_size, (batch_size, data.block_size), device=device)
     probe = {"input_ids": torch.randint(model.config.vocab_size, (data.entropy_sequences, data.block_size))}
+    stream = ResidualStream()
     measured: dict[str, list[Quantity]] = {
-        "entropy": [],
-        "all": [ResidualStream(), BatchEntropy(), Outliers(), ZeroActivations()],
+        "attention": [],
+        "all": [stream, BatchEntropy(), Outliers(stream), ZeroActivations()],
     }
     runs = {"step": training_step(model, input_ids)}
     for name, quantities in measured.items():

@@ -20,9 +20,9 @@ from ..quantities import Quantity
 
 class MeasurementCallback(AttentionEntropyCallback):
     """
-    Attention entropy and other quantities, all in one forward pass of a fixed probe batch in evaluation mode: before
-    the first step, every `every` steps, and after the last one. Each has a JSON-lines file in `run_dir`, with one
-    record a measurement; resuming drops the records after the checkpoint's step.
+    Attention (entropy, largest logit, sink share) and other quantities, all in one forward pass of a fixed probe batch
+    in evaluation mode: before the first step, every `every` steps, and after the last one. Each has a JSON-lines file
+    in `run_dir`, with one record a measurement; resuming drops the records after the checkpoint's step.
 
     Args:
         trainer: its log, which every `report_to` receives, gets the scalars.
@@ -35,7 +35,7 @@ class MeasurementCallback(AttentionEntropyCallback):
     def __init__(
         self, trainer: Trainer, quantities: list[Quantity], probe: dict[str, torch.Tensor], every: int, run_dir: Path
     ):
-        super().__init__(trainer, every=every, probe=probe)
+        super().__init__(trainer, every=every, probe=probe, logits=True)
         self.quantities, self.run_dir = quantities, run_dir
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -166,7 +166,8 @@ def train(recipe: Recipe) -> Path:
         )
     if recipe.data.remove_norms_from is not None:
         trainer.add_callback(NormRemovalCallback(trainer, recipe.data, run_dir))
-    quantities = [ResidualStream(), BatchEntropy(), Outliers()]
+    stream = ResidualStream()
+    quantities = [stream, BatchEntropy(), Outliers(stream)]
     if recipe.data.weight_parametrization is not None and EntropyBound.holds(model.config):
         quantities.append(EntropyBound())
     if model.config.hidden_act == "relu":

@@ -17,7 +17,7 @@ from datasets import Features, List, Value
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .entropy import compute_attention_entropy
-from .reading import adapted_model, check_max_length, encode, inner_model, load_model, pad, side
+from .reading import adapted_model, check_max_length, encode, evaluating, inner_model, load_model, pad, side
 from .record import AttentionEntropyRecord
 from .recorder import record_attention_entropy
 from .summary import combine, to_numbers
@@ -249,17 +249,15 @@ def _measure(
     if device.type == "meta":
         # the weights are elsewhere until they are needed, as accelerate's offload has it
         device = torch.device(getattr(getattr(inner, "_hf_hook", None), "execution_device", None) or "cpu")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # not reduced: other processes may measure other texts, or none
-        # nor are the towers of other modalities, which read no text
-        with torch.no_grad(), record_attention_entropy(inner.base_model.get_decoder(), reduce=False) as record:
-            for batch in evaluate.logging.tqdm(batches):
-                backbone(**pad(batch, device), use_cache=False)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    # not reduced: other processes may measure other texts, or none
+    # nor are the towers of other modalities, which read no text
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        record_attention_entropy(inner.base_model.get_decoder(), reduce=False) as record,
+    ):
+        for batch in evaluate.logging.tqdm(batches):
+            backbone(**pad(batch, device), use_cache=False)
     if record.num_queries == 0:
         raise ValueError("no query was measured: " + "; ".join(record.unmeasured))
     return record

@@ -324,14 +324,15 @@ def logits_of_visible(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Of every query, with the arguments of `entropy_of_visible`: the largest score of the keys that it sees, its
-    weight on the first key that any query of its sequence sees, and the log-sum-exp of its scores, those of sinks
-    included; `(batch, heads, T, 3)`, in float32 at least."""
+    weight on the first of them, the log-sum-exp of its scores, those of sinks included, and its weight on its own key,
+    NaN unless the queries are those of the keys and see none behind them; `(batch, heads, T, 4)`, in float32 at
+    least."""
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     batch, heads, num_queries, _ = query.shape
-    first = torch.zeros(1, dtype=torch.long, device=query.device)
-    if visibility.mask is not None:
-        first = visibility.mask.any(2).any(1).int().argmax(-1)
+    is_triangular = num_queries == visibility.num_keys and (
+        visibility.is_causal or (visibility.mask is not None and not bool(visibility.mask.triu(1).any()))
+    )
 
     def logits(start: int, stop: int, query: Tensor, key: Tensor) -> Tensor:
         block = visibility.block(start, stop)
@@ -344,8 +345,26 @@ def logits_of_visible(
         if sinks is not None:
             rows = sinks.to(dtype).expand(batch, -1, num_queries, -1)[:, :, start:stop, 0]
             logsumexp = torch.logaddexp(logsumexp, rows)
-        on_first = scores.gather(-1, first.view(-1, 1, 1, 1).expand(*scores.shape[:3], 1))[..., 0]
-        return torch.stack([scores.amax(-1), (on_first - logsumexp).exp(), logsumexp], -1)
+        first = torch.zeros(1, 1, 1, dtype=torch.long, device=query.device)
+        if block.mask is not None:
+            first = block.mask.int().argmax(-1)
+        on_first = scores.gather(-1, first[..., None].expand(*scores.shape[:3], 1))[..., 0]
+        on_own = torch.full_like(on_first, torch.nan)
+        if is_triangular:
+            on_own = scores.diagonal(start, -2, -1)
+        return torch.stack([scores.amax(-1), (on_first - logsumexp).exp(), logsumexp, (on_own - logsumexp).exp()], -1)
 
     with torch.autocast(query.device.type, enabled=False):
         return _in_blocks(logits, max(1, batch * heads * visibility.num_keys), num_queries, query, key)
+
+
+def spectral_gaps(own: Tensor, counted: Tensor) -> Tensor:
+    """Of every head, the sum over the sequences of the difference between the two largest eigenvalues of its map, and
+    the number of sequences, `(heads, 2)`. The map of a causal head is triangular, so its eigenvalues are the weights
+    of the queries on their `own` keys, `(batch, heads, T)`; a sequence needs two queries that are `counted`."""
+    eigenvalues = own.masked_fill(~counted, -torch.inf)
+    if own.shape[-1] < 2:
+        return own.new_zeros(own.shape[1], 2)
+    largest, second = eigenvalues.topk(2).values.unbind(-1)  # (batch, heads)
+    has_two = counted.expand_as(own).sum(-1) > 1
+    return torch.stack([(largest - second).masked_fill(~has_two, 0.0).sum(0), has_two.sum(0)], -1)

@@ -1,7 +1,8 @@
 """Models that are measured, and the texts that they read."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -94,6 +95,18 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, T
     input_ids = pad_sequence(rows, batch_first=True)
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode; behind it, every module in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:

@@ -18,7 +18,8 @@ class AttentionEntropyRecord:
         # by position and run of the layer: its name and (heads, 5), sums over queries of entropy, largest entropy, NaN
         # weights, infinite scores, and 1
         self._totals: dict[tuple[int, int], tuple[str, Tensor]] = {}
-        # likewise, (heads, 3): the largest score, and sums of the weight on the first key and of the log-sum-exp
+        # likewise, (heads, 5): the largest score, sums over queries of the weight on the first key and of the
+        # log-sum-exp, and over sequences of the spectral gap and of 1
         self._logits: dict[tuple[int, int], Tensor] = {}
         self.unmeasured: list[str] = []
         """What the model computed and the record does not hold, a sentence each; filled when the block is left."""
@@ -83,21 +84,34 @@ class AttentionEntropyRecord:
         return torch.stack([(quarters == quarter).float().mean() for quarter in range(4)])
 
     @property
+    def has_logits(self) -> bool:
+        """Whether the scores were looked at (`logits=True`)."""
+        return bool(self._logits)
+
+    @property
     def max_logit(self) -> Tensor:
         """Largest score of a key that a query saw (`torch.FloatTensor` of shape `(layers, heads)`). This and the next
-        two need `logits=True`."""
+        three need `logits=True`."""
         return self._padded_logits[..., 0].float()
 
     @property
     def sink_share(self) -> Tensor:
-        """Mean weight of the queries on the first key of their sequence (`torch.FloatTensor` of shape
-        `(layers, heads)`), what an attention sink takes (arXiv 2309.17453)."""
+        """Mean weight of the queries on the first key that each of them may see (`torch.FloatTensor` of shape
+        `(layers, heads)`): the first token of its sequence, or of its packed document, and with a sliding window the
+        first in it. What an attention sink takes (arXiv 2309.17453)."""
         return (self._padded_logits[..., 1] / self._sums[..., 4]).float()
 
     @property
     def logsumexp(self) -> Tensor:
         """Mean log-sum-exp of the queries' scores (`torch.FloatTensor` of shape `(layers, heads)`)."""
         return (self._padded_logits[..., 2] / self._sums[..., 4]).float()
+
+    @property
+    def spectral_gap(self) -> Tensor:
+        """Mean over the sequences of the difference between the two largest eigenvalues of a head's map
+        (`torch.FloatTensor` of shape `(layers, heads)`), from 0 to 1 (arXiv 2311.13541). NaN for what is not causal
+        or read with a cache, and where no sequence has two tokens."""
+        return (self._padded_logits[..., 3] / self._padded_logits[..., 4]).float()
 
     def all_reduce(self) -> None:
         """Add up the measurements of all processes of the default process group, in each of them."""
@@ -131,7 +145,7 @@ class AttentionEntropyRecord:
             raise ValueError("scores were not looked at: record_attention_entropy(model, logits=True)")
         rows = [self._logits[row].cpu().double() for row in sorted(self._logits)]
         if not rows:
-            return torch.zeros(0, 0, 3).double()
+            return torch.zeros(0, 0, 5).double()
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
 
     @property

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .entropy import entropy_of_visible, logits_of_visible
+from .entropy import entropy_of_visible, logits_of_visible, spectral_gaps
 from .record import AttentionEntropyRecord
 from .visibility import MaskOrigin, describe_mask, read_visibility
 
@@ -276,7 +276,7 @@ class _Recorder:
             if origin.told is not None:
                 yield origin.told
         for module, args, kwargs in self._pass.inputs:
-            for name, value in _named_arguments(module, args, kwargs):
+            for name, value in named_arguments(module, args, kwargs):
                 if name.endswith("mask") and isinstance(value, Tensor) and value.ndim in (2, 3):
                     yield value
 
@@ -363,10 +363,11 @@ class _Recorder:
             raise _Unmeasured("its tensors hold no numbers")
         logits = None
         if self._logits:
-            values = logits_of_visible(query, key, scaling, visibility, **scored)  # (batch, heads, T, 3)
-            values, counted = values.to(dtype), counted[..., None]
+            values = logits_of_visible(query, key, scaling, visibility, **scored).to(dtype)  # (batch, heads, T, 4)
+            gaps = spectral_gaps(values[..., 3], counted)
+            values, counted = values[..., :3], counted[..., None]
             most = values[..., :1].masked_fill(~counted, -torch.inf).amax((0, 2))
-            logits = torch.cat([most, values[..., 1:].masked_fill(~counted, 0.0).sum((0, 2))], -1)
+            logits = torch.cat([most, values[..., 1:].masked_fill(~counted, 0.0).sum((0, 2)), gaps], -1)
         return LayerEntropy("", entropy, largest), total, logits
 
     # ---- the end
@@ -406,7 +407,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     kind = type(module)
     names = [name for name in _signature(kind).parameters if name != "self"]  # type: ignore[arg-type]  # is hashable
     yield from zip(names, args, strict=False)
@@ -422,7 +423,7 @@ def _reads_second_sequence(module: nn.Module, args: tuple, kwargs: dict[str, Any
     """Whether an attention module gets another sequence beside its hidden states, by the names that such have."""
     return any(
         isinstance(value, Tensor) and value.ndim == 3 and any(word in name for word in _SECOND_SEQUENCE)
-        for name, value in _named_arguments(module, args, kwargs)
+        for name, value in named_arguments(module, args, kwargs)
     )
 
 
@@ -570,8 +571,8 @@ def record_attention_entropy(
             processes when the block is left without an exception, so that all see the results of the whole batch.
             This is a collective: all processes must enter the block. Pass False to measure in one of them only, or
             when the processes hold parts of the heads (tensor parallelism).
-        logits (`bool`, defaults to `False`): look at the scores too, for `record.max_logit`, `sink_share` and
-            `logsumexp`; about twice the time of the entropy.
+        logits (`bool`, defaults to `False`): look at the scores too, for `record.max_logit`, `sink_share`,
+            `logsumexp` and `spectral_gap`; about twice the time of the entropy.
         differentiable (`bool`, defaults to `False`): hand entropies that are attached to the graph to `on_layer`,
             where gradients are enabled. No attention map is kept for them. A function of them belongs behind the
             forward pass, not into `on_layer`; checkpointing must not be reentrant.
