@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .attribution import attribute_logits, logit_lens
 from .configuration_lnfree import LNFreeConfig
 from .cpu import use_fast_cpu
 from .entropy_callback import AttentionEntropyCallback
@@ -23,6 +24,7 @@ from .modeling_lnfree import (
     LNFreePreTrainedModel,
 )
 from .optimization import build_optimizer, get_parameter_groups
+from .patching import activation_patching, attribution_patching
 
 
 # Where this is imported, the Auto classes know the model type and no remote code is needed.
@@ -49,9 +51,13 @@ __all__ = [
     "LNFreeForTokenClassification",
     "LNFreeModel",
     "LNFreePreTrainedModel",
+    "activation_patching",
+    "attribute_logits",
+    "attribution_patching",
     "build_optimizer",
     "compute_attention_entropy",
     "get_parameter_groups",
+    "logit_lens",
     "record_attention_entropy",
     "use_fast_cpu",
     "use_fused_loss",
