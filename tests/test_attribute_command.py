@@ -210,15 +210,3 @@ def test_what_cannot_be_done_is_one_line(name, options, message, models, tmp_pat
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.match(f"lnfree attribute: error: {message}", error)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_revision_is_the_one_that_is_loaded(models, monkeypatch):
-    from training import attribute
-
-    seen = {}
-    load = attribute.load_in_family
-    monkeypatch.setattr(
-        attribute, "load_in_family", lambda model_id, revision: seen.update(revision=revision) or load(model_id)
-    )
-    assert cli.main(["attribute", str(models / "plain"), TEXT, "--revision", "v1"]) == 0
-    assert seen == {"revision": "v1"}
