@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .attribution import attribute_logits, logit_lens
 from .configuration_lnfree import LNFreeConfig
 from .cpu import use_fast_cpu
 from .entropy_callback import AttentionEntropyCallback
@@ -24,6 +25,7 @@ from .modeling_lnfree import (
     LNFreePreTrainedModel,
 )
 from .optimization import build_optimizer, get_parameter_groups
+from .patching import activation_patching, attribution_patching
 from .residual_stream import record_residual_stream
 
 
@@ -56,6 +58,10 @@ __all__ = [
     "compute_attention_entropy",
     "get_parameter_groups",
     "measure",
+    "activation_patching",
+    "attribute_logits",
+    "attribution_patching",
+    "logit_lens",
     "record_attention_entropy",
     "record_residual_stream",
     "use_fast_cpu",

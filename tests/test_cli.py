@@ -25,7 +25,7 @@ def test_every_verb_has_help_with_an_example(capsys):
     verbs = re.findall(r"^    ([\w-]+)(?: |$)", help_of(), re.MULTILINE)
     assert {
         *("train", "recipes", "sweep", "compare", "export", "measure", "cost", "import", "remove-norms", "publish"),
-        "benchmark",
+        *("attribute", "benchmark"),
     } == set(verbs)
     for verb in verbs:
         assert re.search(rf"example:\n  lnfree {verb}( |\n|$)", help_of(verb))

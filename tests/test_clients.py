@@ -7,7 +7,6 @@ What people use with models of the Hub, tried for real. Their packages are the e
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +29,6 @@ from modeling_lnfree import LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import PRESETS
 
 from .conftest import ROOT, every_backbone, random_ids, tiny_config, tiny_model
-from .convert.test_convert import remove_layernorm_by_scaling, tiny_gpt2, tiny_neox
 from .modeling.designs import design, design_model, every_design, possible, preset_name
 
 
@@ -387,58 +385,6 @@ def test_nnsight_reads_and_sets_hidden_states(model, tokenizer):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
     torch.testing.assert_close(ablated, model(input_ids).logits, atol=1e-5, rtol=1e-5)
-
-
-ATTRIBUTED = {
-    "SM+R-noLNf": lambda folder: tiny_model("SM+R-noLNf"),
-    "SM+G-noLNf-pythia": lambda folder: tiny_model("SM+G-noLNf", "pythia"),
-    "all biases": lambda folder: tiny_model("SM+R-noLNf", biased_projections=["v_proj", "o_proj", "down_proj"]),
-    "imported gpt2": lambda folder: imported(tiny_gpt2(), folder),
-    "imported pythia": lambda folder: imported(tiny_neox(), folder),
-}
-
-
-def imported(stock, folder):
-    from training.convert.convert import convert
-
-    remove_layernorm_by_scaling(stock).save_pretrained(folder / "stock")
-    return LNFreeForCausalLM.from_pretrained(convert(folder / "stock", folder / "ours")).eval()
-
-
-@pytest.mark.parametrize("kind", ATTRIBUTED)
-def test_logits_without_a_final_norm_are_the_sum_of_what_the_components_write(kind, tmp_path):
-    attribute = runpy.run_path(str(ROOT / "scripts" / "logit_attribution.py"))["attribute"]
-    model = ATTRIBUTED[kind](tmp_path)
-    input_ids = random_ids(1, 13)
-    parts, logits = attribute(model, input_ids)
-    assert len(parts) >= 1 + 3 * (4 + 1)  # embeddings, and in each block four heads and the feed-forward layer
-    torch.testing.assert_close(logits, model(input_ids).logits[0])
-    scale = max(1.0, logits.abs().max().item() / 10)
-    torch.testing.assert_close(sum(parts.values()), logits, atol=1e-4 * scale, rtol=0)
-    # a head's share is what its removal takes away where nothing later reads it
-    head = f"layer {model.config.num_hidden_layers - 1} head 2"
-    last = model.model.layers[-1]
-    if model.config.parallel_residual:
-        with torch.no_grad():
-            last.self_attn.o_proj.weight[:, 16:24] = 0
-        torch.testing.assert_close(logits - model(input_ids).logits[0], parts[head], atol=1e-4 * scale, rtol=1e-4)
-
-
-def test_attribution_refuses_a_final_norm():
-    attribute = runpy.run_path(str(ROOT / "scripts" / "logit_attribution.py"))["attribute"]
-    with pytest.raises(ValueError, match="exact without a final norm only, got final_norm_type=layernorm"):
-        attribute(tiny_model("SM+R"), random_ids(1, 5))
-
-
-@pytest.mark.slow  # a process that imports transformers
-def test_attribution_script_sums_up(tmp_path, tokenizer):
-    tiny_model("SM+R-noLNf", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    command = [sys.executable, ROOT / "scripts" / "logit_attribution.py", tmp_path / "model", "def main("]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    assert run.returncode == 0, run.stderr
-    first, *_, last = run.stdout.splitlines()
-    assert float(last.split()[0]) == pytest.approx(float(first.split()[-1]), abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------ serving

@@ -24,7 +24,7 @@ FLOORS = (
     ),
     (
         *("training.train", "training.sweep", "training.compare", "training.hub", "training.measure"),
-        *("training.cost", "training.benchmark", "training.remove_norms"),
+        *("training.attribute", "training.cost", "training.benchmark", "training.remove_norms"),
     ),
     ("training.cli",),
 )

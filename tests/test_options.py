@@ -20,6 +20,7 @@ from .hub_server import TOKEN, HubServer
 OPTIONS, COMMAND = "tests/test_options.py::", "tests/hub/test_command.py::"
 MEASURE, COST = "tests/test_metric.py::test_measure_matches_naive", "tests/test_cost.py::"
 MEASURED = "tests/measurement/test_command.py::"
+ATTRIBUTE = "tests/test_attribute_command.py::"
 SWITCHES = COMMAND + "test_command_publishes_privately_with_checkpoints_and_loads_all_back"
 TEXTS = OPTIONS + "test_options_of_texts_choose_what_is_read"
 REVISION = OPTIONS + "test_revision_is_the_one_named"
@@ -61,6 +62,15 @@ TESTED = {
         "--dtype": OPTIONS + "test_dtype_is_the_one_named",
         "--revision": REVISION,
         "--trust-remote-code": OPTIONS + "test_code_that_comes_with_a_model_is_run_only_when_asked",
+    },
+    "attribute": {
+        **dict.fromkeys(("model_id", "text", "--json"), ATTRIBUTE + "test_a_logit_and_its_parts"),
+        **dict.fromkeys(("--target", "--against"), ATTRIBUTE + "test_target_and_against_choose_the_logits"),
+        **dict.fromkeys(("--neurons", "--lens"), ATTRIBUTE + "test_neurons_and_lens_have_tables"),
+        "--linearize": ATTRIBUTE + "test_a_final_norm_is_held_on_demand_in_stock_models_too",
+        **dict.fromkeys(("--corrupted", "--real"), ATTRIBUTE + "test_corrupted_text_scores_every_output"),
+        "--picture": ATTRIBUTE + "test_picture_is_drawn_of_what_was_asked_for",
+        "--revision": REVISION,
     },
     "cost": {
         **dict.fromkeys(
@@ -261,6 +271,10 @@ def test_revision_is_the_one_named(tmp_path, tokenizer, configured, results_of, 
             # its tokenizer comes from there too
             bits = results_of("cost", "me/two", "--fixed-point", *texts, *options)["fixed_point"]
             assert bits["perplexity"] == pytest.approx(measured["perplexity"], rel=1e-4)
+            attributed = tmp_path / "attributed.json"
+            command = ["attribute", "me/two", "a", "--linearize", "--json", str(attributed)]
+            assert cli.main([*command, *options]) == 0
+            assert sum("MLP" in name for name in json.loads(attributed.read_text())["parts"]) == layers
             out = tmp_path / f"imported-{layers}"
             assert cli.main(["import", "me/two", str(out), *options]) == 0
             assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == layers

@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         _compare,
         _export,
         _measure,
+        _attribute,
         _cost,
         _import,
         _remove_norms,
@@ -216,6 +217,41 @@ class _Moved(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         parser.exit(2, f"{parser.prog}: error: {option_string} is now '{self.const}'\n")
+
+
+def _attribute(verbs):
+    verb = _add_verb(
+        verbs,
+        "attribute",
+        "attribute:attribute",
+        "which heads, feed-forward layers and neurons make a model's next token",
+        "lnfree attribute runs/first/model 'def main(' --lens --picture attributed.png\n"
+        "  lnfree attribute runs/first/model 'x = [' --corrupted 'x = (' --real",
+    )
+    verb.add_argument(
+        "model_id",
+        metavar="MODEL",
+        help="of the Hub, or a folder: of this family, or one that `lnfree import` takes",
+    )
+    verb.add_argument("text", metavar="TEXT", help="what the token follows")
+    verb.add_argument("--revision", help="branch, tag or commit of the model")
+    verb.add_argument("--target", metavar="TOKEN", help="the token whose logit is split (default: the likeliest)")
+    verb.add_argument("--against", metavar="TOKEN", help="split the difference to this token's logit")
+    verb.add_argument("--neurons", action="store_true", help="split the feed-forward layers too")
+    verb.add_argument(
+        "--linearize",
+        action="store_true",
+        help="hold a final norm at its scale, and say what that gets wrong (default: an error where there is one)",
+    )
+    verb.add_argument("--lens", action="store_true", help="also the next token by layer, read off the residual stream")
+    verb.add_argument(
+        "--corrupted",
+        metavar="TEXT",
+        help="in place of the sum: whose output matters for the answer to TEXT, not to this one of as many tokens",
+    )
+    verb.add_argument("--real", action="store_true", help="of --corrupted: also exchange every output, one by one")
+    verb.add_argument("--json", dest="json_path", metavar="FILE", help="write all results")
+    verb.add_argument("--picture", dest="picture_path", metavar="FILE.png", help="draw them")
 
 
 def _cost(verbs):

@@ -8,9 +8,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.typing import ColorType
+
+from modeling_lnfree.attribution import LogitAttribution, LogitLens
+from modeling_lnfree.patching import PatchingScores
 
 from .errors import UserError
 from .files import read_json, read_records
@@ -289,6 +293,84 @@ def plot_norm_removal(removed: Run, control: Run | None) -> Figure:
             locator.set_major_locator(MaxNLocator(12, integer=True))
     figure.colorbar(image, ax=panels, label="attention entropy (nats)", shrink=0.9)
     return figure
+
+
+def plot_attribution(
+    attribution: LogitAttribution | None = None,
+    lens: LogitLens | None = None,
+    patching: PatchingScores | None = None,
+    tokens: list[str] | None = None,
+    names: Callable[[int], str] = str,
+    title: str = "",
+) -> Figure:
+    """
+    What is given of the first text, a row each: the parts of the last position's logit by head and by layer; the
+    likeliest token by layer and position; and the scores of patching by head, and by layer and position.
+
+    Args:
+        tokens: of the text, as they are written below the positions.
+        names: token id -> what is written for it.
+        title: of the picture.
+    """
+    rows = [given for given in (attribution, lens, patching) if given is not None]
+    height = 3.2 if lens is None else 0.32 * len(lens.tokens) + 1.8
+    heights = [height if given is lens else 3.2 for given in rows]
+    width = max(10, 0.62 * len(tokens or ()) + 2)
+    figure = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained", dpi=150)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)
+    for part, given in zip(parts[:, 0], rows, strict=True):
+        if isinstance(given, LogitLens):
+            _draw_lens(part, given, tokens, names)
+        elif isinstance(given, PatchingScores):
+            panels = part.subplots(1, 3)
+            _draw_signed(panels[0], given.heads[:, :, 0].sum(-1), "heads, over all positions", "head")
+            _draw_signed(panels[1], given.heads[:, :, 0].sum(1), "heads of a layer", tokens)
+            _draw_signed(panels[2], given.mlps[:, 0], "feed-forward layers", tokens)
+        else:
+            by_head, by_layer = part.subplots(1, 2)
+            _draw_signed(by_head, given.heads[:, :, 0, -1], "logit by head", "head")
+            others = {"token": given.token, "position": given.position, "norm's bias": given.final_bias}
+            layers = {f"MLP {index}": value for index, value in enumerate(given.mlps)}
+            bars = {**layers, "biases": given.biases.sum(0), **others}
+            values = [value[0, -1].item() for value in bars.values()]
+            by_layer.bar(list(bars), values, color=["tab:red" if value > 0 else "tab:blue" for value in values])
+            by_layer.axhline(0, color="black", linewidth=0.8)
+            by_layer.tick_params("x", rotation=90)
+            by_layer.set_title("logit by feed-forward layer, and the rest", fontsize=10)
+    return figure
+
+
+def _draw_signed(axis, values: torch.Tensor, title: str, columns: str | list[str] | None):
+    """Layers x columns, red for what adds and blue for what takes away."""
+    limit = values.abs().max().item() or 1.0
+    image = axis.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axis.set_title(title, fontsize=10)
+    axis.set_ylabel("layer")
+    axis.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+    if isinstance(columns, list):
+        axis.set_xticks(range(len(columns)))
+        axis.set_xticklabels(columns, rotation=90, fontsize=8, parse_math=False)
+    else:
+        axis.set_xlabel(columns or "position")
+        axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axis.figure.colorbar(image, ax=axis)
+
+
+def _draw_lens(part, lens: LogitLens, tokens: list[str] | None, names: Callable[[int], str]):
+    axis = part.subplots()
+    probabilities = lens.probabilities[:, 0].numpy()
+    image = axis.imshow(probabilities, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for (row, column), probability in np.ndenumerate(probabilities):
+        color = "black" if probability > 0.6 else "white"
+        name = names(int(lens.tokens[row, 0, column]))
+        axis.text(column, row, name, ha="center", va="center", fontsize=7, color=color, parse_math=False)
+    axis.set_title("likeliest next token, read off the residual stream", fontsize=10)
+    axis.set_yticks(range(len(probabilities)), ["embeddings", *(f"layer {n}" for n in range(len(probabilities) - 1))])
+    if tokens is not None:
+        axis.set_xticks(range(len(tokens)))
+        axis.set_xticklabels(tokens, rotation=90, fontsize=8, parse_math=False)
+    part.colorbar(image, ax=axis, label="probability")
 
 
 def plot_evaluations(runs: list[Run]) -> Figure | None:

@@ -118,14 +118,15 @@ def config_in_family(model_id: str | Path) -> LNFreeConfig:
         return config if config.model_type == "lnfree" else ARCHITECTURES[config.model_type].to_ours(config)
 
 
-def load_in_family(model_id: str | Path) -> LNFreeForCausalLM:
+def load_in_family(model_id: str | Path, revision: str | None = None) -> LNFreeForCausalLM:
     """
-    A model of this family, or a stock one as a model of this family, in float32.
+    A model of this family, or a stock one as a model of this family, in float32. `revision` is a branch, tag or
+    commit of the Hub.
 
     Raises:
         UserError: for a model that cannot be loaded, and one that the family cannot express.
     """
-    model = _load(str(model_id), ("lnfree", *ARCHITECTURES), None)
+    model = _load(str(model_id), ("lnfree", *ARCHITECTURES), revision)
     if not isinstance(model, LNFreeForCausalLM):
         model = _from_stock(model)
     return model.float()
