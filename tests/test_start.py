@@ -65,7 +65,7 @@ def test_a_sweep_in_a_hostile_folder(hostile, recipe_values):
 
 def test_a_shell_completes_verbs_and_options():
     pytest.importorskip("argcomplete")
-    asked = {"lnfree comp": "compare", "lnfree export --he": "--help", "lnfree measure --st": "--streaming"}
+    asked = {"lnfree comp": "compare", "lnfree export --he": "--help", "lnfree measure --stre": "--streaming"}
     for typed, expected in asked.items():
         environment = {**os.environ, "_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed))}
         # what a shell's completion function does: the answer comes by descriptor 8

@@ -152,6 +152,7 @@ def interrupt_after(number, monkeypatch):
 
 
 def test_interruption_keeps_what_was_read(tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
     passes = interrupt_after(2, monkeypatch)
     outputs = ["--json", tmp_path / "m.json", "--parquet", tmp_path / "m.parquet", "--heat-map", tmp_path / "m.png"]
     assert run("one", "--batch-size", 2, "--int8", *outputs) == 130
@@ -164,7 +165,7 @@ def test_interruption_keeps_what_was_read(tmp_path, monkeypatch, capsys):
     assert output.err.endswith("lnfree measure: interrupted\n")
     assert sorted(path.name for path in tmp_path.glob("m.*")) == ["m.json", "m.parquet", "m.png"]
     # and it is as ever afterwards
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_models_before_the_one_that_fails_are_kept(tmp_path, capsys):
