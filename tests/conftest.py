@@ -1,6 +1,7 @@
 """Tiny models of every variant on both backbones."""
 
 import json
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,6 +104,14 @@ def recipe_values(corpus):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_compilations():
+    """No test comes nearer to the compiler's limit of recompilations for what other tests compiled in its process."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def tiny_config(variant: str = "SM+R", backbone: str = "gpt2", **kwargs) -> LNFreeConfig:
