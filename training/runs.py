@@ -33,6 +33,8 @@ from .recipe import (
 
 
 RESULTS, REPORT, LOCK, INCOMPLETE = "results.json", "instability.json", ".lock", ".incomplete"
+# what `lnfree measure --json` may have written into a run's folder about its model
+MEASURED = "measured.json"
 
 
 def read_results(run_dir: str | Path) -> dict[str, Any]:
@@ -205,6 +207,24 @@ class Run:
     def perplexity(self) -> float:
         """Over the whole evaluation part."""
         return self.results["perplexity"]
+
+    @cached_property
+    def measured(self) -> dict[str, Any]:
+        """
+        What `lnfree measure MODEL --json FOLDER/measured.json` found of its model, by the names of its quantities,
+        with the perplexities `int8 by tensor` and `int8 by token`. Empty without such a file. Raises UserError if it
+        cannot be read, or is of several models.
+        """
+        path = self.folder / MEASURED
+        if not path.is_file():
+            return {}
+        found = read_json(path)
+        if not isinstance(found, dict) or "summary" not in found:
+            raise UserError(f"{path} must hold what was measured of one model; remove it, and measure again")
+        return {
+            **found["summary"],
+            **{f"int8 {way}": read["perplexity"] for way, read in found.get("int8", {}).items()},
+        }
 
     @property
     def attention_entropy(self) -> dict[str, Any]:

@@ -4,23 +4,27 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
 from training import cli
 from training.compare.archive import FILES
+from training.errors import UserError
 from training.files import read_json
+from training.runs import Run
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 DATA = Path(__file__).parents[2] / "docs" / "data"
 
 
-def test_a_comparison_is_made_again_from_its_file(variant_runs, tmp_path, capsys):
+def test_a_comparison_is_made_again_from_its_file(variant_runs, corpus, tmp_path, capsys):
     docs, runs = tmp_path / "docs", tmp_path / "three"
     (docs / "data").mkdir(parents=True)
     (tmp_path / "README.md").write_text("none\n")
-    (docs / "page.md").write_text("<!-- table three-overview -->\n<!-- end -->\n")
+    marks = [f"<!-- table three-{name} -->\n<!-- end -->\n" for name in ("overview", "measured")]
+    (docs / "page.md").write_text("".join(marks))
     runs.mkdir()
     for variant in ("SM+LN+G", "SM+R", "SM+G"):
         shutil.copytree(variant_runs / variant, runs / variant)
@@ -28,10 +32,16 @@ def test_a_comparison_is_made_again_from_its_file(variant_runs, tmp_path, capsys
     (runs / "SM+G" / "results.json").unlink()
     report = {"step": 3, "layer": None, "seen": "the loss is nan", "found": "layer 0", "last_checkpoint": None}
     (runs / "SM+G" / "instability.json").write_text(json.dumps(report))
+    # of one model more was measured than a run measures
+    measuring = [str(runs / "SM+R" / "model"), "--dataset", str(corpus), "--max-samples", "9", "--int8"]
+    assert cli.main(["measure", *measuring, "--json", str(runs / "SM+R" / "measured.json")]) == 0
+    found = read_json(runs / "SM+R" / "measured.json")
     assert cli.main(["compare", str(runs), "--docs", str(docs)]) == 0
     expected = read_json(runs / "report" / "comparison.json")
     table = read_json(docs / "data" / "three-overview.json")
-    assert [path.name for path in (docs / "data").glob("*.json")] == ["three-overview.json"], "no page has the others"
+    assert {path.stem for path in (docs / "data").glob("*.json")} == {"three-overview", "three-measured"}, (
+        "no page has the others"
+    )
     assert "step 3" in expected["unfinished"]["SM+G"]
     rows = table["rows"]
     assert [row["perplexity"] for row in rows] == sorted(row["perplexity"] for row in rows) and len(rows) == 2
@@ -41,14 +51,36 @@ def test_a_comparison_is_made_again_from_its_file(variant_runs, tmp_path, capsys
     assert row["kurtosis"] == max(stream[-1]["kurtosis"])
     assert row["rounds"] > 0 and row["s on LAN"] < row["s on WAN"]
 
+    assert read_json(docs / "data" / "three-measured.json")["rows"] == [
+        {
+            "configuration": "SM+R",
+            "seeds": 1,
+            "perplexity": found["perplexity"],
+            "int8 by token": found["int8"]["by token"]["perplexity"],
+            "int8 by tensor": found["int8"]["by tensor"]["perplexity"],
+            "bits per byte": found["bits_per_byte"],
+            "weight on the first key": pytest.approx(np.mean(found["sink_share"])),
+            "largest logit": pytest.approx(np.max(found["max_logit"])),
+            "infinity norm": pytest.approx(np.max(found["residual_stream"]["infinity_norm"])),
+            "outlier dimensions": len(set().union(*found["residual_stream"]["outlier_dimensions"])),
+        }
+    ]
+
     packed = docs / "data" / "three.parquet"
     assert str(tmp_path) not in str(pyarrow.parquet.read_table(packed).to_pylist()), "no path of this machine"
     shutil.rmtree(runs)
-    (docs / "data" / "three-overview.json").unlink()
+    tables = {path: read_json(path)["rows"] for path in (docs / "data").glob("*.json")}
+    for path in tables:
+        path.unlink()
     again = tmp_path / "again"
     assert cli.main(["compare", str(packed), "--docs", str(docs), "--output", str(again)]) == 0
     assert read_json(again / "comparison.json") == expected
-    assert read_json(docs / "data" / "three-overview.json")["rows"] == rows
+    assert {path: read_json(path)["rows"] for path in tables} == tables
+    # of two models it is none
+    (again / "of-two").mkdir()
+    (again / "of-two" / "measured.json").write_text("[]")
+    with pytest.raises(UserError, match="measured.json must hold what was measured of one model; remove it"):
+        Run(again / "of-two", {}).measured  # noqa: B018
     assert packed.is_file()
 
 

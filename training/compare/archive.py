@@ -10,7 +10,7 @@ import yaml
 from ..errors import UserError, one_line
 from ..files import read_json, whole
 from ..recipe import read_values
-from ..runs import REPORT, RESULTS
+from ..runs import MEASURED, REPORT, RESULTS
 
 
 # by the column, what a run's folder has; all as texts
@@ -21,6 +21,7 @@ FILES = {
     "log_history": "log_history.json",
     **{name: f"{name}.jsonl" for name in ("attention_entropy", "residual_stream", "negative_slope")},
     "instability": REPORT,
+    "measured": MEASURED,
 }
 _LOGGED = ("step", "loss", "eval_loss", "eval_perplexity")
 _SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in ("run", *FILES)])
@@ -40,6 +41,10 @@ def pack(runs_dir: Path, path: Path):
         if "results" in texts:
             results = read_json(folder / RESULTS)
             texts["results"] = json.dumps({**results, "recipe": {**results["recipe"], **output_dir}})
+        if "measured" in texts:
+            # the folder of the model and of its texts among the rest
+            found = read_json(folder / MEASURED)
+            texts["measured"] = json.dumps({key: found[key] for key in ("summary", "int8") if key in found})
         if "log_history" in texts:
             log = read_json(folder / "log_history.json")
             kept = [{name: entry[name] for name in entry if name in _LOGGED} for entry in log]

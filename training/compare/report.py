@@ -1,5 +1,6 @@
 """What a comparison shows, as blocks that Markdown and HTML are made of alike."""
 
+import statistics
 from typing import Any
 
 from modeling_lnfree.variants import BASELINE
@@ -11,6 +12,15 @@ from .group import Group
 from .seeds import format_interval
 
 
+# heads of the table of what was measured of finished models, and the names of the quantities
+PERPLEXITIES = {"perplexity": "perplexity", "int8 by token": "int8 by token", "int8 by tensor": "int8 by tensor"}
+MEASURED_MEANS = {
+    "bits per byte": "bits_per_byte",
+    "weight on the first key": "sink_share",
+    "largest logit": "max_logit",
+    "infinity norm": "infinity_norm",
+    "outlier dimensions": "outlier_dimensions",
+}
 QUARTERS = ["[0, max/4)", "[max/4, max/2)", "[max/2, 3max/4)", "[3max/4, max]"]
 
 
@@ -142,6 +152,8 @@ def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]]
         row for group in groups for row in _overview_rows(group, {"setting": group.title} if len(groups) > 1 else {})
     ]
     tables["overview"] = (overview, {**formats, "perplexity": "{:.2f}", "kurtosis": "{:.2f}"})
+    found = [row for group in groups for row in _measured_rows(group)]
+    tables["measured"] = (found, {**formats, "bits per byte": "{:.4f}", "outlier dimensions": "{:.1f}"})
     return {name: table for name, table in tables.items() if table[0]}
 
 
@@ -175,6 +187,32 @@ def _overview_rows(group: Group, setting: dict[str, str]) -> list[dict[str, Any]
             }
         )
     return sorted(rows, key=lambda row: row["perplexity"])
+
+
+def _measured_rows(group: Group) -> list[dict[str, Any]]:
+    """
+    Of every configuration, the lowest perplexity first, what `lnfree measure --int8` found of its models: the mean
+    over those that were measured; a perplexity is the exponential of the mean loss.
+    """
+    rows = []
+    for configuration in group.summary["configurations"]:
+        name = configuration["configuration"]
+        found = [run.measured for run in group.runs if run.configuration == name and run.measured]
+        if found:
+            rows.append(
+                {
+                    "configuration": name,
+                    "seeds": len(found),
+                    **{head: _mean_loss(found, key) for head, key in PERPLEXITIES.items()},
+                    **{head: statistics.fmean(each[key] for each in found) for head, key in MEASURED_MEANS.items()},
+                }
+            )
+    return sorted(rows, key=lambda row: row["perplexity"])
+
+
+def _mean_loss(found: list[dict[str, Any]], key: str) -> float | None:
+    values = [each[key] for each in found if key in each]
+    return statistics.geometric_mean(values) if values else None
 
 
 def _change(change: dict[str, Any] | None) -> dict[str, Any]:
