@@ -1,7 +1,6 @@
 """Tiny models of every variant on both backbones."""
 
 import json
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from training.recipe import build_recipe
 
 
+# compilations add up over the tests of a process, in whatever order: the compiler's limit is far from them
+torch.compiler.config.recompile_limit = 256
 ROOT = Path(__file__).parents[1]
 PAPERS_VARIANTS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
 BACKBONES = {
@@ -104,14 +105,6 @@ def recipe_values(corpus):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def own_compilations():
-    """No test comes nearer to the compiler's limit of recompilations for what other tests compiled in its process."""
-    yield
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 def tiny_config(variant: str = "SM+R", backbone: str = "gpt2", **kwargs) -> LNFreeConfig:

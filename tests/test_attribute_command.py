@@ -110,9 +110,10 @@ def test_neurons_and_lens_have_tables(run, models):
     stream = logit_lens(model, input_ids)
     rows = cells(printed, "after")
     assert [row[0] for row in rows] == ["the embeddings", "layer 0", "layer 1"]
-    for row, written, token, probability in zip(
-        rows, results["lens"], stream.tokens[:, 0, -1], stream.probabilities[:, 0, -1], strict=True
-    ):
+    last = (values[:, 0, -1] for values in (stream.tokens, stream.probabilities, stream.divergences))
+    for row, written, token, probability, divergence in zip(rows, results["lens"], *last, strict=True):
+        assert float(row[3]) == pytest.approx(divergence.item(), abs=1e-3)
+        assert written["divergence"] == pytest.approx(divergence.item(), abs=1e-6)
         assert row[1] == written["token"] == repr(tokenizer.decode([token]))
         assert float(row[2]) == pytest.approx(probability.item(), abs=1e-3)
         assert written["probability"] == pytest.approx(probability.item(), abs=1e-6)
@@ -125,6 +126,10 @@ def test_a_final_norm_is_held_on_demand_in_stock_models_too(name, run, models):
     assert results["logit"] == pytest.approx(model(input_ids).logits[0, -1].max().item(), abs=1e-4)
     assert sum(results["parts"].values()) == pytest.approx(results["logit"], abs=1e-4)
     assert 0 < results["error"] and f"wrong by {100 * results['error']:.0f} % of what taking them out" in printed
+    expected = attribute_logits(model, input_ids, linearize=True) if name == "normed" else None
+    if expected is not None:
+        last = {part: effect[0, -1].item() for part, effect in expected.effects.items()}
+        assert results["effects"] == pytest.approx(last) and results["error"] == pytest.approx(expected.error)
     for part, adds, removal in cells(printed, "part")[:-2]:
         assert results["parts"][part] == pytest.approx(float(adds), abs=1e-4)
         if part in results["effects"]:
@@ -198,6 +203,7 @@ def test_picture_is_drawn_of_what_was_asked_for(options, run, tmp_path):
         ),
         ("plain", [TEXT, "--real"], "--real is of --corrupted TEXT"),
         ("plain", [TEXT, "--corrupted", OTHER, "--neurons"], "--neurons and --linearize are of splitting a logit"),
+        ("plain", [TEXT, "--corrupted", OTHER, "--linearize"], "--neurons and --linearize are of splitting a logit"),
         ("plain", [TEXT, "--corrupted", TEXT], "'.*' is the likeliest token after both texts: name the tokens"),
         ("plain", [TEXT, "--corrupted", "x", "--target", "a"], ".*must be pairs of texts of equal length"),
         ("plain", [TEXT, "--picture", "picture.txt"], "picture.txt must end in .png, .pdf or .svg"),
@@ -210,3 +216,10 @@ def test_what_cannot_be_done_is_one_line(name, options, message, models, tmp_pat
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.match(f"lnfree attribute: error: {message}", error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_read_is_not_overwritten(models, capsys):
+    config = models / "plain" / "config.json"
+    before = config.read_text()
+    assert cli.main(["attribute", str(models / "plain"), TEXT, "--json", str(config)]) == 1
+    assert "json_path must not overwrite what is read" in capsys.readouterr().err and config.read_text() == before

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from training import cli
 from training.cost import cost
+from training.encryption import named
 from training.encryption.named import find_named
 from training.encryption.published import find_published
 from training.errors import UserError
@@ -97,6 +98,13 @@ def test_fewest_bits_of_fixed_point(reader, tmp_path, capsys):
     assert bits["perplexity"] == pytest.approx(math.exp(torch.cat(nats).mean().item()), rel=1e-5)
     assert bits["fixed_point_perplexity"] <= 1.01 * bits["perplexity"]
     assert f"{bits['integer_bits']} integer and {bits['fraction_bits']} fractional bits" in capsys.readouterr().out
+    # weights of half precision are read in float32, which simulates them
+    loaded.bfloat16().save_pretrained(model)
+    assert cli.main([*arguments, "--json", str(tmp_path / "half.json")]) == 0
+    half = json.loads((tmp_path / "half.json").read_text())["fixed_point"]
+    assert half["perplexity"] != bits["perplexity"] == pytest.approx(half["perplexity"], rel=0.05)
+    assert cli.main(["cost", str(tmp_path), *arguments[1:]]) == 1
+    assert "--fixed-point is of one model, got " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -106,6 +114,7 @@ def test_fewest_bits_of_fixed_point(reader, tmp_path, capsys):
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"new_tokens": -1}, "new_tokens must be at least 0, got -1"),
+        ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
         ({"length": 65}, "need 65 positions, the model has 64"),
         ({"length": 64, "new_tokens": 2}, "length=64 and new_tokens=2 need 65 positions, the model has 64"),
         ({"fixed_point": True}, "--fixed-point needs texts to keep the perplexity of: --dataset NAME_OR_FILE"),
@@ -153,6 +162,10 @@ def test_models_by_name_stand_beside_the_first(tmp_path, capsys):
         line for line in printed.splitlines() if line.startswith(f"| SEMI2K | {names[1]} | {cost['rounds']:,} |")
     ][:1]
     assert f"| {seconds:.2f} |" in row and "-12 LayerNorm rows, -768 GELU" in row
+    # against the first, and not the last
+    change = [path["private_cost"]["forward"]["estimates"]["SEMI2K"] for path in (results, results["others"][0])]
+    ours, theirs = (each["rounds"] * 0.01 + each["bytes_per_party"] * 8 / 1e9 for each in change[::-1])
+    assert f"| {100 * (ours / theirs - 1):+.1f} % |" in row
     assert f"against {names[0]}" in printed and "| s on 10 ms, 1 Gbit/s | s on LAN |" in printed
 
 
@@ -174,6 +187,35 @@ def test_named_shapes_are_those_of_the_models(name, stock, parameters):
         model = AutoModelForCausalLM.from_config(find_named(name))
     assert type(model).__name__ == stock
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+# layers, width, heads, heads of keys and values, and positions, which no number of parameters tells
+SHAPES = {
+    **{"gpt2": (12, 768, 12, 12, 1024), "gpt2-medium": (24, 1024, 16, 16, 1024)},
+    **{"gpt2-large": (36, 1280, 20, 20, 1024), "gpt2-xl": (48, 1600, 25, 25, 1024)},
+    **{"pythia-14m": (6, 128, 4, 4, 2048), "pythia-31m": (6, 256, 8, 8, 2048), "pythia-70m": (6, 512, 8, 8, 2048)},
+    **{"pythia-160m": (12, 768, 12, 12, 2048), "pythia-410m": (24, 1024, 16, 16, 2048)},
+    **{"pythia-1b": (16, 2048, 8, 8, 2048), "pythia-1.4b": (24, 2048, 16, 16, 2048)},
+    **{"pythia-2.8b": (32, 2560, 32, 32, 2048), "pythia-6.9b": (32, 4096, 32, 32, 2048)},
+    **{"pythia-12b": (36, 5120, 40, 40, 2048), "llama-3.2-1b": (16, 2048, 32, 8, 131072)},
+    **{"llama-3.2-3b": (28, 3072, 24, 8, 131072), "llama-3.1-8b": (32, 4096, 32, 8, 131072)},
+    **{"llama-2-7b": (32, 4096, 32, 32, 4096)},
+}
+
+
+@pytest.mark.parametrize("name", named.SHAPES)
+def test_named_shapes_have_the_heads_of_the_models(name):
+    for config in (find_named(name), find_named(f"{name}:SM+R")):
+        sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
+        grouped = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        assert (*sizes, grouped, config.max_position_embeddings) == SHAPES[name]
+
+
+def test_a_length_that_is_not_named_is_one_that_all_have(tmp_path, counted):
+    for name, positions in (("long", 24), ("short", 12)):
+        tiny_model("SM+R", max_position_embeddings=positions).save_pretrained(tmp_path / name)
+    assert cost([str(tmp_path / name) for name in ("long", "short")])["private_cost"]["length"] == 12
+    assert counted(tmp_path / "long")["length"] == 24
 
 
 def test_a_named_variant_has_the_sizes_of_its_shape():
@@ -223,6 +265,7 @@ def test_steps_and_tables_for_the_docs(tmp_path, docs, capsys):
     assert {path.stem for path in (folder / "data").iterdir()} == {"x-steps", "x-operations"}
     (first, *_) = json.loads((folder / "data" / "x-steps.json").read_text())["rows"]
     assert first["step"] in text and first["step"] in printed and f"`lnfree cost {name} --tokens 6`" in text
+    assert f"`lnfree cost {name} --tokens 6 --steps`" in text
     assert "| instead: sampling, the largest logit found by the parties |" in text and text.count("<!-- end -->") == 2
     with pytest.raises(UserError, match="no page of .* has a mark for y-steps, y, y-token, y-operations, y-published"):
         cost([name], length=6, docs_path=folder / "data" / "y.json")

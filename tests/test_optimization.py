@@ -236,11 +236,12 @@ def test_command_trains_the_layers_by_muon(recipe_values, monkeypatch, tmp_path,
 
 def test_command_trains_the_layers_at_the_rate_of_their_width(recipe_values, monkeypatch, tmp_path):
     overrides = ["layer_learning_rate=0.04", "layer_base_width=8"]
-    run, seen = train_by_command(monkeypatch, tmp_path, {**recipe_values, "warmup_steps": 4}, *overrides)
+    values = {**recipe_values, "warmup_steps": 4, "weight_decay": 0.3}
+    run, seen = train_by_command(monkeypatch, tmp_path, values, *overrides)
     # the sixth of eight steps; the first four warm up, the hidden size is 16
     for name, (_, group) in seen[5].items():
         assert group["lr"] == pytest.approx((0.02 if name.endswith(MATRICES) else 0.01) * 3 / 4), name
-        assert group["weight_decay"] == (0.0 if "bias" in name or "norm" in name else 0.1), name
+        assert group["weight_decay"] == (0.0 if "bias" in name or "norm" in name else 0.3), name
         assert "momentum" not in group
     log = json.loads((run / "log_history.json").read_text())
     rates = [(2 * entry["learning_rate"], entry["layer_learning_rate"]) for entry in log if "loss" in entry]

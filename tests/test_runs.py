@@ -9,6 +9,7 @@ import yaml
 from modeling_lnfree import LNFreeConfig
 from training import cli, runs
 from training.compare.group import compare_group
+from training.compare.report import tables_for_docs
 from training.compare.seeds import summarize
 from training.methods import METHOD_FIELDS
 from training.recipe import DATA_FIELDS, LAYER_FIELDS, MODEL_FIELDS, DataArguments, build_recipe
@@ -236,3 +237,29 @@ def test_report_says_of_each_run_what_it_measured(tmp_path):
     assert [row["seed"] for row in rows] == ["1", "1", "2"] and rows[0]["evaluation tokens"] == "5"
     assert rows[0]["heads in [3max/4, max]"] == "100 %" and rows[0]["heads in [0, max/4)"] == "0 %"
     assert blocks[-1] == "Not finished, and left out: half, broken is unstable at step 3."
+
+
+def test_notes_name_who_is_ahead(tmp_path):
+    found = grouped(tmp_path, {(variant, seed): 5.0 for variant in ("SM+G", "SM+R") for seed in (1, 2)})
+    curves = {"SM+G": [9, 8, 7, 6], "SM+R": [8, 9, 6, 5]}
+    for run in found:
+        # the second seed the other way round
+        values = curves[run.variant] if run.seed == 1 else curves[{"SM+G": "SM+R", "SM+R": "SM+G"}[run.variant]]
+        log = [{"step": step, "eval_perplexity": value} for step, value in zip((10, 20, 30, 40), values, strict=True)]
+        (run.folder / "log_history.json").write_text(json.dumps(log))
+    notes = compare_group(found, []).notes
+    assert [note.partition("in the evaluations on the way ")[2] for note in notes if note.startswith("Seed ")] == [
+        "SM+R is ahead of SM+G for good from 3,000 tokens on.",
+        "SM+G is ahead of SM+R for good from 3,000 tokens on.",
+    ]
+
+
+def test_stream_of_a_configuration_is_the_largest_of_its_seeds(tmp_path):
+    found = grouped(tmp_path, {("SM+R", seed): 5.0 for seed in (1, 2)})
+    for run, norms in zip(found, ([30.0, 20.0], [40.0, 10.0]), strict=True):
+        # the largest of all measurements, and the kurtosis of the last one
+        records = [{"step": i, "norm": [1.0, norm], "kurtosis": [norm / 10, 1.0]} for i, norm in enumerate(norms)]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (run.folder / "residual_stream.jsonl").write_text(text)
+    [row] = tables_for_docs([compare_group(found, [])])["overview"][0]
+    assert (row["stream"], row["kurtosis"], row["seeds"]) == (40.0, 2.0, 2)

@@ -68,6 +68,9 @@ def test_a_comparison_is_made_again_from_its_file(variant_runs, corpus, tmp_path
 
     packed = docs / "data" / "three.parquet"
     assert str(tmp_path) not in str(pyarrow.parquet.read_table(packed).to_pylist()), "no path of this machine"
+    logs = pyarrow.parquet.read_table(packed)["log_history"].to_pylist()
+    kept = {key for log in logs if log for entry in json.loads(log) for key in entry}
+    assert kept == {"step", "loss", "eval_loss", "eval_perplexity"}, "losses alone"
     shutil.rmtree(runs)
     tables = {path: read_json(path)["rows"] for path in (docs / "data").glob("*.json")}
     for path in tables:

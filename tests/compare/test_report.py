@@ -9,7 +9,7 @@ import pytest
 
 from training import cli, runs
 from training.compare import comparison
-from training.plots import plot_gradient_norms, plot_heat_maps
+from training.plots import plot_gradient_norms, plot_heat_maps, plot_overview
 from training.recipe import build_recipe
 from training.runs import Run
 from training.train import loop
@@ -104,7 +104,16 @@ def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path
         loop.train(build_recipe({**values, "output_dir": str(tmp_path / str(index))}))
     drawn = []
     monkeypatch.setattr(comparison, "plot_heat_maps", lambda *args: drawn.append(args[1]) or plot_heat_maps(*args))
+    overview = []
+    monkeypatch.setattr(
+        comparison, "plot_overview", lambda *args: overview.append((args[1], args[2])) or plot_overview(*args)
+    )
     assert cli.main(["compare", str(tmp_path)]) == 0
+    # the runs of the first seed
+    [(names, bars)] = overview
+    first = [runs.read_results(tmp_path / str(index)) for index in (0, 1)]
+    assert names == variants and bars["perplexity"] == [result["perplexity"] for result in first]
+    assert [bars[f"values in {what}"] for what in ("LayerNorms", "GELUs")] == [[16 * 16] * 2, [2 * 16 * 64, 0]]
     # no two panels of the one picture look the same
     assert len(drawn[0]) == len(set(drawn[0])) == 9 and drawn[0][-1].endswith("seed 1337\ninitializer_range=0.2")
     assert str(tmp_path / "report" / "report.html") in capsys.readouterr().out
@@ -156,3 +165,18 @@ def test_runs_of_other_data_are_not_compared_and_those_of_an_older_recipe_are(tm
     assert setting_of(hidden_size=8, streaming=False, seed=3) == setting
     for other in ({"separate_documents": True}, {"streaming": True}, {"hidden_size": 16}):
         assert setting_of(**{"hidden_size": 8, **other}) != setting
+
+
+def test_titles_name_what_differs_among_settings_of_one_length(variant_runs, tmp_path, capsys):
+    """Two rates at one length, and at another length a third, from which nothing need be told."""
+    for name, block_size, rate in (("one", 16, 0.01), ("two", 16, 0.02), ("short", 8, 0.03)):
+        run = shutil.copytree(variant_runs / "SM+R", tmp_path / name)
+        results = json.loads((run / "results.json").read_text())
+        results |= {"block_size": block_size, "recipe": {**results["recipe"], "learning_rate": rate}}
+        (run / "results.json").write_text(json.dumps(results))
+    assert cli.main(["compare", str(tmp_path)]) == 0
+    groups = json.loads((tmp_path / "report" / "comparison.json").read_text())["groups"]
+    titles = {group["title"].partition(" training tokens")[2] for group in groups if group["block_size"] == 16}
+    assert titles == {", learning_rate=0.01", ", learning_rate=0.02"}
+    [short] = [group["title"] for group in groups if group["block_size"] == 8]
+    assert short.startswith("gpt2, T=8, ") and short.endswith(" training tokens")

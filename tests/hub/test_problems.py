@@ -131,6 +131,16 @@ def test_folder_is_refused(what, exported):
     assert any(message in problem and f"me/{MODELS[1]}" in problem for problem in problems), problems
 
 
+def test_pickles_are_known_by_their_endings(tmp_path):
+    names = {f"empty{suffix}" for suffix in (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")}
+    for name in names | {"empty.txt", "empty.parquet"}:
+        (tmp_path / name).touch()
+    problems = find_problems(Publication("me/x", "dataset", tmp_path))
+    assert {problem.partition(": ")[2] for problem in problems} == {
+        f"{name} is a pickle, which runs code when it is loaded" for name in names
+    }
+
+
 def test_ids_of_the_hub_are_no_secrets(exported):
     edit("results.json", lambda text: text.replace("{", '{"dataset": "j.doe-smith/code",', 1))(exported.folder)
     assert find_problems(exported, ["j.doe-smith"]) == []

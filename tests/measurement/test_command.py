@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from huggingface_hub import HfApi, constants
 from transformers import GPT2LMHeadModel
 
+from modeling_lnfree import measure
 from training import cli, harness
 from training.errors import UserError
-from training.measured import find_steps, name_models, tabulate_measured
+from training.measured import find_steps, name_models, report, tabulate_measured
 
 from ..conftest import ROOT
 from ..hub_server import TOKEN, HubServer
@@ -97,9 +99,17 @@ def test_ways_to_read_act(capsys):
     assert len({result["perplexity"] for result in found.values()}) == 4
     assert found["--rolling"]["predicted_tokens"] == found["--rolling"]["num_tokens"]
     assert found["--concatenate"]["num_texts"] == 1 and found["--stride"]["stride"] == 4
+    said = {way: report([result])[1] for way, result in found.items()}
+    assert said == {
+        "": "6 texts of texts.jsonl; windows of 8 tokens.",
+        "--stride": "6 texts of texts.jsonl; windows of 8 tokens, each 4 behind the last.",
+        "--rolling": "6 texts of texts.jsonl; windows of 8 tokens, rolling.",
+        "--concatenate": "All texts as one of texts.jsonl; windows of 8 tokens.",
+    }
 
 
 def test_revisions_of_a_model_are_a_film_strip_with_curves(tmp_path, monkeypatch, capsys):
+    began = time.monotonic()
     with HubServer().running() as server:
         for name, value in (("ENDPOINT", server.endpoint), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False)):
             monkeypatch.setattr(constants, name, value)
@@ -120,11 +130,18 @@ def test_revisions_of_a_model_are_a_film_strip_with_curves(tmp_path, monkeypatch
         revisions = ["step-8", "step-128", "step-16"]
         outputs = ["--json", tmp_path / "m.json", "--heat-map", tmp_path / "m.pdf"]
         assert run("me/model", "--revision", *revisions, *outputs) == 0
+        # and from Python
+        texts = [json.loads(line)["text"] for line in Path("texts.jsonl").read_text().splitlines()]
+        found = measure("me/model", texts, revision="step-16", device="cpu")
     results = json.loads((tmp_path / "m.json").read_text())
     assert [result["revision"] for result in results] == revisions and find_steps(results) == [8, 128, 16]
     assert len({result["perplexity"] for result in results}) == 3
+    assert found.perplexity == pytest.approx(results[2]["perplexity"], rel=1e-6)
     assert tabulate_measured(results).heads == ["", "model@step-8", "model@step-128", "model@step-16"]
     assert (tmp_path / "m.pdf").read_bytes().startswith(b"%PDF")
+    # nothing is prepared of a stream, and a measurement lasts no longer than the whole of it
+    assert not list((tmp_path / "datasets").rglob("*.arrow"))
+    assert all(0 < result["seconds"] < time.monotonic() - began for result in results)
 
 
 def test_names_tell_models_apart():
@@ -134,6 +151,7 @@ def test_names_tell_models_apart():
     assert name_models(results(("a/x", None), ("b/y", "main"))) == ["x", "y@main"]
     assert name_models(results(("a/x", None), ("b/x", None))) == ["a/x", "b/x"]
     assert find_steps(results(("x", "main"), ("x", "step-4"))) == [0, 1]
+    assert find_steps(results(("x", "one-4"), ("x", "two-4"))) == [0, 1]
     assert find_steps(results(("x", "step1000"), ("x", "v2-step-4"))) == [1000, 4]
 
 

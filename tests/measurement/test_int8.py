@@ -69,6 +69,15 @@ def test_perplexity_in_int8_matches_float64_by_definition(name):
     assert found.to_dict()["int8"]["by token"]["perplexity"] == pytest.approx(math.exp(expected["by token"]))
 
 
+def test_texts_that_can_be_read_once_are_read_in_every_way():
+    model, tokenizer = make("SM+R"), make_tokenizer()
+    for options in ({"int8": True}, {"int8_clip": 0.9}):
+        found = measure(model, iter(TEXTS), tokenizer=tokenizer, **options)
+        expected = measure(model, TEXTS, tokenizer=tokenizer, **options)
+        assert found.nll == expected.nll
+        assert {way: each.nll for way, each in found.int8.items()} == {w: e.nll for w, e in expected.int8.items()}
+
+
 def test_output_projection_and_embeddings_stay_as_they_are_and_all_is_put_back_after_an_error():
     model = make("gpt2")  # whose output projection is its embedding
     embedding, weight = model.lm_head.weight.clone(), model.transformer.h[0].attn.c_attn.weight.clone()

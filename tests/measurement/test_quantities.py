@@ -87,6 +87,29 @@ def test_result_is_one_object_with_numbers_for_tables_and_for_json(tokenizer):
     assert f"perplexity: {found.perplexity:,.3f}" in str(found)
 
 
+def test_a_model_by_its_folder_is_loaded_as_asked(tokenizer, tmp_path):
+    model = make("gpt2")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = {dtype: measure(str(tmp_path), TEXTS, dtype=dtype, device="cpu") for dtype in (None, "bfloat16")}
+    assert found[None].nll == pytest.approx(measure(model, TEXTS, tokenizer=tokenizer).nll, rel=1e-6)
+    half = measure(model.bfloat16(), TEXTS, tokenizer=tokenizer)
+    assert found[None].nll != found["bfloat16"].nll == pytest.approx(half.nll, rel=5e-3)
+
+
+def test_layers_of_different_heads_have_rows_of_their_own_length(tokenizer):
+    model = make("llama")
+    attention = model.model.layers[1].self_attn
+    # two queries share a key
+    attention.q_proj, attention.k_proj, attention.v_proj = (torch.nn.Linear(32, n, bias=False) for n in (16, 8, 8))
+    attention.o_proj = torch.nn.Linear(16, 32, bias=False)
+    plain = measure(model, TEXTS, tokenizer=tokenizer).to_dict()
+    for name in ("max_logit", "sink_share", "spectral_gap"):
+        assert [len(row) for row in plain[name]] == [4, 2]
+    assert plain["summary"]["sink_share"] == pytest.approx(sum(map(sum, plain["sink_share"])) / 6)
+    assert plain["summary"]["max_logit"] == max(map(max, plain["max_logit"]))
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_padding_is_no_part_of_the_stream(padding):
     model, batch = make_model("gpt2"), make_batch(padding)

@@ -232,3 +232,31 @@ def test_missing_weights_start_anew_and_the_others_stay(name, tmp_path):
             assert tensor.std().item() == pytest.approx(fresh[key].std().item(), rel=0.5), key
         else:
             assert tensor.equal(fresh[key]), key
+
+
+# every wiring, kind of attention and feed-forward layer, over the three backbones
+DROPPED = [
+    *(("residual_gains", "gpt2"), ("peri", "llama"), ("post", "gpt2"), ("hybrid", "llama"), ("SAS", "llama")),
+    *(("residual_gains, peri", "pythia"), ("SAS-P", "pythia"), ("Gated", "gpt2"), ("Clipped", "gpt2")),
+    *(("SoftCap", "llama"), ("fused", "llama"), ("gated", "llama"), ("no MLP", "gpt2"), ("OP", "pythia")),
+]
+SILENT = {"embeddings": ("self_attn", "mlp"), "weights": ("mlp",), "attention": ("mlp",), "MLP": ("self_attn",)}
+DROPOUTS = {"embeddings": "embedding_dropout", "weights": "attention_dropout"}
+
+
+@pytest.mark.parametrize(("name", "backbone"), DROPPED, ids="-".join)
+@pytest.mark.parametrize("place", SILENT)
+def test_dropout_acts_in_its_place_and_in_training_alone(name, backbone, place):
+    """With what else could differ silenced: two passes differ in training, and none does in evaluation."""
+
+    def silence(module, args, output):
+        return torch.zeros_like(output) if isinstance(output, torch.Tensor) else (torch.zeros_like(output[0]), None)
+
+    model, input_ids = design_model(name, backbone, **{DROPOUTS.get(place, "hidden_dropout"): 0.5}).train(), ids(2, 7)
+    for layer in model.model.layers:
+        for part in SILENT[place]:
+            getattr(layer, part).register_forward_hook(silence)
+    is_there = place != "MLP" or model.config.mlp_type != "none"
+    assert model(input_ids).logits.equal(model(input_ids).logits) != is_there
+    model.eval()
+    assert model(input_ids).logits.equal(model(input_ids).logits)

@@ -225,6 +225,22 @@ def test_running_mean_is_over_all_tokens_of_a_step_and_stands_still_once_removed
     assert norm.seen.tolist() == [0, 0]
 
 
+@every_backbone
+def test_position_0_is_left_out_of_the_constants_of_every_norm(backbone):
+    model = wrap_norms(tiny_model("SM+LN+R", backbone), keep_final_norm=False, skip_first=True).train()
+    inputs = {}
+    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, RemovableNorm)}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach().double()}))
+    model(random_ids(2, 7))
+    for name, norm in norms.items():
+        norm.end_step()
+        deviations = (inputs[name].var(-1, unbiased=False) + 1e-5).sqrt()
+        for found in norm.deviation.double():
+            torch.testing.assert_close(found, deviations[:, 1:].mean(), atol=1e-6, rtol=1e-5)
+            assert (found - deviations.mean()).abs() > 1e-5, name
+
+
 def test_removals_go_in_the_published_order():
     planned = plan_removals(2, 20, [2, 2, 3, 4], keep_final_norm=False)
     assert [(step, removal.name.removeprefix("model."), removal.part) for step, removal in planned] == [

@@ -157,6 +157,22 @@ def test_flops_of_a_token_are_those_that_torch_counts(monkeypatch, tmp_path):
     assert callback.token_share * 64 == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [({}, "float32"), ({"bf16": True}, "bfloat16"), ({"fp16": True}, "float16")]
+)
+def test_utilization_is_of_all_machines_in_the_precision_of_the_training(precision, dtype, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(callbacks, "_peak_flops", lambda device, dtype: asked.append(dtype) or 1e6)
+    shares = []
+    for processes in (1, 4):
+        args = SimpleNamespace(**{"bf16": False, "fp16": False, "world_size": processes, **precision})
+        callback = callbacks.SpeedCallback(64, 64, tmp_path / "speed.jsonl", None)
+        state = SimpleNamespace(is_world_process_zero=True, global_step=0)
+        callback.on_train_begin(args, state, None, model=tiny_model("SM+R"))
+        shares.append(callback.token_share)
+    assert shares[0] == pytest.approx(4 * shares[1]) and asked == [getattr(torch, dtype)] * 2
+
+
 def test_tokens_per_second_count_the_wait_for_data(monkeypatch, tmp_path):
     trainer = SimpleNamespace(data_seconds=0.0, log=lambda logs: None)
     callback = callbacks.SpeedCallback(64, 64, tmp_path / "speed.jsonl", trainer)
