@@ -172,6 +172,13 @@ def test_what_cannot_be_attributed_is_one_clear_error():
         activation_patching(plain, input_ids, random_ids(1, 6))
 
 
+def test_the_layer_whose_norm_stands_in_the_way_is_named():
+    layers = {"per_layer_config": {1: {"norm_position": "peri"}}}
+    model = tiny_model("SM+LN+G-noLNf", final_norm_type="none", **layers)
+    with pytest.raises(ValueError, match="^norm_position='peri' in layer 1: a norm stands behind"):
+        attribute_logits(model, random_ids(1, 5))
+
+
 def test_a_model_that_computes_beside_its_weights_is_refused():
     model = tiny_model("SM+R-noLNf")
     model.model.layers[1].register_forward_hook(lambda layer, args, output: output + 0.3)
@@ -214,6 +221,16 @@ def test_lens_is_the_model_whose_later_layers_write_nothing(backbone):
     here = model(input_ids).logits.softmax(-1).max(-1)
     assert lens.tokens.shape == (3, 2, 9) and lens.tokens[1].equal(here.indices)
     torch.testing.assert_close(lens.probabilities[1].double(), here.values, atol=1e-6, rtol=1e-5)
+
+
+def test_lens_without_padding_and_in_half_precision():
+    model, text = tiny_model("SM+R", "pythia"), random_ids(1, 6)
+    padded, mask = torch.cat([random_ids(1, 3), text], 1), torch.tensor([[0] * 3 + [1] * 6])
+    alone, beside = logit_lens(model, text), logit_lens(model, padded, attention_mask=mask)
+    torch.testing.assert_close(beside.probabilities[..., 3:], alone.probabilities, atol=1e-5, rtol=1e-4)
+    half = model.bfloat16()
+    expected = half(text).logits.double().softmax(-1).max(-1).values
+    torch.testing.assert_close(logit_lens(half, text).probabilities[-1].double(), expected, atol=1e-6, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ patching
@@ -285,6 +302,10 @@ def test_estimate_is_exact_for_what_the_logits_read_directly():
             torch.testing.assert_close(estimate.heads[-1], real.heads[-1])
         # what is not the last is not linear
         assert (estimate.mlps[0] - real.mlps[0]).abs().max() > 1e-3
+        wrong = [(a - b).abs().sum() for a, b in ((estimate.heads, real.heads), (estimate.mlps, real.mlps))]
+        assert estimate.error(real) == pytest.approx(
+            (sum(wrong) / (real.heads.abs().sum() + real.mlps.abs().sum())).item()
+        )
         assert 0 < estimate.error(real) < 1
     normed = tiny_model("SM+LN+G").double()
     estimate, real = (call(normed, clean_ids, corrupted_ids, answer) for call in CALLS)
@@ -298,6 +319,8 @@ def test_default_metric_is_the_clean_answer_less_the_corrupted_one():
     corrupted_ids = clean_ids.flip(1)
     with pytest.raises(ValueError, match="^metric must be given for texts with the same likeliest token"):
         attribution_patching(model, clean_ids, clean_ids)
+    with pytest.raises(ValueError, match="^metric must be given for texts with the same likeliest token"):
+        attribution_patching(model, clean_ids, torch.cat([clean_ids[:1], corrupted_ids[1:]]))
     found = attribution_patching(model, clean_ids, corrupted_ids)
     clean, corrupted = model(clean_ids).logits[:, -1], model(corrupted_ids).logits[:, -1]
     right, wrong, rows = clean.argmax(-1), corrupted.argmax(-1), torch.arange(2)

@@ -272,3 +272,45 @@ def test_config_file_keeps_what_other_tools_added(caplog):
 def test_the_tables_of_the_tests_cover_both_backbones():
     assert set(BACKBONES) == {tiny_config(backbone=name).backbone for name in BACKBONES}
     assert {LNFreeConfig.from_variant(variant).variant for variant in VARIANTS} == set(VARIANTS)
+
+
+# of 8 layers, 64 wide, with 4 heads and a feed-forward width of 100: values as the papers have them
+SKIPLESS = {"residual_gains": [0.0, 1.0, 1.0, 0.15]}
+QUERIES_AND_KEYS = {"normalized_projections": ["q_proj", "k_proj"]}
+SAS = {"identity_projections": ["v_proj", "o_proj"], "zero_init_projections": ["q_proj"]}
+SAS |= {"attention_gains": [1.0, 1.0, 1.0], **SKIPLESS}
+SCALED = {"hidden_act": "linear", "residual_gains": [1.0, 1.0, 1.0, 1.0], "residual_gains_trainable": True}
+VALUES = {
+    "QKNorm": QUERIES_AND_KEYS,
+    "OP": {**QUERIES_AND_KEYS, "residual_gains": [1.0, 8**-0.5] * 2, "residual_gains_trainable": False},
+    "Stable": {"residual_gains": [1.0, 0.25] * 2, "residual_gains_trainable": False},
+    "SAS": {**SAS, "parallel_residual": False},
+    "SAS-P": {**SAS, "parallel_residual": True},
+    "V-SkipInit": {"attention_gains": [1.0, 0.0, 0.0], **SKIPLESS},
+    "Shaped": {
+        **{"attention_multiplier": 1 / 32, "attention_gains": [1.0, 1.0, 1.0], "residual_gains": [0.5**0.5] * 4},
+        **{"residual_gains_trainable": False, "hidden_act": "leaky_relu", "negative_slope": 0.9},
+    },
+    "Gated": {"attention_gate_init": 0.25},
+    "Clipped": {"softmax_clipping": 12.0},
+    "SoftCap": {"attn_logit_softcapping": 30.0},
+    "ScFFN": {**SCALED, "mlp_type": "two_layer"},
+    "ScFuFFN": {**SCALED, "mlp_type": "fused"},
+    "AERO": {**SCALED, "mlp_type": "fused", "softmax_temperature": 0.01},
+    "PostLN": {"norm_position": "post"},
+    "PeriLN": {"norm_position": "peri"},
+    "HybridNorm": {"norm_position": "hybrid", "normalized_projections": ["q_proj", "k_proj", "v_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_values_of_their_papers(name):
+    act = {"Shaped": "LR", "ScFFN": "Lin", "ScFuFFN": "Lin", "AERO": "Lin"}.get(name, "R")
+    norm = "+LN" if name in ("PostLN", "PeriLN", "HybridNorm") else ""
+    sizes = {"num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 100}
+    config = LNFreeConfig.from_variant(f"SM{norm}+{act}@{name}", **sizes)
+    for field, value in VALUES[name].items():
+        found = getattr(config, field)
+        assert found == (pytest.approx(value) if isinstance(value, float) or field == "residual_gains" else value), (
+            field
+        )

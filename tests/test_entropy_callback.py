@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_lnfree import AttentionEntropyCallback, record_attention_entropy
-from modeling_lnfree.entropy_callback import draw_heat_map
+from modeling_lnfree.entropy_callback import describe_record, draw_heat_map
 
 from .conftest import random_ids
 from .test_entropy_regularization import tiny_gpt2
@@ -229,9 +229,45 @@ def test_bounds_of_an_alert_are_those_given(shares, told, monkeypatch):
     callback._is_first = False
     callback._alert(record, 5, {})
     assert [word for word in ("collapsed", "overloaded") if any(word in text for text in said)] == told
+    # once, until it has been below again
+    callback._alert(record, 6, {})
+    assert len(said) == len(told)
+    calm = SimpleNamespace(normalized_entropy=torch.full((2, 2), 0.5), max_entropy=torch.ones(2, 2))
+    for each in (calm, record):
+        callback._alert(each, 7, {})
+    assert len(said) == 2 * len(told)
     # half of them, which is more than there are
     said.clear()
     callback = AttentionEntropyCallback(None, collapse=0.3, overload=0.6, alert_share=0.75)
     callback._is_first = False
     callback._alert(record, 5, {})
     assert said == []
+
+
+def test_an_alert_is_past_the_warmup(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_lnfree.entropy_callback.logger.warning", said.append)
+    trainer = build_trainer(tmp_path)
+    trainer.args.warmup_steps = 3
+    uniform(trainer.model)
+    trainer.add_callback(AttentionEntropyCallback(trainer, every=1))
+    trainer.train()
+    assert [text.partition(":")[0] for text in said] == ["step 4"]
+
+
+def test_scalars_of_layers_with_different_heads():
+    from .entropy.models import make_model
+
+    model = make_model("llama", "eager")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj, attention.k_proj, attention.v_proj = (torch.nn.Linear(32, n, bias=False) for n in (16, 8, 8))
+    attention.o_proj = torch.nn.Linear(16, 32, bias=False)
+    with torch.no_grad(), record_attention_entropy(model, logits=True) as record:
+        model(random_ids(2, 9, vocab_size=61))
+    _, scalars = describe_record(record)
+    heads = [f"attention_entropy/layer_1/head_{head}" for head in range(4)]
+    assert [name in scalars for name in heads] == [True, True, False, False]
+    mean = sum(scalars[name] for name in heads[:2]) / 2
+    assert scalars["attention_entropy/layer_1/mean"] == pytest.approx(mean)
+    assert scalars["sink_share/layer_1"] == pytest.approx(record.sink_share[1, :2].mean().item())
+    assert scalars["max_logit/layer_1"] == record.max_logit[1, :2].max().item()

@@ -228,7 +228,17 @@ def test_measuring_changes_no_output_and_missing_measurements_are_told():
         pass
     with pytest.raises(RuntimeError, match="no attention of GPT2LMHeadModel was measured"):
         regularizer.penalty()
-    for name, value in (("weight", 0.0), ("weight", math.nan), ("margin", 1.1), ("target", -0.1), ("target", 1.5)):
+    for name, value in (
+        ("weight", 0.0),
+        ("weight", math.nan),
+        ("margin", 1.1),
+        ("target", -0.1),
+        ("target", 1.5),
+        ("weight", math.inf),
+        ("margin", -0.1),
+        ("margin", math.nan),
+        ("target", math.nan),
+    ):
         with pytest.raises(ValueError, match=f"{name} must be"):
             EntropyRegularizer(model, **{"weight": 1.0, name: value})
     with pytest.raises(ValueError, match="computes its attention itself"):
@@ -383,3 +393,22 @@ def test_penalty_in_the_log_is_the_mean_over_steps(tmp_path):
     assert number % 2 == 0 and entry["entropy_penalty"] == pytest.approx(
         sum(p.item() for p in penalties) / 2, rel=1e-5
     )
+
+
+def test_layers_of_fewer_heads_count_as_much_as_others():
+    from .entropy.models import make_model
+
+    model = make_model("llama", "eager")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj, attention.k_proj, attention.v_proj = (torch.nn.Linear(32, n, bias=False) for n in (16, 8, 8))
+    attention.o_proj = torch.nn.Linear(16, 32, bias=False)
+    regularizer = EntropyRegularizer(model, weight=2.0, margin=0.0, target=0.3)
+    with regularizer.measure():
+        maps = model(random_ids(1, 9, vocab_size=61), output_attentions=True).attentions
+    largest = torch.arange(1, 10).double().log().mean()
+    layers = []
+    for weights in maps:
+        entropy = -torch.special.xlogy(weights.double(), weights.double()).sum(-1).mean((0, 2))
+        layers.append((entropy - 0.3 * largest).square().mean())
+    assert [len(weights[0]) for weights in maps] == [4, 2]
+    assert regularizer.penalty().item() == pytest.approx(2.0 * torch.stack(layers).mean().item(), rel=1e-4)

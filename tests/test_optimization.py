@@ -107,19 +107,35 @@ def test_rate_of_the_layers_follows_the_width():
             assert rates[id(parameter)] == (0.0025 if name.endswith(MATRICES) else 0.004), name
 
 
-def test_adamw_without_a_rate_of_its_own_is_plain_adamw():
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.6)])
+def test_adamw_without_a_rate_of_its_own_is_plain_adamw(betas):
     ours, theirs = tiny_model(), tiny_model()
     theirs.load_state_dict(ours.state_dict())
     decayed = [p for name, p in theirs.named_parameters() if p.ndim == 2]
     rest = [p for name, p in theirs.named_parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     for model, optimizer in (
-        (ours, build_optimizer(ours, layer_optimizer="adamw", learning_rate=0.01)),
-        (theirs, torch.optim.AdamW(groups, lr=0.01)),
+        (ours, build_optimizer(ours, layer_optimizer="adamw", learning_rate=0.01, betas=betas)),
+        (theirs, torch.optim.AdamW(groups, lr=0.01, betas=betas)),
     ):
         torch.manual_seed(2)
         train_steps(model, optimizer)
     assert all(mine.equal(other) for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@needs_muon
+def test_a_closure_computes_with_gradients():
+    model, ids = tiny_model(embedding_dropout=0.0), random_ids(2, 9)
+    optimizer = build_optimizer(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    before = model(input_ids=ids, labels=ids).loss.item()
+    assert optimizer.step(closure).item() == before != model(input_ids=ids, labels=ids).loss.item()
 
 
 @needs_muon

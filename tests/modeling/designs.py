@@ -14,6 +14,7 @@ SIZES = {
 # a variant, and the fields that it is tried with
 FIELDS = {
     "rmsnorm": ("SM+RMS+R", {}),
+    "layer_norm_eps": ("SM+LN+R", {"layer_norm_eps": 0.3, "normalized_projections": ["q_proj"]}),
     "dyt": ("SM+DyT+G", {"norm_alpha_init": [0.8, 0.2]}),
     "derf": ("SM+Derf+R", {"norm_alpha_init": 0.7}),
     "final_norm_type": ("SM+R", {"final_norm_type": "derf"}),

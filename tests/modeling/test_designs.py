@@ -189,6 +189,13 @@ def test_starts_of_what_no_preset_has():
             assert layer.self_attn.head_gate.weight.std().item() == pytest.approx(scale, rel=0.4)
 
 
+def test_every_projection_that_is_named_starts_at_0():
+    named = ["q_proj", "o_proj", "down_proj"]
+    for key, tensor in LNFreeForCausalLM(design("linear", zero_init_projections=named)).state_dict().items():
+        if key.endswith("proj.weight"):
+            assert (tensor == 0).all() == (key.split(".")[-2] in named), key
+
+
 def test_fixed_gains_are_there_before_weights_are_initialized():
     config = design("OP")
     gains = LNFreeDecoderLayer(config, 0).residual_gains

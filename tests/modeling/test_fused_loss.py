@@ -175,6 +175,23 @@ def test_models_train_the_same(backbone, variant, monkeypatch):
     assert greedy(fused, input_ids).equal(greedy(plain, input_ids))
 
 
+def test_another_index_is_ignored():
+    model, input_ids = tiny_model("SM+R", embedding_dropout=0.0).train(), random_ids(2, 9)
+    labels = input_ids.where(torch.arange(9) % 3 > 0, -1)
+    expected = model(input_ids=input_ids, labels=labels, ignore_index=-1).loss
+    torch.testing.assert_close(
+        use_fused_loss(model)(input_ids=input_ids, labels=labels, ignore_index=-1).loss, expected
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_rounded_logits_is_in_float32(dtype):
+    states, weight = (torch.randn(*shape).to(dtype) for shape in ((1, 2, 8), (211, 8)))
+    logits = (states[0, :1] @ weight.T).double()
+    loss = head_and_loss(states, weight, torch.tensor([[3, 7]]))
+    torch.testing.assert_close(loss.double(), -logits.log_softmax(-1)[0, 7], atol=1e-5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_stock_models_train_the_same(kind):
     sizes = {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 0}
@@ -232,6 +249,10 @@ def test_what_needs_the_head_by_itself_gets_logits():
         model(input_ids=input_ids, labels=input_ids, label_smoothing=0.1)
     hook.remove()
     assert model(input_ids).logits is not None
+    head = model.lm_head
+    model.lm_head = torch.nn.Linear(32, 99)
+    assert model(input_ids=input_ids, labels=input_ids).logits is not None
+    model.lm_head = head
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach())
     assert model(input_ids=input_ids, labels=input_ids).logits is None
     kept = model(input_ids=input_ids, shift_labels=input_ids[:, -1:], labels=input_ids[:, -1:], logits_to_keep=1)
