@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import PRESETS
 from modeling_lnfree.variants import BASELINE, as_variant, variant_order, variant_slug
 
 from .conftest import BACKBONES, VARIANTS, every_backbone, every_variant, tiny_config
