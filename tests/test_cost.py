@@ -275,7 +275,7 @@ def test_steps_and_tables_for_the_docs(tmp_path, docs, capsys):
 
 def test_totals_of_papers_stand_beside_the_same_model(docs, capsys):
     path = docs("x", "x-published") / "data" / "x.json"
-    command = ["cost", "SM+LN+G", "SM+Lin@ScFFN", "--tokens", "128"]
+    command = ["cost", "SM+LN+G", "SM+Lin@ScFuFFN", "--tokens", "128"]
     assert cli.main([*command, "--network", "lan", "--docs", str(path)]) == 0
     assert "totals that papers have" in capsys.readouterr().out
     first, second = json.loads(path.read_text())["rows"][:2]
@@ -284,10 +284,13 @@ def test_totals_of_papers_stand_beside_the_same_model(docs, capsys):
     assert [(row["configuration"], row["GB"], row["s"]) for row in rows] == [
         ("SM+LN+G", 25.32, pytest.approx(492.6)),
         ("SM+LN+G", None, 1.6),
-        ("SM+Lin@ScFFN", 6.43, pytest.approx(285.6)),
+        ("SM+Lin@ScFuFFN", 6.43, pytest.approx(285.6)),
     ]
-    # both parties together
+    # both parties together, on the network of the paper
     assert rows[0]["SEMI2K: GB"] == pytest.approx(2 * first["MB sent by each party"] / 1e3)
+    assert rows[0]["network"] == "80 ms, 0.1 Gbit/s" and "transcription" in rows[0]["source"]
+    seconds = 0.08 * first["rounds"] + 8 * first["MB sent by each party"] / 100
+    assert rows[0]["SEMI2K: s there"] == pytest.approx(seconds)
     assert len(find_published(find_named("gpt2"), None, 32, 1)) == 2
     others = (("gpt2", 32, 2), ("gpt2-medium", 128, 1), ("pythia-160m", 128, 1))
     assert [find_published(find_named(name), None, *sizes) for name, *sizes in others] == [[]] * 3

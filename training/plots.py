@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.typing import ColorType
 
@@ -150,48 +151,50 @@ def plot_overview(measurements: list[dict[str, Any]], names: list[str], bars: di
 
 def plot_seconds(settings: list[list[dict[str, Any]]], titles: list[str]) -> Figure:
     """
-    Perplexity against seconds under encryption, a row a setting and a panel a network; a line along the frontier.
+    Perplexity against seconds under encryption, a row a setting and a panel a network, with stairs along the frontier.
+    Configurations have numbers, the lowest perplexity first, which the legend explains.
 
     Args:
         settings: of each its configurations, with `perplexity`, and by network `seconds` and `frontier`.
         titles: of the settings.
     """
     networks = list(settings[0][0]["seconds"])
-    figure = Figure(figsize=(4.6 * len(networks), 3.6 * len(settings) + 0.3), layout="constrained", dpi=150)
-    grid = figure.subplots(len(settings), len(networks), squeeze=False, sharey="row")
+    # a long legend needs its lines
+    heights = [max(3.6, 0.8 + 0.17 * len(points)) for points in settings]
+    size = (4.2 * len(networks) + 2.4, sum(heights) + 0.3)
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    grid = figure.subplots(len(settings), len(networks), squeeze=False, sharey="row", height_ratios=heights)
     for axes, points, title in zip(grid, settings, titles, strict=True):
-        points = [point for point in points if np.isfinite(point["perplexity"])]
+        points = sorted(
+            (point for point in points if np.isfinite(point["perplexity"])), key=lambda point: point["perplexity"]
+        )
         for axis, network in zip(axes, networks, strict=True):
-            lower = 0
-            for point in sorted(points, key=lambda point: point["seconds"][network]):
-                best, place = point["frontier"][network], (point["seconds"][network], point["perplexity"])
-                axis.scatter(*place, s=36, color="tab:red" if best else "tab:gray", zorder=3)
-                # towards the middle, and those of the frontier below it, where nothing is
-                right = point["seconds"][network] > np.mean([other["seconds"][network] for other in points])
-                style = {"ha": "right" if right else "left", "fontsize": 7, "parse_math": False}
-                offset = (0, -11 - 9 * (lower % 2) if best else 5)
-                lower += best
-                axis.annotate(
-                    point["configuration"],
-                    place,
-                    xytext=offset,
-                    textcoords="offset points",
-                    annotation_clip=False,
-                    **style,
-                )
+            for number, point in enumerate(points, start=1):
+                place = (point["seconds"][network], point["perplexity"])
+                color = "tab:red" if point["frontier"][network] else "tab:gray"
+                axis.scatter(*place, s=30, color=color, zorder=3)
+                # the stairs lead to a point from above and leave it to the right: what is above and right is free
+                axis.annotate(str(number), place, xytext=(3, 3), textcoords="offset points", fontsize=7)
             best = sorted(
                 (point["seconds"][network], point["perplexity"]) for point in points if point["frontier"][network]
             )
-            axis.plot([x for x, _ in best], [y for _, y in best], color="tab:red", linewidth=1)
+            stairs = {"drawstyle": "steps-post", "color": "tab:red", "linewidth": 1}
+            axis.plot([x for x, _ in best], [y for _, y in best], **stairs)
             axis.set_xlabel(f"seconds of one private pass on {network}")
             axis.grid(alpha=0.3)
             axis.margins(x=0.1, y=0.15)
-        reached = [point["perplexity"] for point in points]
         # what failed is far above the rest
-        if reached and max(reached) > 5 * min(reached):
+        if points and points[-1]["perplexity"] > 5 * points[0]["perplexity"]:
             axes[0].set_yscale("log")
         axes[0].set_ylabel("perplexity")
         axes[0].set_title(textwrap.fill(title, 60), fontsize=8, loc="left", parse_math=False)
+        names = [f"{number}  {point['configuration']}" for number, point in enumerate(points, start=1)]
+        handles = [Line2D([], [], linestyle="none")] * len(names)
+        legend = axes[-1].legend(
+            *(handles, names), loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False, handlelength=0
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 
@@ -257,7 +260,8 @@ def _by_configuration(runs: list[Run]) -> dict[str, list[Run]]:
 def plot_norm_removal(removed: Run, control: Run | None) -> Figure:
     """
     A run that lost its norms: its loss over steps with the removals marked, beside that of `control`, which kept them;
-    the mean deviation before every norm over steps; and the entropies by layer and head before and after.
+    the mean deviation before every norm over steps; and by layer and head, before and after, the entropies and the
+    weights on the first token, the attention sinks.
 
     Raises:
         UserError: if what was measured on the way cannot be read.
@@ -266,8 +270,9 @@ def plot_norm_removal(removed: Run, control: Run | None) -> Figure:
     entropies = read_records(removed.folder / "attention_entropy.jsonl")
     if not records or not entropies:
         raise UserError(f"{removed.folder}: its norm_removal.jsonl or attention_entropy.jsonl has no record")
-    figure = Figure(figsize=(11, 7), layout="constrained", dpi=150)
-    loss_axis, deviation_axis, *panels = figure.subplots(2, 2).flat
+    figure = Figure(figsize=(12, 7), layout="constrained", dpi=150)
+    grid = figure.add_gridspec(2, 4)
+    loss_axis, deviation_axis = figure.add_subplot(grid[0, :2]), figure.add_subplot(grid[0, 2:])
     for run, label in ((removed, "norms removed"), (control, "norms kept")):
         if run is not None:
             logged = [entry for entry in read_json(run.folder / "log_history.json") if "loss" in entry]
@@ -283,15 +288,22 @@ def plot_norm_removal(removed: Run, control: Run | None) -> Figure:
         style = "--" if name.endswith("input_layernorm") else "-"
         values = [record["deviation"][name][-1] for record in records]
         deviation_axis.plot(steps, values, color=color, linestyle=style, linewidth=1)
-    deviation_axis.set(xlabel="step", ylabel="mean deviation", title="Deviation before every norm (dashed: attention)")
+    title = "Deviation before every norm (dashed: attention; darker: earlier)"
+    deviation_axis.set(xlabel="step", ylabel="mean deviation", title=title)
     deviation_axis.set_yscale("log")
-    limit = float(np.max(removed.attention_entropy["max_entropy"]))
-    for axis, record, title in zip(panels, (entropies[0], entropies[-1]), ("before", "after"), strict=True):
-        image = axis.imshow(np.array(record["entropy"]), vmin=0, vmax=limit, cmap="viridis", aspect="auto")
-        axis.set(xlabel="head", ylabel="layer", title=f"Attention entropy {title}")
-        for locator in (axis.xaxis, axis.yaxis):
-            locator.set_major_locator(MaxNLocator(12, integer=True))
-    figure.colorbar(image, ax=panels, label="attention entropy (nats)", shrink=0.9)
+    reachable = float(np.max(removed.attention_entropy["max_entropy"]))
+    sinks = [np.array(record["sink_share"]) for record in (entropies[0], entropies[-1])]
+    for column, what, maps, limit in (
+        (0, "entropy (nats)", [np.array(record["entropy"]) for record in (entropies[0], entropies[-1])], reachable),
+        (2, "weight on the first token", sinks, max(map(np.nanmax, sinks))),
+    ):
+        panels = [figure.add_subplot(grid[1, column + index]) for index in range(2)]
+        for axis, values, title in zip(panels, maps, ("before", "after"), strict=True):
+            image = axis.imshow(values, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
+            axis.set(xlabel="head", ylabel="layer", title=f"Attention {title}")
+            for locator in (axis.xaxis, axis.yaxis):
+                locator.set_major_locator(MaxNLocator(12, integer=True))
+        figure.colorbar(image, ax=panels, label=what, location="bottom", shrink=0.9)
     return figure
 
 

@@ -160,14 +160,14 @@ def step_rows(phase: dict[str, Any]) -> Rows:
 
 def published_rows(named: list[tuple[str, dict[str, Any], list[Total]]]) -> Rows:
     """Totals of papers beside ours, both for the forward pass: of each model its name, phase and what is published."""
-    lan = NETWORKS["lan"]
     rows = []
     for name, phase, totals in named:
         costs = {protocol.name: phase["estimates"][protocol.name] for protocol in PROTOCOLS}
         for total in totals:
             ours = {f"{protocol}: GB": 2 * cost["bytes_per_party"] / 1e9 for protocol, cost in costs.items()}
-            ours |= {f"{protocol}: s on {lan.name}": _seconds(lan, cost) for protocol, cost in costs.items()}
-            theirs = {"source": total.source, "GB": total.gigabytes, "s": total.seconds}
+            ours |= {f"{protocol}: s there": _seconds(total.network, cost) for protocol, cost in costs.items()}
+            network = f"{total.network.round_trip_ms:g} ms, {total.network.gbit_per_second:g} Gbit/s"
+            theirs = {"source": total.source, "GB": total.gigabytes, "s": total.seconds, "network": network}
             rows.append({"configuration": name, **theirs, **ours, "what differs": total.differs})
     return rows
 
