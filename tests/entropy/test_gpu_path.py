@@ -4,55 +4,63 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modeling_lnfree import compute_attention_entropy
+from modeling_lnfree import record_attention_entropy
 from modeling_lnfree.metrics.attention_entropy import entropy
 from modeling_lnfree.metrics.attention_entropy.naive import naive_attention_entropy
-from modeling_lnfree.metrics.attention_entropy.visibility import Visibility, split_mask
+
+from .models import make_batch, make_model
 
 
-def stand_in(query, key, *, scaling, is_causal=False, mask=None, bias=None, softcap=None, sinks=None, **more):
-    """With the arguments of the kernel, which multiplies whatever it is given: what is infinite becomes a number."""
-    assert not more and (mask is None or mask.dtype == torch.bool)
-    query, key = query.nan_to_num(posinf=1e4, neginf=-1e4), key.nan_to_num(posinf=1e4, neginf=-1e4)
+def stand_in(query, key, *, scaling, is_causal, mask, bias=None, softcap=None, sinks=None, padded=None, logits=False):
+    """With the arguments of the kernel that the record's path has, and its sums."""
+    assert mask is None or mask.dtype == torch.bool
     shape = (len(query), query.shape[1], query.shape[2], key.shape[2])
     shown = torch.zeros(shape) if bias is None else bias.expand(shape).double()
     shown = shown if mask is None else shown.masked_fill(~mask, -torch.inf)
     options = {"scaling": scaling, "is_causal": is_causal, "softcap": softcap, "sinks": sinks}
-    return SimpleNamespace(entropy=naive_attention_entropy(query, key, attention_mask=shown, **options).float())
+    entropies = naive_attention_entropy(query, key, attention_mask=shown, **options)
+    seen = (shown > -1e4) & torch.ones(shape[2:], dtype=torch.bool).tril() if is_causal else shown > -1e4
+    counted = seen.any(-1) if padded is None else seen.any(-1) & ~padded[:, None]
+    largest = (seen.sum(-1) + (0 if sinks is None else 1)).log()
+    columns = (entropies, largest, entropies.isnan() * seen.sum(-1), torch.zeros(shape[:3]), torch.ones(shape[:3]))
+    total = torch.stack([column.double().masked_fill(~counted, 0).sum((0, 2)) for column in columns], -1)
+    scored = torch.full((shape[1], 3), 7.0).double()
+    own = torch.full(shape[:3], 0.5)
+    return SimpleNamespace(
+        entropy=entropies.float().masked_fill(~counted, torch.nan),
+        total=total,
+        logits=scored if logits else None,
+        own_weight=own if logits else None,
+    )
 
 
-@pytest.mark.parametrize("kind", ["causal", "all", "padded", "biased", "capped", "sinks"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_way_of_a_gpu_equals_that_of_a_cpu(kind, dtype, monkeypatch):
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("model_type", ["gpt2", "mistral", "gemma2", "gpt_oss", "bert"])
+def test_a_record_by_the_kernel_equals_that_of_a_cpu(model_type, padding, monkeypatch):
+    model, batch, layers = make_model(model_type, "eager"), make_batch(padding), ([], [])
+    with record_attention_entropy(model, on_layer=layers[0].append) as expected, torch.no_grad():
+        model(**batch)
     monkeypatch.setattr(entropy, "_load_kernel", lambda: stand_in)
-    query, key = torch.randn(2, 4, 20, 8).to(dtype), torch.randn(2, 2, 20, 8).to(dtype)
-    key[1, 0, 12, 3] = torch.inf
-    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
-    mask[0, :, :, :7] = False
-    given = {
-        **{"causal": {"is_causal": True}, "all": {}, "padded": {"attention_mask": mask}},
-        "biased": {"attention_mask": torch.randn(1, 4, 20, 20).masked_fill(~mask, torch.finfo(torch.float32).min)},
-        "capped": {"is_causal": True, "softcap": 2.0},
-        "sinks": {"is_causal": True, "sinks": torch.randn(4)},
-    }[kind]
-    expected = compute_attention_entropy(query, key, scaling=0.25, **given)
-    visible, bias = split_mask(given.get("attention_mask"))
-    visibility = Visibility(visible, given.get("is_causal", False), 20, 20, query.device)
-    sinks = given.get("sinks")
-    sinks = None if sinks is None else sinks.view(1, 4, 1, 1)
-    found, infinite = entropy.kernel_path(query, key, 0.25, visibility, bias, given.get("softcap"), sinks)
-    seen = (visibility.number() > 0).expand(found.shape)
-    torch.testing.assert_close(found[seen], expected[seen], atol=1e-5, rtol=1e-5, equal_nan=True)
-    # both heads of the first group meet the infinite key where they see it
-    first = 0 if kind == "all" else 12
-    assert found[1, :2, first:].isnan().all() and infinite.sum() == 2 * (20 - first)
+    monkeypatch.setattr(entropy, "_kernel_takes", lambda *args: True)
+    with record_attention_entropy(model, logits=True, on_layer=layers[1].append) as found, torch.no_grad():
+        model(**batch)
+    assert not found.unmeasured and found.num_queries == expected.num_queries
+    for name in ("entropy", "max_entropy"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(*layers, strict=True):
+        assert ours.layer == theirs.layer
+        torch.testing.assert_close(ours[1:], theirs[1:], atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert found.max_logit.eq(7).all() and found.sink_share.mul(found.num_queries).sub(7).abs().max() < 1e-5
+    assert found.spectral_gap.eq(0).all()
 
 
 @pytest.mark.parametrize(
     ("changes", "taken"),
     [
         ({}, True),
+        ({"device": "cpu"}, False),
         ({"dtype": torch.float64}, False),
         ({"head_dim": 256}, True),
         ({"head_dim": 264}, False),
@@ -64,12 +72,15 @@ def test_the_way_of_a_gpu_equals_that_of_a_cpu(kind, dtype, monkeypatch):
     ids=str,
 )
 def test_what_the_kernel_takes(changes, taken, monkeypatch):
+    """By tensors without numbers, which may say that they are on a GPU."""
     monkeypatch.setattr(entropy, "_load_kernel", lambda: stand_in)
-    query, key = (torch.zeros(2, 4, 5, changes.get("head_dim", 8), dtype=changes.get("dtype")) for _ in range(2))
-    query.requires_grad_(changes.get("requires_grad", False))
-    assert entropy._kernel_takes(query, key, None, changes.get("sinks")) == taken
-    if "requires_grad" in changes:
-        with torch.no_grad():
-            assert entropy._kernel_takes(query, key, None, None)
-    monkeypatch.setattr(entropy, "_load_kernel", lambda: None)
-    assert not entropy._kernel_takes(query, key, None, None)
+    options = {"dtype": changes.get("dtype"), "device": changes.get("device", "cuda")}
+    with FakeTensorMode():
+        query, key = (torch.empty(2, 4, 5, changes.get("head_dim", 8), **options) for _ in range(2))
+        query.requires_grad_(changes.get("requires_grad", False))
+        assert entropy._kernel_takes(query, key, None, changes.get("sinks")) == taken
+        if "requires_grad" in changes:
+            with torch.no_grad():
+                assert entropy._kernel_takes(query, key, None, None)
+        monkeypatch.setattr(entropy, "_load_kernel", lambda: None)
+        assert not entropy._kernel_takes(query, key, None, None)

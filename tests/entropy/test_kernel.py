@@ -15,14 +15,15 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 runs it on a CPU"),
 ]
 
-from modeling_lnfree import compute_attention_entropy  # noqa: E402
-from modeling_lnfree.metrics.attention_entropy.entropy import kernel_path  # noqa: E402
+from modeling_lnfree import record_attention_entropy  # noqa: E402
+from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module  # noqa: E402
 from modeling_lnfree.metrics.attention_entropy.kernel import kernel_entropy  # noqa: E402
-from modeling_lnfree.metrics.attention_entropy.visibility import Visibility, split_mask  # noqa: E402
+
+from .models import make_batch, make_model  # noqa: E402
 
 
-def naive(query, key, scaling, seen=None, bias=None, softcap=None, sinks=None):
-    """Entropy, log-sum-exp, largest score, weight on key 0 and number of keys, in float64 from the whole map."""
+def naive(query, key, scaling, seen=None, bias=None, softcap=None, sinks=None, padded=None):
+    """Entropies, sums by head, and those of the scores, in float64 from the whole map."""
     query, key = query.double(), key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = scaling * query @ key.mT
     if softcap is not None:
@@ -30,14 +31,32 @@ def naive(query, key, scaling, seen=None, bias=None, softcap=None, sinks=None):
     if bias is not None:
         scores = scores + bias.double()
     seen = torch.ones_like(scores, dtype=torch.bool) if seen is None else seen.expand(scores.shape)
+    if bias is not None:
+        seen = seen & ~(bias <= -1e4)
     scores = scores.masked_fill(~seen, -torch.inf)
+    number, most = seen.sum(-1), scores.amax(-1)
+    keys, is_key = scores, torch.zeros(scores.shape[1], dtype=torch.bool)
     if sinks is not None:
-        column = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1)
-    entropy = -(weights * weights.log().masked_fill(weights == 0, 0)).sum(-1)
-    number = seen.sum(-1) + (sinks is not None)
-    return entropy, scores.logsumexp(-1), scores.amax(-1), weights[..., 0], number.double()
+        is_key = sinks > -1e4
+        column = sinks.double().masked_fill(~is_key, -torch.inf).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        keys = torch.cat([scores, column], -1)
+    weights, logsumexp = keys.softmax(-1), keys.logsumexp(-1)
+    counted = number > 0
+    if padded is not None:
+        counted = counted & ~padded[:, None]
+    entropy = -(weights * weights.log().masked_fill(weights == 0, 0)).sum(-1).masked_fill(~counted, 0)
+    largest = (number + is_key[:, None]).log().masked_fill(~counted, 0)
+    first = weights.gather(-1, seen.int().argmax(-1, keepdim=True))[..., 0].masked_fill(~counted, 0)
+    ones = counted.double()
+    zeros = torch.zeros_like(ones)
+    total = torch.stack([each.sum((0, 2)) for each in (entropy, largest, zeros, zeros, ones)], -1)
+    sums = [first.sum((0, 2)), logsumexp.masked_fill(~counted, 0).sum((0, 2))]
+    logits = torch.stack([most.masked_fill(~counted, -torch.inf).amax((0, 2)), *sums], -1)
+    own = torch.full_like(entropy, torch.nan)
+    if seen.shape[-1] == seen.shape[-2]:
+        own = weights[..., : seen.shape[-1]].diagonal(dim1=-2, dim2=-1)
+        own = own.masked_fill(seen.triu(1).any(-1), torch.nan).masked_fill(number == 0, 0)
+    return entropy.masked_fill(~counted, torch.nan), total, logits, own
 
 
 def make(batch=2, heads=4, kv_heads=4, T=37, S=None, d=16, dtype=torch.float32, scale=1.0):
@@ -53,48 +72,78 @@ def causal(T, S, window=None):
     return seen[None, None]
 
 
-def check(result, expected, atol=2e-5):
+def check(query, key, scaling, expected, atol=2e-5, **options):
+    """With the scores looked at and without: of what both give, the same to the bit."""
+    result = kernel_entropy(query, key, scaling=scaling, **options, logits=True)
     for name, ours, theirs in zip(result._fields, result, expected, strict=True):
+        # sums of as many
+        tolerance = atol if name in ("entropy", "own_weight") else atol * query.shape[0] * query.shape[2]
         torch.testing.assert_close(
-            ours.double(), theirs, atol=atol, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            ours.double(), theirs, atol=tolerance, rtol=1e-5, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
         )
+    short = kernel_entropy(query, key, scaling=scaling, **options)
+    assert short.logits is None and torch.equal(short.total, result.total)
+    torch.testing.assert_close(short.entropy, result.entropy, atol=0, rtol=0, equal_nan=True)
+    return result
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    "T, S, d", [(1, 1, 16), (1, 70, 16), (37, 37, 24), (128, 128, 64), (131, 200, 32), (65, 65, 256)]
+    "T, S, d",
+    [
+        (1, 1, 16),
+        (1, 70, 16),
+        (37, 37, 24),
+        (128, 128, 64),
+        (131, 200, 32),
+        (70, 70, 80),
+        (130, 130, 128),
+        (65, 65, 256),
+    ],
 )
 def test_lengths_and_head_dimensions(T, S, d, is_causal):
     query, key = make(T=T, S=S, d=d)
     expected = naive(query, key, d**-0.5, causal(T, S) if is_causal else None)
-    check(kernel_entropy(query, key, scaling=d**-0.5, is_causal=is_causal), expected)
+    if not is_causal and T == S:
+        # none is its own where all see the keys behind them
+        expected[-1].fill_(torch.nan)
+    check(query, key, d**-0.5, expected, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_have_float32_sums(dtype):
     query, key = make(T=140, d=32, dtype=dtype)
-    check(kernel_entropy(query, key, scaling=0.2, is_causal=True), naive(query, key, 0.2, causal(140, 140)))
+    check(query, key, 0.2, naive(query, key, 0.2, causal(140, 140)), is_causal=True)
 
 
 def test_grouped_heads_of_a_view_that_is_not_contiguous():
     query, key = make(heads=6, kv_heads=2, T=50)
     query, key = (states.transpose(1, 2).contiguous().transpose(1, 2) for states in (query, key))
-    check(kernel_entropy(query, key, scaling=0.25, is_causal=True), naive(query, key, 0.25, causal(50, 50)))
+    check(query, key, 0.25, naive(query, key, 0.25, causal(50, 50)), is_causal=True)
 
 
 @pytest.mark.parametrize("window", [1, 5, 64, 100])
 def test_sliding_window(window):
     query, key = make(T=150, S=180)
-    result = kernel_entropy(query, key, scaling=0.25, is_causal=True, window=window)
-    check(result, naive(query, key, 0.25, causal(150, 180, window)))
+    check(query, key, 0.25, naive(query, key, 0.25, causal(150, 180, window)), is_causal=True, window=window)
 
 
 def test_packed_sequences_and_padding_by_ids():
     query, key = make(T=90)
     ids = torch.tensor([[0] * 30 + [1] * 60, [0] * 50 + [1] * 25 + [-1] * 15], dtype=torch.int32)
     seen = causal(90, 90) & (ids[:, None, :, None] == ids[:, None, None, :])
-    result = kernel_entropy(query, key, scaling=0.25, is_causal=True, query_ids=ids, key_ids=ids)
-    check(result, naive(query, key, 0.25, seen))
+    check(query, key, 0.25, naive(query, key, 0.25, seen), is_causal=True, query_ids=ids, key_ids=ids)
+
+
+def test_padded_queries_do_not_count():
+    query, key = make(T=90)
+    padded = torch.zeros(2, 90, dtype=torch.bool)
+    padded[0, :30] = padded[1, -7:] = True
+    mask = causal(90, 90) & ~padded[:, None, None]
+    check(query, key, 0.25, naive(query, key, 0.25, mask, padded=padded), mask=mask, padded=padded)
+    # of all sequences, and those that no mask hides
+    expected = naive(query, key, 0.25, causal(90, 90), padded=padded[:1])
+    check(query, key, 0.25, expected, is_causal=True, padded=padded[:1])
 
 
 def test_masks_biases_soft_caps_and_sinks():
@@ -102,19 +151,16 @@ def test_masks_biases_soft_caps_and_sinks():
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(2, 1, 40, 75, generator=generator) < 0.4
     mask[0, 0, 7] = False  # sees the sink alone
-    bias = torch.randn(1, 4, 40, 75, generator=generator)
+    bias = torch.randn(1, 4, 40, 75, generator=generator).masked_fill(mask[1:].roll(1, -1), -1e4)
     sinks = torch.randn(4, generator=generator)
-    result = kernel_entropy(query, key, scaling=0.25, mask=mask, bias=bias, softcap=3.0, sinks=sinks)
-    check(result, naive(query, key, 0.25, mask, bias, 3.0, sinks))
-    assert result.entropy[0, :, 7].tolist() == [0.0] * 4
+    sinks[2] = -torch.inf
+    expected = naive(query, key, 0.25, mask, bias, 3.0, sinks)
+    result = check(query, key, 0.25, expected, mask=mask, bias=bias, softcap=3.0, sinks=sinks)
+    assert result.entropy[0, :, 7].isnan().all() and result.total[:, 4].max() < 80
     # and one at a time
     for given in ({"mask": mask}, {"bias": bias}, {"softcap": 3.0}, {"sinks": sinks}):
-        if "mask" in given:
-            given = {"mask": mask | torch.eye(40, 75, dtype=torch.bool)}
-        check(
-            kernel_entropy(query, key, scaling=0.25, **given),
-            naive(query, key, 0.25, **{"seen" if k == "mask" else k: v for k, v in given.items()}),
-        )
+        named = {"seen" if name == "mask" else name: value for name, value in given.items()}
+        check(query, key, 0.25, naive(query, key, 0.25, **named), **given)
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4])
@@ -124,9 +170,12 @@ def test_large_scores_lose_nothing(size):
     query = torch.randint(-9, 10, (1, 2, 70, 16), generator=generator).float()
     key = torch.randint(-9, 10, (1, 2, 70, 16), generator=generator).float()
     scaling = 2.0 ** round(math.log2(size / 300))
-    result = kernel_entropy(query, key, scaling=scaling, is_causal=True)
-    expected = naive(query, key, scaling, causal(70, 70))[0]
-    torch.testing.assert_close(result.entropy.double(), expected, atol=2e-6, rtol=0)
+    result = kernel_entropy(query, key, scaling=scaling, is_causal=True, logits=True)
+    expected = naive(query, key, scaling, causal(70, 70))
+    assert expected[2][:, 0].max() >= size
+    torch.testing.assert_close(result.entropy.double(), expected[0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(result.total, expected[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(result.logits, expected[2], atol=1e-4, rtol=1e-6)
     # spread out by a large score that all keys share: only the differences matter
     shared = torch.full((1, 2, 70, 1), 64.0)
     padded = kernel_entropy(
@@ -145,57 +194,73 @@ def test_scores_that_float32_cannot_tell_apart_stay_in_range(size):
     assert ((result.entropy >= 0) & (result.entropy <= largest + 1e-6) | result.entropy.isnan()).all()
 
 
-def test_one_broken_key_concerns_the_queries_that_see_it():
-    query, key = make(T=64)
-    expected = naive(query, key, 0.25, causal(64, 64))[0]
-    for value in (torch.nan, torch.inf, 1e38):
-        broken = key.clone()
-        broken[:, :, 40] = value
-        entropy = kernel_entropy(query, broken, scaling=0.25, is_causal=True).entropy
-        torch.testing.assert_close(entropy[:, :, :40].double(), expected[:, :, :40], atol=1e-5, rtol=0)
-        if not math.isfinite(value):
-            assert entropy[:, :, 40:].isnan().all()
+@pytest.mark.parametrize("T", [64, 200])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e38])
+def test_one_broken_key_concerns_the_queries_that_see_it(T, value):
+    query, key = make(T=T)
+    expected = naive(query, key, 0.25, causal(T, T))[0]
+    broken = key.clone()
+    broken[1, 2, 40, 5] = value
+    result = kernel_entropy(query, broken, scaling=0.25, is_causal=True, logits=True)
+    others = torch.ones(2, 4, T, dtype=torch.bool)
+    others[1, 2, 40:] = False
+    torch.testing.assert_close(result.entropy.double()[others], expected[others], atol=1e-5, rtol=0)
+    if value == 1e38:
+        return
+    assert result.entropy[~others].isnan().all()
+    unweighted = torch.zeros(4).double()
+    unweighted[2] = torch.arange(41, T + 1).sum()
+    assert torch.equal(result.total[:, 2], unweighted)
+    infinite = torch.zeros(4).double()
+    infinite[2] = 0 if math.isnan(value) else T - 40
+    assert torch.equal(result.total[:, 3], infinite)
+    for sums in (result.total[:, :1], result.logits):
+        assert sums[2].isnan().all() and sums[[0, 1, 3]].isfinite().all()
+    assert torch.equal(result.own_weight.isnan(), ~others)
 
 
-def test_a_query_that_sees_no_key_is_nan():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_query_concerns_itself(value):
+    query, key = make(T=70)
+    query[0, 1, 50, 3] = value
+    result = kernel_entropy(query, key, scaling=0.25, is_causal=True)
+    assert result.entropy.isnan().nonzero().tolist() == [[0, 1, 50]]
+    assert result.total[:, 2].tolist() == [0, 51, 0, 0]
+    assert result.total[:, 3].tolist() == [0, 0 if math.isnan(value) else 51, 0, 0]
+
+
+def test_a_query_that_sees_no_key_is_nan_and_does_not_count():
     query, key = make(T=8)
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(-1)
-    result = kernel_entropy(query, key, scaling=0.25, mask=mask)
-    assert result.entropy[:, :, 0].isnan().all() and result.num_keys[:, :, 0].eq(0).all()
-    assert result.entropy[:, :, 1:].isfinite().all()
+    result = check(query, key, 0.25, naive(query, key, 0.25, mask), mask=mask)
+    assert result.entropy[:, :, 0].isnan().all() and result.total[:, 4].eq(2 * 7).all()
+    none = kernel_entropy(query[:, :, :0], key, scaling=0.25, logits=True)
+    assert none.entropy.shape == (2, 4, 0) and none.total.eq(0).all() and none.logits[:, 1:].eq(0).all()
 
 
 def test_more_queries_than_keys():
     query, key = make(T=150, S=70)
-    result = kernel_entropy(query, key, scaling=0.25, is_causal=True)
-    expected = naive(query, key, 0.25, causal(150, 70))[0]
-    assert expected[:, :, :80].isnan().all() and expected[:, :, 80:].isfinite().all()
-    torch.testing.assert_close(result.entropy.double(), expected, atol=1e-5, rtol=0, equal_nan=True)
+    expected = naive(query, key, 0.25, causal(150, 70))
+    assert expected[0][:, :, :80].isnan().all() and expected[0][:, :, 80:].isfinite().all()
+    check(query, key, 0.25, expected, is_causal=True)
 
 
-@pytest.mark.parametrize("kind", ["causal", "padded", "biased", "capped", "sinks"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_path_of_a_gpu_equals_that_of_a_cpu(kind, dtype):
-    """What `compute_attention_entropy` takes on a GPU, called here by its name."""
-    query, key = make(heads=4, kv_heads=2, T=50, dtype=dtype)
-    key[1, 0, 20, 3] = torch.inf
-    mask = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril()
-    mask[0, :, :, :7] = False
-    given = {
-        "causal": {"is_causal": True},
-        "padded": {"attention_mask": mask},
-        "biased": {"attention_mask": torch.randn(1, 4, 50, 50).masked_fill(~mask, torch.finfo(torch.float32).min)},
-        "capped": {"is_causal": True, "softcap": 2.0},
-        "sinks": {"is_causal": True, "sinks": torch.randn(4)},
-    }[kind]
-    expected = compute_attention_entropy(query, key, scaling=0.25, **given)
-    visible, bias = split_mask(given.get("attention_mask"))
-    visibility = Visibility(visible, given.get("is_causal", False), 50, 50, query.device)
-    sinks = given.get("sinks")
-    sinks = None if sinks is None else sinks.view(1, 4, 1, 1)
-    entropy, infinite = kernel_path(query, key, 0.25, visibility, bias, given.get("softcap"), sinks)
-    none_seen = visibility.number() == 0
-    torch.testing.assert_close(
-        entropy.masked_fill(none_seen, torch.nan), expected, atol=1e-5, rtol=1e-5, equal_nan=True
-    )
-    assert entropy[1, :2, 20:].isnan().all() and infinite[1, :2, 20:].eq(1).all() and infinite.sum() == 2 * 30
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("model_type", ["gpt2", "mistral", "gemma2", "gpt_oss", "bert"])
+def test_a_record_by_the_kernel_equals_that_of_a_cpu(model_type, padding, monkeypatch):
+    """What `record_attention_entropy` takes on a GPU."""
+    model, batch = make_model(model_type, "eager"), make_batch(padding)
+    records = []
+    for takes in (False, True):
+        monkeypatch.setattr(entropy_module, "_kernel_takes", lambda *args, takes=takes: takes)
+        with record_attention_entropy(model, logits=True) as record, torch.no_grad():
+            model(**batch)
+        assert not record.unmeasured
+        records.append(record)
+    for name in ("entropy", "max_entropy", "max_logit", "sink_share", "logsumexp", "spectral_gap"):
+        ours, theirs = (getattr(record, name) for record in records)
+        torch.testing.assert_close(
+            ours, theirs, atol=1e-5, rtol=1e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name in ("nan_count", "inf_count"):
+        assert torch.equal(*(getattr(record, name) for record in records))

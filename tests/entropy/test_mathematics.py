@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_lnfree import compute_attention_entropy
 from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module
@@ -386,3 +388,34 @@ def test_no_map_is_kept_for_the_gradient(options, monkeypatch):
     # a map of one head would be 1 MiB
     assert sum(kept.values()) < 2**18
     entropy.sum().backward()
+
+
+class Made(TorchDispatchMode):
+    """The storages of what operations make, by their sizes, as long as something holds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        return output
+
+    def held(self, nbytes):
+        return sum(size == nbytes and not storage.expired() for storage, size in self.storages.items())
+
+
+def test_the_backward_pass_waits_with_no_copy_of_the_keys():
+    query, key = (states.requires_grad_() for states in random_states(2, 4, 4, 64, 64, 16))
+    with Made() as made:
+        entropy = compute_attention_entropy(query, key, scaling=0.25, is_causal=True)
+    # queries, keys, and the output of the attention that the entropy is computed by
+    assert made.held(key.nbytes) == 3
+    twins = [states.detach().double().requires_grad_() for states in (query, key)]
+    expected = naive_attention_entropy(*twins, scaling=0.25, is_causal=True)
+    found = torch.autograd.grad(entropy.sum(), (query, key))
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), twins), atol=1e-5, rtol=0, check_dtype=False)

@@ -21,7 +21,8 @@ with the largest score m of a query, l = sum_j exp(s_j - m) and e = sum_j exp(s_
 where neither term is negative, neither is above log n by more than rounding, and nothing cancels at any score. It is
 computed from the scores of one block of queries at a time: in float64 on the CPU, in float32 on an accelerator, where
 it is the usual way. It also takes scores that are not linear in the keys (additive biases, soft caps) and sinks. On a
-GPU with Triton, where no gradient is wanted, one kernel does all of it in one pass over the keys (`kernel.py`).
+GPU with Triton, where no gradient is wanted, one kernel does all of it in one pass over the keys, and adds up what a
+record keeps (`kernel.py`).
 
 Gradient: the log-sum-exp of a kernel carries none. But dH/ds_j = -p_j (s_j - sum_i p_i s_i) is also the gradient of
 -sum_j p_j c_j with constants c_j = s_j, so H = lse.detach() - scaling * q.detach() . Attention(q, k, v=k.detach())
@@ -31,9 +32,13 @@ pass, so that no map is kept for it either.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .visibility import HIDDEN_BIAS, Visibility, split_mask
@@ -113,44 +118,111 @@ def entropy_of_visible(
     bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """`compute_attention_entropy` of checked arguments, with what a record needs beside.
 
     Returns:
-        The entropy, `(batch, heads, T)`; the largest that each query can reach, the logarithm of the number of keys
-        that it sees, `(batch | 1, heads | 1, T)`; and the number of seen scores whose query or key holds an infinity,
-        `(batch, heads, T)`, or None where queries and keys are known to be finite. `sinks` is
-        `(batch | 1, heads, T | 1, 1)`.
+        The entropy, `(batch, heads, T)`, and the number of seen scores whose query or key holds an infinity,
+        `(batch, heads, T)`, or None where queries and keys are known to be finite, and by the kernel, which counts
+        them itself. `sinks` is `(batch | 1, heads, T | 1, 1)`.
     """
+    if _kernel_takes(query, key, bias, sinks):
+        return kernel_result(query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks).entropy, None
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
-    as_given, query, key = (query, key), query.to(dtype), key.to(dtype)
-    number = visibility.number()
-    if sinks is None:
-        largest = number.log()
-    else:
-        largest = (number + ~(sinks.squeeze(-1) <= HIDDEN_BIAS)).log()
+    query, key = query.to(dtype), key.to(dtype)
     arguments = (scaling, visibility, bias, softcap, sinks)
     infinite = None
     with torch.autocast(query.device.type, enabled=False):
         if query.numel() == 0 or key.numel() == 0:
             entropy = query.new_full(query.shape[:3], torch.nan)
-        elif query.device.type == "cuda" and _kernel_takes(*as_given, bias, sinks):
-            entropy, infinite = kernel_path(*as_given, *arguments)  # type: ignore[arg-type]  # two tuples in a row
         elif query.device.type != "cpu":
             entropy, infinite = _streamed_entropy(query, key, *arguments)
         else:
             linear = bias is None and softcap is None and sinks is None
-            states = key - visibility.mean_key(key.detach()) if linear else key
+            mean = visibility.mean_key(key.detach()) if linear else None
+            states = key if mean is None else key - mean
             if not _terms_are_small(query, states, scaling, bias):
                 entropy, infinite = _streamed_entropy(query.double(), key.double(), *arguments)
                 entropy = entropy.to(dtype)
-            elif linear:
-                entropy = _fused_entropy(query, states, scaling, visibility)
+            elif mean is not None:
+                with _kept_as(states, key.detach(), mean):
+                    entropy = _fused_entropy(query, states, scaling, visibility)
             else:
                 entropy, _ = _streamed_entropy(query, key, *arguments)
     # what rounding leaves beside the range; `minimum` hands NaN on
-    entropy = entropy.clamp(min=0.0).minimum(largest.to(dtype))
-    return entropy.masked_fill(number == 0, torch.nan), largest, infinite
+    entropy = entropy.clamp(min=0.0).minimum(largest_entropy(visibility, sinks).to(dtype))
+    return entropy.masked_fill(visibility.number() == 0, torch.nan), infinite
+
+
+def largest_entropy(visibility: Visibility, sinks: Tensor | None) -> Tensor:
+    """The largest that each query can reach, the logarithm of the number of keys that it sees, in nats,
+    `(batch | 1, heads | 1, T)`; `sinks` as `entropy_of_visible` has them."""
+    number = visibility.number()
+    return number.log() if sinks is None else (number + ~(sinks.squeeze(-1) <= HIDDEN_BIAS)).log()
+
+
+class Measurement(NamedTuple):
+    """What a record keeps of one attention call, and the entropies that it is made of."""
+
+    entropy: Tensor  # (batch, heads, T), in nats; NaN where the query is padding, sees no key or is broken
+    total: Tensor  # (heads, 5), as `AttentionEntropyRecord` adds them up
+    logits: Tensor | None  # likewise
+
+
+def measure_attention(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    visibility: Visibility,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    padded: Tensor | None = None,
+    logits: bool = False,
+) -> Measurement:
+    """Entropies and sums over the queries, by head, with the arguments of `entropy_of_visible`.
+
+    Args:
+        padded (`torch.Tensor` of shape `(batch | 1, T)`, *optional*): bool, True for queries that do not count.
+        logits (`bool`): whether to look at the scores too.
+    """
+    scored: dict[str, Any] = {"bias": bias, "softcap": softcap, "sinks": sinks}
+    if _kernel_takes(query, key, bias, sinks):
+        result = kernel_result(query, key, scaling, visibility, **scored, padded=padded, logits=logits)
+        if not logits:
+            return Measurement(result.entropy, result.total, None)
+        gaps = spectral_gaps(result.own_weight, _counted(visibility, padded))
+        return Measurement(result.entropy, result.total, torch.cat([result.logits, gaps], -1))
+
+    entropy, infinite = entropy_of_visible(query, key, scaling, visibility, **scored)
+    number, counted, largest = visibility.number(), _counted(visibility, padded), largest_entropy(visibility, sinks)
+    dtype = torch.float32 if entropy.device.type == "mps" else torch.float64
+    if infinite is None and padded is None and visibility.mask is None:
+        # the usual case: every query counts, and sees as many keys in every sequence and head
+        total = F.pad(entropy.detach().sum((0, 2), dtype=dtype)[:, None], (0, 4))
+        total[:, 1] = largest.sum((0, 2), dtype=dtype) * (len(query) / len(largest))
+        total[:, 4] = len(query) * query.shape[2]
+    else:
+        entropy = entropy.masked_fill(~counted, torch.nan)
+        infinite = torch.zeros_like(number) if infinite is None else infinite
+        columns = (entropy.detach(), largest, entropy.isnan() * number, infinite, torch.ones_like(largest))
+        stacked = torch.stack(torch.broadcast_tensors(*columns), -1)
+        total = torch.where(counted[..., None], stacked, 0).sum((0, 2), dtype=dtype)
+    if not logits:
+        return Measurement(entropy, total, None)
+    values = logits_of_visible(query, key, scaling, visibility, **scored).to(dtype)  # (batch, heads, T, 4)
+    gaps = spectral_gaps(values[..., 3], counted)
+    values, counted = values[..., :3], counted[..., None]
+    most = values[..., :1].masked_fill(~counted, -torch.inf).amax((0, 2))
+    sums = values[..., 1:].masked_fill(~counted, 0.0).sum((0, 2))
+    return Measurement(entropy, total, torch.cat([most, sums, gaps], -1))
+
+
+def _counted(visibility: Visibility, padded: Tensor | None) -> Tensor:
+    """Queries that count, those that see a key and are no padding, `(batch | 1, heads | 1, T)`."""
+    counted = visibility.number() > 0
+    return counted if padded is None else counted & ~padded[:, None]
 
 
 @functools.cache
@@ -165,6 +237,8 @@ def _load_kernel() -> Callable | None:
 
 def _kernel_takes(query: Tensor, key: Tensor, bias: Tensor | None, sinks: Tensor | None) -> bool:
     """Whether the kernel computes this: it has no gradient, and knows one sink a head."""
+    if query.device.type != "cuda":
+        return False
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (query, key, bias, sinks)
     )
@@ -173,37 +247,25 @@ def _kernel_takes(query: Tensor, key: Tensor, bias: Tensor | None, sinks: Tensor
     return not differentiable and known and one_a_head and query.shape[-1] <= 256 and _load_kernel() is not None
 
 
-def kernel_path(
+def kernel_result(
     query: Tensor,
     key: Tensor,
     scaling: float,
     visibility: Visibility,
-    bias: Tensor | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As `_streamed_entropy`, by the kernel, of queries and keys as the model has them."""
-    mask = visibility.mask
-    if bias is not None:
-        # what it hides has no part in the kernel's sums
-        shown = bias > HIDDEN_BIAS
-        mask = shown if mask is None else mask & shown
-    entropy = _load_kernel()(  # type: ignore[misc]  # `_kernel_takes` has looked that it is there
+    *,
+    sinks: Tensor | None = None,
+    **options,
+):
+    """What the kernel gives (`KernelResult`), of queries and keys as the model has them; `options` are its own."""
+    return _load_kernel()(  # type: ignore[misc]  # `_kernel_takes` has looked that it is there
         query,
         key,
         scaling=scaling,
         is_causal=visibility.is_causal,
-        mask=mask,
-        bias=bias,
-        softcap=softcap,
+        mask=visibility.mask,
         sinks=None if sinks is None else sinks.flatten(),
-    ).entropy
-    query_size, key_size = query.abs().amax(-1), key.abs().amax(-1)
-    count = functools.partial(visibility.count, heads=query.shape[1])
-    # a kernel that multiplies half precision may turn what is infinite into a large number
-    broken = ~query_size.isfinite() | (count(~key_size.isfinite()) > 0)
-    infinite = torch.where(query_size.isinf(), visibility.number(), count(key_size.isinf()))
-    return entropy.masked_fill(broken, torch.nan), infinite
+        **options,
+    )
 
 
 def _terms_are_small(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None) -> bool:
@@ -229,6 +291,18 @@ def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int,
         else:
             blocks.append(function(*arguments))
     return torch.cat(blocks, 2)
+
+
+def _kept_as(states: Tensor, key: Tensor, mean: Tensor) -> AbstractContextManager[Any]:
+    """Within, `states`, which are `key - mean`, are not kept for the backward pass, which subtracts again: the model
+    keeps its keys anyway."""
+    if torch._C._are_functorch_transforms_active():
+        return nullcontext()  # torch.func knows no such hooks, and torch has no public function that tells
+    address = states.data_ptr()
+    return saved_tensors_hooks(
+        lambda tensor: None if tensor.data_ptr() == address else tensor,
+        lambda kept: key - mean if kept is None else kept,
+    )
 
 
 def _fused_entropy(query: Tensor, key: Tensor, scaling: float, visibility: Visibility) -> Tensor:

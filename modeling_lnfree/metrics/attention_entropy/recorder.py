@@ -10,14 +10,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .entropy import entropy_of_visible, logits_of_visible, spectral_gaps
+from .entropy import Measurement, largest_entropy, measure_attention
 from .record import AttentionEntropyRecord
 from .visibility import MaskOrigin, describe_mask, read_visibility
 
@@ -296,17 +295,18 @@ class _Recorder:
         name = self._name(module)
         try:
             with torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()):
-                measured, total, logits = self._measure(call, **call.named_arguments())
+                measured, largest = self._measure(call, **call.named_arguments())
             if again:
                 return
-            self.record.add((self._positions[module], self._pass.runs[module]), name, total, logits)
+            row = (self._positions[module], self._pass.runs[module])
+            self.record.add(row, name, measured.total, measured.logits)
         except Exception as error:  # an instrument does not stop the model: what it cannot read is told at the end
             if not again:
                 reason = f"its call cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
                 self._miss(module, str(error) if isinstance(error, _Unmeasured) else reason)
             return
         if self._on_layer is not None:
-            self._on_layer(measured._replace(layer=name))
+            self._on_layer(LayerEntropy(name, measured.entropy, largest()))
 
     def _measure(
         self,
@@ -317,7 +317,7 @@ class _Recorder:
         s_aux: Tensor | None = None,
         sinks: Tensor | None = None,
         **kwargs,
-    ) -> tuple[LayerEntropy, Tensor, Tensor | None]:
+    ) -> tuple[Measurement, Callable[[], Tensor]]:
         if call.query.device.type == "meta":
             raise _Unmeasured("its tensors hold no numbers")
         if torch._C._functorch.is_functorch_wrapped_tensor(call.query):
@@ -340,35 +340,11 @@ class _Recorder:
         if s_aux is not None:
             sinks = s_aux.view(1, -1, 1, 1)
         scored: dict[str, Any] = {"bias": bias, "softcap": softcap, "sinks": sinks}
-        entropy, largest, infinite = entropy_of_visible(query, key, scaling, visibility, **scored)
-
-        number = visibility.number()
-        counted = number > 0
-        if padded is not None:
-            counted = counted & ~padded[:, None]
-        dtype = torch.float32 if entropy.device.type == "mps" else torch.float64
-        if infinite is None and padded is None and visibility.mask is None:
-            # the usual case: every query counts, and sees as many keys in every sequence and head
-            total = F.pad(entropy.detach().sum((0, 2), dtype=dtype)[:, None], (0, 4))
-            total[:, 1] = largest.sum((0, 2), dtype=dtype) * (batch / len(largest))
-            total[:, 4] = batch * query.shape[2]
-        else:
-            entropy = entropy.masked_fill(~counted, torch.nan)
-            infinite = torch.zeros_like(number) if infinite is None else infinite
-            columns = (entropy.detach(), largest, entropy.isnan() * number, infinite, torch.ones_like(largest))
-            stacked = torch.stack(torch.broadcast_tensors(*columns), -1)
-            total = torch.where(counted[..., None], stacked, 0).sum((0, 2), dtype=dtype)
+        measured = measure_attention(query, key, scaling, visibility, **scored, padded=padded, logits=self._logits)
         # tensors without numbers have a class of their own, or make the others so
-        if type(total) is not Tensor:
+        if type(measured.total) is not Tensor:
             raise _Unmeasured("its tensors hold no numbers")
-        logits = None
-        if self._logits:
-            values = logits_of_visible(query, key, scaling, visibility, **scored).to(dtype)  # (batch, heads, T, 4)
-            gaps = spectral_gaps(values[..., 3], counted)
-            values, counted = values[..., :3], counted[..., None]
-            most = values[..., :1].masked_fill(~counted, -torch.inf).amax((0, 2))
-            logits = torch.cat([most, values[..., 1:].masked_fill(~counted, 0.0).sum((0, 2)), gaps], -1)
-        return LayerEntropy("", entropy, largest), total, logits
+        return measured, functools.partial(largest_entropy, visibility, sinks)
 
     # ---- the end
 

@@ -28,6 +28,7 @@ class Visibility:
             mask, is_causal = causal[None, None] if mask is None else mask & causal, False
         self.mask, self.is_causal, self.device = mask, is_causal, device
         self.num_queries, self.num_keys = num_queries, num_keys
+        self._number: Tensor | None = None
 
     def block(self, start: int, stop: int) -> "Visibility":
         """What the queries from `start` to `stop` see; without the keys that lie behind them all, where causal."""
@@ -41,11 +42,14 @@ class Visibility:
 
     def number(self) -> Tensor:
         """Number of keys that each query sees, `(batch | 1, heads | 1, T)`."""
-        if self.mask is not None:
-            return self.mask.sum(-1)
-        if self.is_causal:
-            return torch.arange(1, self.num_queries + 1, device=self.device)[None, None]
-        return torch.full((1, 1, self.num_queries), self.num_keys, device=self.device)
+        if self._number is None:
+            if self.mask is not None:
+                self._number = self.mask.sum(-1)
+            elif self.is_causal:
+                self._number = torch.arange(1, self.num_queries + 1, device=self.device)[None, None]
+            else:
+                self._number = torch.full((1, 1, self.num_queries), self.num_keys, device=self.device)
+        return self._number
 
     def count(self, marked: Tensor, heads: int) -> Tensor:
         """Number of the `marked` keys (bool, `(batch, kv_heads, S)`) that each query sees, `(batch, heads, T)`."""
