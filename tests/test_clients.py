@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -351,6 +352,57 @@ def test_transformer_lens_shows_a_design_or_says_which_field_it_cannot(name):
             after = cache[f"{block}.hook_resid_pre"] + cache[f"{block}.hook_attn_out"] + cache[f"{block}.hook_mlp_out"]
             torch.testing.assert_close(after, cache[f"{block}.hook_resid_post"], atol=1e-4, rtol=1e-4)
             assert cache[f"{block}.attn.hook_pattern"].shape == (2, 4, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("variant", "backbone", "unsupported"),
+    [
+        ("SM+LN+G", "gpt2", None),
+        ("SM+R", "pythia", None),
+        ("SM+RMS+S", "gpt2", None),
+        ("SM+R-noLNf", "gpt2", None),
+        ("SM+LN+R-noLNf", "pythia", "center_writing_weights"),
+        ("SM+LN+G@Gated", "gpt2", "fold_ln"),
+        ("SM+LN+G@Clipped", "gpt2", "fold_ln"),
+    ],
+)
+def test_transformer_lens_boots_a_folder_and_processes_its_weights(
+    variant, backbone, unsupported, tokenizer, tmp_path
+):
+    needs("transformer_lens")
+    from transformer_lens.model_bridge import TransformerBridge
+
+    import modeling_lnfree.adapters.transformer_lens  # noqa: F401  # puts the architecture into the table
+
+    model = tiny_model(variant, backbone, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    input_ids = some_ids(model, 2, 9)
+    expected = model(input_ids).logits.log_softmax(-1)
+    bridge = TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
+    torch.testing.assert_close(bridge(input_ids).log_softmax(-1), expected, atol=1e-4, rtol=1e-5)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        bridge.enable_compatibility_mode(disable_warnings=True)
+    found = {str(warning.message).split(" does not support ")[-1].split(";")[0] for warning in told}
+    assert found & {"fold_ln", "center_writing_weights"} == {unsupported} - {None}
+    logits, cache = bridge.run_with_cache(input_ids)
+    torch.testing.assert_close(logits.log_softmax(-1), expected, atol=1e-4, rtol=1e-5)
+    # all that was asked for was done
+    assert logits.mean(-1).abs().max() < 1e-4
+    if variant == "SM+LN+G":
+        assert cache["blocks.1.hook_resid_post"].mean(-1).abs().max() < 1e-5
+        assert bridge.blocks[1].ln2.weight.equal(torch.ones(32))
+
+
+def test_transformer_lens_does_not_fold_values_where_weights_do_not_add_up(model):
+    needs("transformer_lens")
+    from modeling_lnfree.adapters.transformer_lens import load_bridge
+
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    bridge = load_bridge(tiny_model("SM+R@Clipped", biased_projections=every))
+    with pytest.raises(RuntimeError, match="does not support compatibility mode"):
+        bridge.enable_compatibility_mode()
 
 
 def test_transformer_lens_on_an_export(model, tokenizer):

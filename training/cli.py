@@ -180,7 +180,9 @@ def _measure(verbs):
         "measure",
         "measure:measure",
         "perplexity, attention and the residual stream of causal language models on any texts, side by side",
-        "lnfree measure runs/quickstart/SM+G/model runs/quickstart/SM+R/model --dataset stdlib --heat-map heads.png",
+        "lnfree measure runs/quickstart/SM+G/model runs/quickstart/SM+R/model --dataset stdlib --heat-map heads.png\n"
+        "  lnfree measure EleutherAI/pythia-70m --revision step1000 step10000 step100000 --dataset texts.jsonl "
+        "--heat-map film.png",
     )
     verb.add_argument("model_id", nargs="+", metavar="MODEL", help="models of the Hub, or folders")
     verb.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with a model")
@@ -206,7 +208,8 @@ def _measure(verbs):
         metavar="FILE",
         help="write the table as Markdown (default: the standard output)",
     )
-    verb.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help="draw layers x heads")
+    pictures = "draw layers x heads; of revisions curves too"
+    verb.add_argument("--heat-map", dest="heat_map_path", metavar="FILE.png", help=pictures)
     verb.add_argument("--parquet", dest="parquet_path", metavar="FILE", help="write the figures of every text")
     for option, now in (("--private-cost", "lnfree cost MODEL"), ("--fixed-point", "lnfree cost MODEL --fixed-point")):
         verb.add_argument(option, nargs="?", action=_Moved, dest=argparse.SUPPRESS, const=now, help=argparse.SUPPRESS)

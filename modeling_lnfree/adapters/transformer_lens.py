@@ -1,7 +1,8 @@
 """
-TransformerLens 4 on a model of this family:
+TransformerLens 4 on a model of this family, at hand or by TransformerLens' own call, once this is imported:
 
     bridge = load_bridge(model, tokenizer)
+    bridge = TransformerBridge.boot_transformers("runs/first/model")
     logits, cache = bridge.run_with_cache("def main():")
     cache["blocks.0.attn.hook_pattern"]
 
@@ -11,9 +12,18 @@ is the softmax, clipped where it is, and `hook_z` what the output projection get
 
 What a branch gives must be what is added to the stream, and a feed-forward layer have its two projections. So norms
 that are not before the branches, residual gains, and `mlp_type` `"fused"` or `"none"` are refused.
+
+`bridge.enable_compatibility_mode()` folds norms and centers weights, with equal log-probabilities. It leaves norms as
+they are for designs with gates or clipping, does not center what is written to a stream that no norm reads at its end,
+and raises RuntimeError for gates or clipping with biases of values.
 """
 
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from importlib.metadata import entry_points
+
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import (
@@ -32,12 +42,16 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
 
+ARCHITECTURE = "LNFreeForCausalLM"
+
+
 class LNFreeArchitectureAdapter(ArchitectureAdapter):
     """Where TransformerLens finds the parts of a model."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
         self.cfg.attn_only = self.cfg.default_prepend_bos = False
+        self.weight_processing_conversions = self._qkvo_weight_conversions(include_biases=True)
 
     def prepare_model(self, hf_model: PreTrainedModel):
         """Maps the parts, some of which a model has or not: its own configuration does not reach `__init__`."""
@@ -48,6 +62,15 @@ class LNFreeArchitectureAdapter(ArchitectureAdapter):
         self.cfg.final_rms, self.cfg.gated_mlp = config.final_norm_type == "rmsnorm", gated
         self.cfg.positional_embedding_type = "standard" if config.position_embedding_type == "learned" else "rotary"
         self.cfg.parallel_attn_mlp = config.parallel_residual
+        # what is the same for all entries of the stream reaches the logits, if no norm takes it out at the end
+        self.supports_center_writing_weights = config.norm_type != "layernorm" or config.final_norm_type == "layernorm"
+        # weights that do not add up to 1 behind gates and clipping: biases of values cannot go into the output's, as
+        # those of a norm would too; and a gate reads what the norm gives
+        sums_to_one = all(
+            layer.attention_gate_init is None and layer.softmax_clipping is None for layer in config.per_layer_config
+        )
+        self.supports_fold_ln = sums_to_one
+        self.supports_compatibility_mode = sums_to_one or "v_proj" not in config.biased_projections
 
         def norm(name: str, norm_type: str) -> GeneralizedComponent:
             if norm_type not in ("layernorm", "rmsnorm"):
@@ -108,6 +131,12 @@ def load_bridge(model: PreTrainedModel, tokenizer=None) -> TransformerBridge:
         ValueError: for a design that TransformerLens cannot show, before anything is changed.
     """
     _check(model.config)
-    ArchitectureAdapterFactory.register_adapter("LNFreeForCausalLM", LNFreeArchitectureAdapter)
     model.set_attn_implementation("eager")
-    return build_bridge_from_module(model, "LNFreeForCausalLM", hf_config=model.config, tokenizer=tokenizer)
+    return build_bridge_from_module(model, ARCHITECTURE, hf_config=model.config, tokenizer=tokenizer)
+
+
+# `boot_transformers` looks here first, before it has asked for entry points
+SUPPORTED_ARCHITECTURES[ARCHITECTURE] = LNFreeArchitectureAdapter
+# of a project that is installed, the entry point registers it, and warns of one that is there
+if not entry_points(group="transformer_lens.architectures", name=ARCHITECTURE):
+    ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, LNFreeArchitectureAdapter)
