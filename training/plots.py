@@ -298,8 +298,8 @@ def plot_norm_removal(removed: Run, control: Run | None) -> Figure:
         (2, "weight on the first token", sinks, max(map(np.nanmax, sinks))),
     ):
         panels = [figure.add_subplot(grid[1, column + index]) for index in range(2)]
-        for axis, values, title in zip(panels, maps, ("before", "after"), strict=True):
-            image = axis.imshow(values, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
+        for axis, weights, title in zip(panels, maps, ("before", "after"), strict=True):
+            image = axis.imshow(weights, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
             axis.set(xlabel="head", ylabel="layer", title=f"Attention {title}")
             for locator in (axis.xaxis, axis.yaxis):
                 locator.set_major_locator(MaxNLocator(12, integer=True))
