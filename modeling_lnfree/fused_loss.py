@@ -23,7 +23,7 @@ number from the device in every step, and may overflow in float16; hence plain t
 
 import functools
 from types import MethodType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,9 @@ def use_fused_loss(model: ModelT) -> ModelT:
     Makes a causal language model compute its loss by `head_and_loss` in training mode, where `labels` are given as a
     keyword. The output has `logits=None` then. Everything else is as before: evaluation, generation, and training
     steps in which someone needs the head by itself (hooks, adapters or shards on it, `logits_to_keep`). A forward pass
-    in training mode takes `label_smoothing` as a further keyword. Doing it twice is doing it once.
+    in training mode takes `label_smoothing` as a further keyword, and any one `reduction="none"`: its loss is then of
+    every token but the first, `(batch, T - 1)`, without a gradient and without logits, as an evaluation needs them.
+    Doing it twice is doing it once.
 
     Returns:
         The same model.
@@ -87,11 +89,26 @@ def has_fused_loss(model: nn.Module) -> bool:
 
 
 @can_return_tuple
-def _forward(self, *args, labels: Tensor | None = None, label_smoothing: float = 0.0, **kwargs):
+def _forward(
+    self,
+    *args,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Literal["mean", "none"] = "mean",
+    **kwargs,
+):
     head, to_keep = self.get_output_embeddings(), kwargs.get("logits_to_keep", 0)
     # adapters, shards and parametrizations make the head a layer of another class
     is_plain = type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
     keeps_all = isinstance(to_keep, int) and to_keep == 0
+    multiplier = getattr(getattr(self, "logits_scale", None), "factor", 1.0)
+    if labels is not None and reduction == "none":
+        if is_plain:
+            states = self.base_model(*args, **kwargs).last_hidden_state
+            losses = token_losses(states, head.weight, labels, multiplier=multiplier)
+        else:
+            losses = _cross_entropies(type(self).forward(self, *args, **kwargs).logits[:, :-1], labels[:, 1:])
+        return CausalLMOutputWithPast(loss=losses)
     # the base model has its positional arguments in another order
     if labels is None or not (self.training and is_plain and keeps_all and len(args) <= 1):
         if label_smoothing:
@@ -109,7 +126,7 @@ def _forward(self, *args, labels: Tensor | None = None, label_smoothing: float =
         outputs.last_hidden_state,
         head.weight,
         labels,
-        multiplier=getattr(getattr(self, "logits_scale", None), "factor", 1.0),
+        multiplier=multiplier,
         label_smoothing=label_smoothing,
         **options,
     )
@@ -173,6 +190,28 @@ def head_and_loss(
         # a quotient by 0 would hand NaN on to the gradient
         return torch.where(count == 0, torch.nan, total / count.where(count != 0, 1))
     return total / count
+
+
+@torch.no_grad()
+def token_losses(
+    states: Tensor, weight: Tensor, labels: Tensor, *, multiplier: float = 1.0, block_elements: int | None = None
+) -> Tensor:
+    """
+    The cross-entropy of every token but the first, `(batch, seq_len - 1)`, with the arguments of `head_and_loss`, in
+    float32 at least and without a gradient; of labels that are -100, 0.
+    """
+    rows = max(1, (block_elements or BLOCK_ELEMENTS) // len(weight))
+    states, targets = states[:, :-1].flatten(0, 1), labels[:, 1:].to(states.device)
+    losses = []
+    for block, target in zip(states.split(rows), targets.flatten().split(rows), strict=True):
+        logits = nn.functional.linear(block, weight)
+        losses.append(_cross_entropies(logits, target, multiplier))
+    return torch.cat(losses).view(targets.shape)
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor, multiplier: float = 1.0) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy((wide * multiplier).movedim(-1, 1), labels, reduction="none")
 
 
 class HeadLossSum(torch.autograd.Function):

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_lnfree import LNFreeForSequenceClassification, use_fused_loss
-from modeling_lnfree.fused_loss import _wide_product, has_fused_loss, head_and_loss
+from modeling_lnfree.fused_loss import _wide_product, has_fused_loss, head_and_loss, token_losses
 
 from ..conftest import every_backbone, gradients, greedy, random_ids, tiny_config, tiny_model
 
@@ -142,6 +142,38 @@ def test_no_tensor_is_larger_than_a_block_of_logits():
     with LargestTensor() as made:
         head_and_loss(states, weight, labels, block_elements=16 * 500).backward()
     # the block's logits; the states have 4,096 and the weight 2,000
+    assert made.most == 16 * 500
+
+
+@every_backbone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_of_every_token_are_those_of_the_logits(backbone, dtype, monkeypatch):
+    model = tiny_model("SM+R", backbone, logits_multiplier=0.5)
+    input_ids = random_ids(3, 13)
+    labels = input_ids.where(torch.rand(3, 13) < 0.8, -100)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = model(input_ids).logits[:, :-1].double()
+        fused = use_fused_loss(model)
+        monkeypatch.setattr("modeling_lnfree.fused_loss.BLOCK_ELEMENTS", 500)
+        with LargestTensor() as made:
+            output = fused(input_ids=input_ids, labels=labels, reduction="none")
+        hook = fused.lm_head.register_forward_hook(lambda *args: None)  # needs the head by itself
+        whole = fused(input_ids=input_ids, labels=labels, reduction="none")
+        hook.remove()
+    expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none").view(3, 12)
+    # the logits would be 3 * 13 * 99; the feed-forward layer's 3 * 13 * 128 are not of this test
+    assert output.logits is None and output.loss.dtype == torch.float32 and not output.loss.requires_grad
+    assert made.most == 3 * 13 * 128 > 500
+    for each in (output, whole):
+        torch.testing.assert_close(
+            each.loss.double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0
+        )
+
+
+def test_losses_of_every_token_hold_no_more_than_a_block_of_logits():
+    states, weight, labels = make(batch=8, length=128, width=4, vocab_size=500)
+    with LargestTensor() as made:
+        token_losses(states, weight, labels, block_elements=16 * 500)
     assert made.most == 16 * 500
 
 

@@ -44,6 +44,8 @@ def assert_close(ours, theirs, atol=1e-4):
     logs = [json.loads((folder / "log_history.json").read_text()) for folder in (ours, theirs)]
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0]
+    perplexities = [json.loads((folder / "results.json").read_text())["perplexity"] for folder in (ours, theirs)]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-2 if atol > 1e-3 else 1e-4)
 
 
 @pytest.mark.parametrize(

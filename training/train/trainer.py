@@ -155,8 +155,12 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits[:, :-1].float()  # (B, T - 1, V)
-            nll = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none").mean(1)  # (B,)
+            if has_fused_loss(model):
+                losses = model(**inputs, labels=labels, reduction="none").loss  # (B, T - 1)
+            else:
+                logits = model(**inputs).logits[:, :-1].float()  # (B, T - 1, V)
+                losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+        nll = losses.mean(1)  # (B,)
         return nll.mean(), nll, labels
 
     def evaluation_loop(self, *args, **kwargs):
