@@ -387,9 +387,9 @@ def _benchmark(verbs):
         nargs="+",
         default=[128, 512, 1024, 2048, 4096],
         metavar="T",
-        help="of the section entropy",
+        help="of the sections entropy and attention",
     )
-    verb.add_argument("--compiled", action="store_true", help="the section step also by torch.compile")
+    verb.add_argument("--compiled", action="store_true", help="the sections step and bf16 also by torch.compile")
     verb.add_argument("--json", dest="json_path", metavar="FILE", help="write all figures")
     verb.add_argument("--docs", metavar="DIR", help="of a checkout: put the tables into its pages too")
 

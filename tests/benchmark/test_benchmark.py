@@ -21,7 +21,7 @@ from ..conftest import ROOT
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "section must be one of step, optimizer, entropy, .*, got 'speed'"),
+        (["speed"], "section must be one of step, bf16, optimizer, entropy, .*, got 'speed'"),
         (["step", "--sizes", "huge"], "size must be one of quick, gpt2, pythia70m, got 'huge'"),
         (["--rounds", "0"], "rounds and lengths must be at least 1, got 0"),
     ],

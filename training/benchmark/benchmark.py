@@ -10,7 +10,8 @@ from ..files import check_outputs, to_json, write_atomically
 from ..pages import check_docs, format_head, format_row, machine, write_table
 from ..runs import library_versions
 from .models import SIZES
-from .sections import SECTIONS, Settings
+from .sections import SECTIONS
+from .timing import Settings
 
 
 def benchmark(
@@ -28,8 +29,8 @@ def benchmark(
 
     Args:
         rounds: over which the medians are taken.
-        lengths: sequence lengths of the section `entropy`.
-        compiled: the section `step` also with `torch.compile`.
+        lengths: sequence lengths of the sections `entropy` and `attention`.
+        compiled: the sections `step` and `bf16` also with `torch.compile`.
         json_path: file of all figures, written anew after each row.
         docs: folder `docs` of a checkout, in whose pages the sections' tables are replaced, each when it is whole.
 

@@ -60,12 +60,16 @@ def build_stock(size: str, length: int, device: str, relu: bool = False, **kwarg
 
 
 def training_step(
-    model: nn.Module, input_ids: Tensor, measure: str | None = None, layer_optimizer: LayerOptimizer = "adamw"
+    model: nn.Module,
+    input_ids: Tensor,
+    measure: str | None = None,
+    layer_optimizer: LayerOptimizer = "adamw",
+    dtype: torch.dtype | None = None,
 ) -> Action:
     """
     Forward, backward, clip, AdamW (or Muon for the matrices of the layers); with `measure`, also the entropy of every
     head by `record` or by `maps`, or AERO's penalty on it in the loss, by `penalty` (`EntropyRegularizer`) or by
-    `map penalty`.
+    `map penalty`. Forward under autocast to `dtype`, if there is one.
     """
     model.train()
     regularizer = EntropyRegularizer(model, weight=1e-5, margin=0.0)
@@ -75,24 +79,28 @@ def training_step(
     else:
         optimizer = build_optimizer(model, learning_rate=1e-4, layer_optimizer=layer_optimizer, fused=True)
 
-    def step():
+    def forward() -> Tensor:
         if measure == "record":
             with record_attention_entropy(model) as record:
                 loss = model(input_ids, labels=input_ids, use_cache=False).loss
             record.entropy.mean()
-        elif measure == "maps":
+            return loss
+        if measure == "maps":
             output = model(input_ids, labels=input_ids, use_cache=False, output_attentions=True)
-            loss = output.loss
             entropy_of_maps(output.attentions)
-        elif measure == "penalty":
+            return output.loss
+        if measure == "penalty":
             with regularizer.measure():
                 loss = model(input_ids, labels=input_ids, use_cache=False).loss
-            loss = loss + regularizer.penalty()
-        elif measure == "map penalty":
+            return loss + regularizer.penalty()
+        if measure == "map penalty":
             output = model(input_ids, labels=input_ids, use_cache=False, output_attentions=True)
-            loss = output.loss + 1e-5 * penalty_of_maps(output.attentions)
-        else:
-            loss = model(input_ids, labels=input_ids, use_cache=False).loss
+            return output.loss + 1e-5 * penalty_of_maps(output.attentions)
+        return model(input_ids, labels=input_ids, use_cache=False).loss
+
+    def step():
+        with torch.autocast(input_ids.device.type, dtype, enabled=dtype is not None):
+            loss = forward()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

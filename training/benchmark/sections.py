@@ -9,10 +9,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from ..parametrization import parametrize_weights, update_spectral_norms
 from ..quantities import BatchEntropy, Outliers, Quantity, ResidualStream, ZeroActivations
 from ..recipe import load_recipe
 from ..train.callbacks import MeasurementCallback
+from .gpu import TOKENS, benchmark_attention, benchmark_bf16, benchmark_passes
 from .models import (
     SIZES,
     build_lnfree,
@@ -34,31 +33,10 @@ from .models import (
     matmul_rate,
     training_step,
 )
-from .timing import Action, growth_exponent, medians, peak_memory, take_turns
+from .timing import Action, Row, Settings, growth_exponent, medians, peak_memory, take_turns
 
 
 QUICK = Path(__file__).parents[1] / "recipes" / "quick.yaml"
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """
-    What the sections are run with.
-
-    Args:
-        sizes: of `SIZES`.
-        rounds: over which the medians are taken.
-        lengths: sequence lengths of the section `entropy`.
-        device: `"cpu"` or `"cuda"`.
-        compiled: the section `step` also with `torch.compile`.
-    """
-
-    sizes: list[str]
-    rounds: int
-    lengths: list[int]
-    device: str
-    compiled: bool
 
 
 def _fast(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -67,13 +45,15 @@ def _fast(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 def benchmark_step(settings: Settings) -> Iterator[Row]:
     """
-    Training steps of the variants and of the stock model of the same size; 1,024 tokens each, 2,048 for `quick`. On a
-    CPU all of them plainly and by `use_fast_cpu`: what comes from LayerNorm is told from what comes from the library.
+    Training steps of the variants and of the stock model of the same size, in float32; 1,024 tokens each, 2,048 for
+    `quick`, 16,384 on a GPU. On a CPU all of them plainly and by `use_fast_cpu`: what comes from LayerNorm is told
+    from what comes from the library.
     """
     device, rounds = settings.device, settings.rounds
     ways = (False, True) if device == "cpu" else (False,)
     for size in settings.sizes:
-        for length, batch in ((128, 16),) if size == "quick" else ((128, 8), (256, 4), (1024, 1)):
+        for length in (128,) if size == "quick" else (128, 256, 1024):
+            batch = (2048 if size == "quick" and device == "cpu" else TOKENS[device]) // length
             input_ids = torch.randint(SIZES[size]["vocab_size"], (batch, length), device=device)
             plain: dict[str, Callable[[], PreTrainedModel]] = {
                 **{v: partial(build_lnfree, v, size, length, device) for v in ("SM+R", "SM+G", "SM+LN+G")},
@@ -201,16 +181,20 @@ def benchmark_entropy(settings: Settings) -> Iterator[Row]:
 
 
 def benchmark_entropy_in_training(settings: Settings) -> Iterator[Row]:
-    """SM+R's training step, the same with entropy measured in it, and the published way; 2,048 tokens or more."""
+    """
+    SM+R's training step, the same with entropy measured in it, and the published way; 2,048 tokens or more, on a GPU
+    16,384 in bfloat16 autocast.
+    """
     device, rounds = settings.device, settings.rounds
+    tokens, dtype = (TOKENS["cuda"], torch.bfloat16) if device == "cuda" else (2048, None)
     for size in settings.sizes:
-        for length in (128, 1024) if size == "quick" else (128, 1024, 4096):
-            input_ids = torch.randint(SIZES[size]["vocab_size"], (max(1, 2048 // length), length), device=device)
+        for length in (128, 1024) if size == "quick" or device == "cuda" else (128, 1024, 4096):
+            input_ids = torch.randint(SIZES[size]["vocab_size"], (max(1, tokens // length), length), device=device)
 
             def prepare(measure, size=size, length=length, input_ids=input_ids):
                 attention = "eager" if measure == "maps" else "sdpa"
                 model = use_fast_cpu(build_lnfree("SM+R", size, length, device, attn_implementation=attention))
-                step = training_step(model, input_ids, measure)
+                step = training_step(model, input_ids, measure, dtype=dtype)
                 return step, step
 
             ways = {"plain": None, "record": "record", "maps": "maps"}
@@ -493,8 +477,11 @@ def benchmark_growth(settings: Settings) -> Iterator[Row]:
 # the title of each, and what gives its rows
 SECTIONS: dict[str, tuple[str, Callable[[Settings], Iterable[Row]]]] = {
     "step": ("A training step", benchmark_step),
+    "bf16": ("A training step in bfloat16, with batches that fill a GPU", benchmark_bf16),
     "optimizer": ("Muon for the layers' matrices", benchmark_optimizer),
     "entropy": ("What measuring attention entropy adds to a forward pass", benchmark_entropy),
+    "attention": ("One attention call, and its entropy", benchmark_attention),
+    "passes": ("What measuring adds to whole forward passes", benchmark_passes),
     "training-entropy": ("Entropy measured in every training step", benchmark_entropy_in_training),
     "methods": ("Training methods: the penalty on entropy, and sigma-reparametrization", benchmark_methods),
     "callback": ("What is measured on the way, at the recipe's cadence", benchmark_callback),

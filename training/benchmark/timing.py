@@ -15,6 +15,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,28 @@ MIB = 2**20
 
 
 Action = Callable[[], Any]
+Row = dict[str, Any]
 Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What the sections are run with.
+
+    Args:
+        sizes: of `SIZES`.
+        rounds: over which the medians are taken.
+        lengths: sequence lengths of the sections `entropy` and `attention`.
+        device: `"cpu"` or `"cuda"`.
+        compiled: the sections `step` and `bf16` also with `torch.compile`.
+    """
+
+    sizes: list[str]
+    rounds: int
+    lengths: list[int]
+    device: str
+    compiled: bool
 
 
 def take_turns(runs: Mapping[Key, Action], rounds: int, device: str) -> dict[Key, list[float]]:
@@ -33,10 +55,10 @@ def take_turns(runs: Mapping[Key, Action], rounds: int, device: str) -> dict[Key
     seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for index in range(rounds + 1):
         for name, run in runs.items():
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             run()
-            _synchronize(device)
+            synchronize(device)
             if index:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -90,7 +112,7 @@ def _peak_mark() -> int:
     return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
-def _synchronize(device: str):
+def synchronize(device: str):
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import Conv1D, PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from modeling_lnfree import AttentionEntropyCallback, use_fast_cpu
 from modeling_lnfree.entropy_callback import describe_record
@@ -97,11 +97,8 @@ class SpeedCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero:
             drop_records_after(self.path, state.global_step)
-        config = model.config
-        weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-        attention = 12 * config.num_hidden_layers * config.hidden_size * self.block_size
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        self.token_share = (6 * weights + attention) / (args.world_size * _peak_flops(model.device, dtype))
+        self.token_share = token_flops(model, self.block_size) / (args.world_size * peak_flops(model.device, dtype))
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
@@ -124,8 +121,15 @@ class SpeedCallback(TrainerCallback):
             control.should_log = should_log
 
 
+def token_flops(model: PreTrainedModel, block_size: int) -> int:
+    """The model FLOPs of a token in sequences of `block_size`, see `SpeedCallback`."""
+    products = (module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D))
+    attention = 12 * model.config.num_hidden_layers * model.config.hidden_size * block_size
+    return 6 * sum(module.weight.numel() for module in products) + attention
+
+
 @torch.no_grad()
-def _peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second in a large linear layer, the best of five."""
     size = 512 if device.type == "cpu" else 4096
     matrix = torch.ones(size, size, device=device, dtype=dtype)
