@@ -468,6 +468,8 @@ def test_measure_of_the_embedded_corpus(folder, monkeypatch):
     parts = {"train": Dataset.from_dict({"content": ["no"]}), "eval": Dataset.from_dict({"content": TEXTS})}
     monkeypatch.setattr("training.texts.load_documents", lambda arguments, seed: parts)
     assert measure(folder, dataset="stdlib")["num_texts"] == len(TEXTS)
+    found = measure(folder, dataset="stdlib", split="train", max_samples=99)
+    assert (found["num_texts"], found["num_tokens"]) == (1, 2)
     with pytest.raises(UserError, match="one of train, eval, got 'test'"):
         measure(folder, dataset="stdlib", split="test")
 
@@ -497,7 +499,9 @@ def test_an_infinite_perplexity_is_a_number(tmp_path, tokenizer, corpus):
         ({"text_column": "text", "model_id": "no/model"}, "'text' is not a column of the dataset"),
         ({"text_column": "text", "model_id": "no/model", "streaming": True}, "'text' is not a column of the dataset"),
         ({"text_column": "number"}, "text_column='number' must hold texts, got int"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "^batch_size must be at least 1, got 0"),
+        ({"max_samples": 0}, "^max_samples must be at least 1, got 0"),
+        ({"max_length": 0}, "^max_length must be at least 1, got 0"),
         ({"max_length": 41}, "in 1 to 40, the positions of the model, got 41"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         ({"device": "nonsense"}, "device 'nonsense' cannot be used"),

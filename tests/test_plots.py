@@ -11,7 +11,7 @@ from modeling_lnfree.attribution import LogitAttribution
 from modeling_lnfree.measurement import QUANTITIES
 from training.files import append_record
 from training.measured import draw
-from training.plots import plot_attribution, plot_evaluations, plot_heat_maps, plot_norm_removal
+from training.plots import plot_attribution, plot_evaluations, plot_heat_maps, plot_norm_removal, plot_seconds
 
 from .compare.test_seeds import fake_run
 
@@ -106,3 +106,20 @@ def test_norm_removal_is_shown_before_and_after(tmp_path):
     assert [list(line.get_ydata()) for line in deviation.lines] == [[2.0, 3.0, 4.0], [3.0, 4.0, 5.0]]
     alone = plot_norm_removal(removed, None).axes[0].lines
     assert [line.get_label() for line in alone].count("norms kept") == 0 and math.isclose(alone[0].get_ydata()[0], 5)
+
+
+def test_every_configuration_is_drawn_at_its_seconds():
+    def point(name, perplexity, lan, wan, frontier):
+        seconds = {"seconds": {"LAN": lan, "WAN": wan}, "frontier": {"LAN": frontier, "WAN": True}}
+        return {"configuration": name, "perplexity": perplexity, **seconds}
+
+    points = [point("a", 5.0, 1.0, 9.0, True), point("b", 6.0, 2.0, 8.0, False), point("c", math.inf, 0.1, 0.1, True)]
+    lan, wan = plot_seconds([points], ["a setting"]).axes
+    for axis, name, places, frontier in (
+        (lan, "LAN", [[1.0, 5.0], [2.0, 6.0]], [[1.0, 5.0]]),
+        (wan, "WAN", [[8.0, 6.0], [9.0, 5.0]], [[8.0, 6.0], [9.0, 5.0]]),
+    ):
+        assert [list(dot.get_offsets()[0]) for dot in axis.collections] == places
+        assert axis.lines[0].get_xydata().tolist() == frontier
+        assert axis.get_xlabel() == f"seconds of one private pass on {name}"
+    assert [text.get_text() for text in lan.texts] == ["a", "b"]

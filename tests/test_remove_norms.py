@@ -49,7 +49,11 @@ def stock(tmp_path_factory):
     return save_stock(model, tmp_path_factory.mktemp("stock") / "gpt2")
 
 
-def test_from_the_command_to_the_card(stock, corpus, own_cache, tmp_path, capsys):
+def test_from_the_command_to_the_card(stock, corpus, own_cache, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(
+        "training.remove_norms.plot_norm_removal", lambda *runs: drawn.append(runs) or plot_norm_removal(*runs)
+    )
     command = ["remove-norms", str(stock), str(tmp_path / "out"), "--dataset", str(corpus), *OVERRIDES]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
@@ -57,6 +61,7 @@ def test_from_the_command_to_the_card(stock, corpus, own_cache, tmp_path, capsys
         json.loads((tmp_path / "out" / name / "results.json").read_text()) for name in ("removed", "control")
     )
     assert (results["variant"], control["variant"]) == ("SM+G-noLNf", "SM+LN+G")
+    assert [[run.name for run in pair] for pair in drawn] == [["removed", "control"]]
     losses = results["norm_removal"]
     assert losses["eval_loss_control"] == control["eval_loss"] and losses["removed"] == 7
     # the model as it came, by itself
@@ -111,6 +116,8 @@ def test_a_stock_llama_loses_its_norms(corpus, own_cache, tmp_path):
     ("arguments", "message"),
     [
         (["init_from=x"], "init_from cannot be overridden: the command's own arguments say it"),
+        (["output_dir=x"], "output_dir cannot be overridden: the command's own arguments say it"),
+        (["keep_final_norm=true"], "keep_final_norm cannot be overridden: the command's own arguments say it"),
         (["max_steps=5"], "the last of 7 norms is gone at step 8, and max_steps is 5"),
         (["remove_norms_gap=[1]"], "the nearest known one is 'remove_norms_gaps'"),
     ],

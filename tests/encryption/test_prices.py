@@ -37,6 +37,8 @@ def test_crypten_by_hand(rows, length):
     negative = (8, 2 + 6 * 4 + 1)
     check(CRYPTEN, "relu", flat, negative[0] + 1, n * (negative[1] + 2))
     check(CRYPTEN, "clamp", flat, 9, 2 * 29 * n)
+    for bound in ("clamp_min", "clamp_max"):
+        check(CRYPTEN, bound, flat, 9, 29 * n)
     # squares, 8 squarings and 3 steps of 1 + 2 + 2 words, two products
     inverse_root = (8 + 3 * 3, 8 + 3 * 5)
     layer_norm = n + inverse_root[1] * rows + (n + rows) + (n + length)
@@ -69,6 +71,8 @@ def test_semi2k_by_hand(rows, length):
     # most significant bit 7 and 5, to arithmetic 1 and 1, selection 1 and 2; a product 1 and 2, truncated 1 and 1
     check(SEMI2K, "relu", flat, 9, 8 * n)
     check(SEMI2K, "clamp", flat, 18, 16 * n)
+    for bound in ("clamp_min", "clamp_max"):
+        check(SEMI2K, bound, flat, 9, 8 * n)
     check(SEMI2K, "truncation", flat, 1, n)
     check(SEMI2K, "gelu", flat, 9, (3 * 8 + 4 * 3 + 7) * n)
     # the highest bit: to binary 7 and 26, six levels of 1 and 2; its bits to arithmetic 1 and 1
@@ -203,6 +207,7 @@ def test_tables_have_the_largest_first_and_show_what_is_in_the_counts():
         assert sum(row["SEMI2K: rounds"] for row in rows) == forward["estimates"]["SEMI2K"]["rounds"]
     named = [("a", forward), ("b", count_operations(LNFreeForCausalLM, tiny_config("SM+R"), length=9)["forward"])]
     first, second, *_ = cost_rows(named, [lan], forward)
+    assert first["MB offline"] == forward["estimates"]["SEMI2K"]["offline_bytes"] / 1e6
     assert first["change on LAN"] == "0"
     expected = 100 * (second["s on LAN"] / first["s on LAN"] - 1)
     assert second["change on LAN"] == f"{expected:+.1f} %" and expected < 0

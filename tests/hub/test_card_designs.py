@@ -71,6 +71,7 @@ def test_norms_are_drawn_where_they_are(name, backbone, expected, monkeypatch, t
         ("gated", "llama", ["gated feed-forward, 24", "SiLU", "biases: gate, up"]),
         ("num_key_value_heads", "gpt2", ["attention, 4 heads (2 of keys and values)"]),
         ("per layer", "gpt2", ["residual stream, block 0 of 2: they differ"]),
+        ("head_dim", "gpt2", ["biases: v, o"]),
     ],
 )
 def test_parts_are_named_and_nothing_that_is_not_there(name, backbone, said, monkeypatch, tmp_path):
@@ -93,6 +94,24 @@ def test_every_preset_has_a_picture_and_a_card(name, tmp_path):
         assert f"**{config.variant}**" in card.text and f"the {said}" in card.text
         assert f"the design {config.preset}" in card.text
         assert ("without LayerNorm" in card.text) == (config.norm_type == "none")
+
+
+# by hand: where each design is from
+PAPERS = {
+    **{"QKNorm": "2405.19279", "OP": "2405.19279", "SAS": "2311.01906", "SAS-P": "2311.01906"},
+    **{"V-SkipInit": "2302.10322", "Shaped": "2306.17759", "Gated": "2306.12929", "Clipped": "2306.12929"},
+    **{"ScFFN": "2410.13060", "ScFuFFN": "2410.13060", "AERO": "2410.13060", "PostLN": "2002.04745"},
+    **{"PeriLN": "2502.02732", "HybridNorm": "2503.04598"},
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_card_names_the_paper_of_its_design(name, tmp_path):
+    config = design(name)
+    results = {**RESULTS, "variant": config.variant, "backbone": config.backbone}
+    said = build_card("name", config, results, tmp_path, "").text.partition("## Results")[0]
+    assert PAPERS[name] in said
+    assert not [paper for paper in set(PAPERS.values()) - {PAPERS[name], "2410.09637"} if paper in said]
 
 
 @pytest.mark.parametrize(("name", "norm"), [("rmsnorm", "RMSNorm"), ("dyt", "DyT"), ("derf", "Derf")])

@@ -23,7 +23,8 @@ def after(seconds: int) -> str:
 
 @pytest.mark.parametrize(
     ("asked", "seconds"),
-    [("7", 7), ("0", 0), (None, 3), ("soon", 3), ("Thu, 01 Jan 2026 00:00:00 GMT", 0)],
+    # ten minutes at most
+    [("7", 7), ("0", 0), (None, 3), ("soon", 3), ("Thu, 01 Jan 2026 00:00:00 GMT", 0), ("600", 600), ("601", None)],
 )
 def test_pause_is_the_one_asked_for(asked, seconds):
     assert pause(asked) == seconds

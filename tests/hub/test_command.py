@@ -184,10 +184,11 @@ def test_nans_of_each_layer_are_in_the_results(runs_dir, tmp_path):
     from training.hub.results import write_results
 
     run = runs.Run.load(runs_dir / "SM+R-5")
-    run.results["attention_entropy"]["nan_count"] = [3, 7]
+    run.results["attention_entropy"] |= {"nan_count": [3, 7], "max_entropy": [[1.0, 2.0], [3.0, 4.0]]}
     write_results([run], "me", tmp_path / "results")
     rows = load_dataset("parquet", data_files=str(tmp_path / "results/data/*.parquet"), split="train")
     assert [(row["layer"], row["layer_nan_count"]) for row in rows] == [(0, 3), (0, 3), (1, 7), (1, 7)]
+    assert rows["max_entropy"] == [1.0, 2.0, 3.0, 4.0]
 
 
 # ------------------------------------------------------------------------------------------ checks that refuse

@@ -186,6 +186,30 @@ def test_interruption_keeps_what_was_read(tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_int8_of_some_texts_is_not_kept(tmp_path, monkeypatch):
+    # the measurement itself is over after four batches of the seven texts
+    passes = interrupt_after(5, monkeypatch)
+    assert run("one", "--batch-size", 2, "--int8", "--json", tmp_path / "m.json") == 130
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert len(passes) == 6 and found["interrupted"] and found["num_texts"] == 6 and "int8" not in found
+
+
+def test_figures_of_a_text_in_windows_follow_one_another(work, tmp_path):
+    import pyarrow.parquet as pq
+
+    assert run("one", "--max-length", 8, "--rolling", "--batch-size", 2, "--parquet", tmp_path / "m.parquet") == 0
+    first = pq.read_table(tmp_path / "m.parquet").to_pylist()[0]
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(work / "one").eval(), make_tokenizer(eos_token="b")
+    tokens = [tokenizer.eos_token_id, *tokenizer(TEXTS[0])["input_ids"]]
+    # 13 tokens: eight from the token that ends a text, and five with three before them
+    with torch.no_grad():
+        logits = [model(torch.tensor([part])).logits[0].log_softmax(-1) for part in (tokens[:8], tokens[5:13])]
+    expected = [-logits[0][i, tokens[i + 1]].item() for i in range(8)]
+    expected += [-logits[1][i - 5, tokens[i + 1]].item() for i in range(8, 13)]
+    assert first["nll"] == pytest.approx(expected, abs=1e-5) and first["num_tokens"] == 13
+    assert len(first["position_entropy"][0]) == 16
+
+
 def test_models_before_the_one_that_fails_are_kept(tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")

@@ -1,8 +1,10 @@
 """What a training run tells before it prepares its data, and the tokens that it counts at its end."""
 
 import json
+import math
 
 import pytest
+import torch
 from datasets import Dataset
 
 from training import cli
@@ -61,6 +63,34 @@ def test_padded_vocabulary_is_the_models(recipe_values, tmp_path):
     assert json.loads((second / "model" / "config.json").read_text())["vocab_size"] == 384
     with pytest.raises(UserError, match="vocab_size must be at least 300, .* got 299"):
         loop.train(build_recipe({**named, "vocab_size": 299, "output_dir": str(tmp_path / "third")}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"entropy_weight": math.nan}, "entropy_weight must be finite and more than 0, got nan"),
+        ({"batch_entropy_weight": math.inf}, "batch_entropy_weight must be finite and more than 0, got inf"),
+        ({"entropy_weight": 1.0, "entropy_margin": math.nan}, r"entropy_margin must be in \[0, 1\], got nan"),
+        ({"batch_entropy_weight": 1.0, "batch_entropy_floor": -0.1}, "batch_entropy_floor must be in .* got -0.1"),
+        ({"batch_entropy_weight": 1.0, "fsdp_size": 2}, "batch_entropy_weight=1.0 needs whole weights"),
+        ({"layer_learning_rate": math.inf}, "layer_learning_rate must be finite and more than 0, got inf"),
+    ],
+)
+def test_numbers_that_are_none_and_methods_that_cannot_be_sharded(fields, message, recipe_values):
+    with pytest.raises(UserError, match=message):
+        build_recipe({**recipe_values, **fields})
+
+
+def test_layers_are_compiled_when_asked(recipe_values, tmp_path, monkeypatch):
+    """By torch's own method, which is stood in for: compiling takes a minute."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    values = {**recipe_values, "max_steps": 1, "save_strategy": "no", "logging_steps": 1}
+    for asked in (False, True):
+        run = loop.train(build_recipe({**values, "compile_layers": asked, "output_dir": str(tmp_path / str(asked))}))
+        assert compiled == ["LNFreeDecoderLayer"] * 2 * asked
+    results = json.loads((run / "results.json").read_text())
+    assert 0 < results["data_seconds"] < results["train_seconds"]
 
 
 @pytest.mark.parametrize("verb", [["measure", "no/model", "--dataset", "stdlib"], ["import", "no/model", "out"]])

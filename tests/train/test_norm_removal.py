@@ -139,11 +139,13 @@ def test_folded_model_equals_the_wrapped_one(backbone, keep):
     removed(model, [removal for _, removal in plan_removals(layers, 1, [1, 1, 1, 1], keep)])
     input_ids = random_ids(2, 9)
     expected = model(input_ids).logits
+    model.generation_config.max_length = 17
     folded = fold(model)
     assert folded.config.variant == ("SM+R" if keep else "SM+R-noLNf")
     kinds = [type(module) for module in folded.modules()]
     assert kinds.count(torch.nn.LayerNorm) == int(keep) and RemovableNorm not in kinds
     torch.testing.assert_close(folded(input_ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert folded.generation_config.max_length == 17 and not folded.training
     assert folded.half()(input_ids).logits.isfinite().all()
 
 
@@ -390,6 +392,12 @@ def test_with_a_tolerance_the_next_norm_waits_for_the_loss(removal_values, tmp_p
         ({"remove_norms_auxiliary_weight": 1.0, "keep_final_norm": True}, "no effect with keep_final_norm=True"),
         ({"remove_norms_from": None, "keep_final_norm": True, "remove_norms_gaps": [2, 2, 3, 2]}, "no effect without"),
         ({"trainable": "norms"}, "trainable='norms' and remove_norms_from do not go together"),
+        ({"weight_parametrization": "weight_norm"}, "='weight_norm' and remove_norms_from do not go together"),
+        ({"remove_norms_gaps": [1, -1, 1, 1]}, r"must be four numbers of steps.* got \[1, -1, 1, 1\]"),
+        ({"remove_norms_tolerance": math.inf}, "remove_norms_tolerance must be finite and more than 0, got inf"),
+        ({"remove_norms_tolerance": math.nan}, "remove_norms_tolerance must be finite and more than 0, got nan"),
+        ({"remove_norms_auxiliary_weight": math.nan}, "remove_norms_auxiliary_weight must be in .* got nan"),
+        ({"fsdp_size": 2}, "remove_norms_from=3 needs whole weights and an optimizer in every process"),
         ({"max_steps": -1}, "needs a budget"),
     ],
 )
@@ -400,17 +408,33 @@ def test_wrong_options_are_refused_before_any_work(change, message, removal_valu
 
 def test_a_schedule_that_does_not_end_is_refused_before_training(removal_values, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**removal_values, "max_steps": 8, "output_dir": str(tmp_path / "run")}))
-    assert cli.main(["train", str(path)]) == 1
-    assert "the last of 7 norms is gone at step 9, and max_steps is 8" in capsys.readouterr().err
+    # what tapers off is there until the last step of it
+    for steps, taper, last in ((8, 0, 9), (10, 2, 11)):
+        values = {**removal_values, "max_steps": steps, "remove_norms_taper": taper}
+        path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / f"run-{taper}")}))
+        assert cli.main(["train", str(path)]) == 1
+        assert f"the last of 7 norms is gone at step {last}, and max_steps is {steps}" in capsys.readouterr().err
 
 
-def test_a_norm_that_explodes_ends_the_run_by_its_name(removal_values, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("training.train.norm_removal.EXPLODED", 0.5)  # the first deviation is too large at once
+@pytest.mark.parametrize(("times", "ends"), [(900.0, False), (1100.0, True), (math.nan, True)])
+def test_a_norm_that_explodes_ends_the_run_by_its_name(times, ends, removal_values, tmp_path, monkeypatch, capsys):
+    """More than a thousand times the first deviation, planted before the second log."""
+
+    class Plant(TrainerCallback):
+        def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+            if state.global_step == 2 and "loss" in logs:
+                norm = model.model.layers[1].post_attention_layernorm
+                first = read_records(tmp_path / "run" / "norm_removal.jsonl")[0]["deviation"]
+                norm.deviation.fill_(times * first["model.layers.1.post_attention_layernorm"][0])
+
+    monkeypatch.setattr(loop, "BriefPrinterCallback", Plant)
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**removal_values, "output_dir": str(tmp_path / "run")}))
-    assert cli.main(["train", str(path)]) == 1
-    assert "layers.0.input_layernorm is the norm that exploded" in capsys.readouterr().err
+    values = {**removal_values, "max_steps": 9, "save_strategy": "no"}
+    path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "run")}))
+    assert cli.main(["train", str(path)]) == int(ends)
+    said = "is unstable at step 2: the mean deviation before model.layers.1.post_attention_layernorm is "
+    told = capsys.readouterr().err
+    assert (said in told and "layers.1.post_attention_layernorm is the norm that exploded" in told) == ends
 
 
 def test_shares_taper_off_along_a_cosine(removal_values, tmp_path):

@@ -325,6 +325,31 @@ def test_gradient_that_is_not_finite_is_located_in_the_backward_pass(values, mon
     assert "layers.0.mlp.up_proj.weight" in str(caught.value)
 
 
+def sound_callback(tmp_path) -> stability.StabilityCallback:
+    callback = stability.StabilityCallback(tmp_path, tiny_model("SM+R"))
+    callback.args, callback.warmup_steps = SimpleNamespace(learning_rate=0.1), 7
+    return callback
+
+
+@pytest.mark.parametrize(
+    ("logs", "seen"),
+    [
+        ({"loss": math.inf}, "the loss is inf"),
+        ({"eval_loss": math.nan}, "the eval_loss is nan"),
+        ({"attention_nan_count/layer_1": 3}, ", layer 1: 3 NaN weights in the attention of the probe batch"),
+        ({"attention_inf_count/layer_2": 5}, ", layer 2: 5 infinite scores in the attention of the probe batch"),
+    ],
+)
+def test_what_is_logged_and_not_finite_ends_a_run(logs, seen, tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    state = SimpleNamespace(global_step=11)
+    sound_callback(tmp_path).on_log(None, state, None, logs={"loss": 1.0, "attention_inf_count/layer_0": 0})
+    with pytest.raises(stability.UnstableRunError) as caught:
+        sound_callback(tmp_path).on_log(None, state, None, logs=logs)
+    assert seen in str(caught.value) and "the last sound checkpoint is checkpoint-10" in str(caught.value)
+
+
 def watch_norms(tmp_path, norms, warmup_steps=0, scaled=False) -> int | None:
     """The step at which a run with these gradient norms ends."""
     model = tiny_model("SM+R")
