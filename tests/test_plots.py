@@ -92,14 +92,17 @@ def test_norm_removal_is_shown_before_and_after(tmp_path):
         (run.folder / "log_history.json").write_text(json.dumps(log))
     entropies = [[[0.1, 0.2], [0.3, 0.4]], [[1.1, 1.2], [1.3, 1.4]], [[2.1, 2.2], [2.3, 2.4]]]
     for step, entropy in enumerate(entropies):
-        append_record(removed.folder / "attention_entropy.jsonl", {"step": step, "entropy": entropy})
+        sinks = [[value / 10 for value in row] for row in entropy]
+        record = {"step": step, "entropy": entropy, "sink_share": sinks}
+        append_record(removed.folder / "attention_entropy.jsonl", record)
         deviation = {"model.layers.0.input_layernorm": [9.0, 2.0 + step], "model.norm": [3.0 + step]}
         append_record(
             removed.folder / "norm_removal.jsonl", {"step": step, "deviation": deviation, "starts": [7, 8][:step]}
         )
-    loss, deviation, before, after, *_ = plot_norm_removal(removed, control).axes
-    assert (picture(before).tolist(), picture(after).tolist()) == (entropies[0], entropies[-1])
-    assert (before.get_title(), after.get_title()) == ("Attention entropy before", "Attention entropy after")
+    loss, deviation, *others = plot_norm_removal(removed, control).axes
+    entropy_before, entropy_after, sink_before, sink_after = (picture(axis) for axis in others if axis.images)
+    assert (entropy_before.tolist(), entropy_after.tolist()) == (entropies[0], entropies[-1])
+    assert np.allclose(sink_before, entropy_before / 10) and np.allclose(sink_after, entropy_after / 10)
     curves = {line.get_label(): list(line.get_ydata()) for line in loss.lines}
     assert (curves["norms removed"], curves["norms kept"]) == ([5.0, 4.0], [5.5, 3.5])
     assert [line.get_xdata()[0] for line in loss.lines[2:]] == [7, 8]
@@ -117,9 +120,11 @@ def test_every_configuration_is_drawn_at_its_seconds():
     lan, wan = plot_seconds([points], ["a setting"]).axes
     for axis, name, places, frontier in (
         (lan, "LAN", [[1.0, 5.0], [2.0, 6.0]], [[1.0, 5.0]]),
-        (wan, "WAN", [[8.0, 6.0], [9.0, 5.0]], [[8.0, 6.0], [9.0, 5.0]]),
+        (wan, "WAN", [[9.0, 5.0], [8.0, 6.0]], [[8.0, 6.0], [9.0, 5.0]]),
     ):
         assert [list(dot.get_offsets()[0]) for dot in axis.collections] == places
         assert axis.lines[0].get_xydata().tolist() == frontier
         assert axis.get_xlabel() == f"seconds of one private pass on {name}"
-    assert [text.get_text() for text in lan.texts] == ["a", "b"]
+        assert [text.get_text() for text in axis.texts] == ["1", "2"]
+    # the lowest perplexity first
+    assert [text.get_text() for text in wan.get_legend().get_texts()] == ["1  a", "2  b"]
