@@ -334,7 +334,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         width, heads = config_dict.get("hidden_size"), config_dict.get("num_attention_heads")
         if width and heads and overrides.keys() & {"hidden_size", "num_attention_heads"}:
             derived = {"head_dim": width // heads, "num_key_value_heads": heads}
-            config_dict = {key: value for key, value in config_dict.items() if derived.get(key, ...) != value}
+            config_dict = {key: value for key, value in config_dict.items() if (key, value) not in derived.items()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def _take_from_rope_parameters(self):

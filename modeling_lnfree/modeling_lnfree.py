@@ -54,13 +54,12 @@ from transformers.models.auto.modeling_auto import (
 from transformers.processing_utils import Unpack
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_lnfree import EXACT_ATTENTION, LNFreeConfig
+from .configuration_lnfree import ATTENTION_PROJECTIONS, EXACT_ATTENTION, LNFreeConfig
 from .parts_lnfree import (
-    GAINS,
     MLPS,
     NORMS,
     POSITIONS,
@@ -70,8 +69,6 @@ from .parts_lnfree import (
     WIRINGS,
     LNFreeClipping,
     LNFreeHeadGate,
-    LNFreeNothing,
-    LNFreeRMSNorm,
     LNFreeScaledRotary,
     LNFreeSoftCap,
     LNFreeUniform,
@@ -79,6 +76,8 @@ from .parts_lnfree import (
     add_nothing,
     add_scaled,
     build,
+    build_gains,
+    build_head_norm,
     build_linear,
     build_scale,
     divide_by_temperature,
@@ -91,16 +90,15 @@ from .parts_lnfree import (
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`, in arguments, outputs and mask builders alike. A model that
-# takes the wrong one generates from an empty cache without an error, so every forward takes both.
-CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+# takes the wrong one generates from an empty cache without an error, so every forward takes both, with a warning where
+# transformers' own models have it.
+RENAMED = "cache" in inspect.signature(create_causal_mask).parameters
+CACHE_NAME = "cache" if RENAMED else "past_key_values"
+rename_cache: Callable = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache") if RENAMED else keep
 
 
 class LNFreeAttention(nn.Module):
     """Causal multi-head self-attention, computed by the implementation that the config names."""
-
-    q_norm: nn.Module
-    k_norm: nn.Module
-    v_norm: nn.Module
 
     def __init__(self, config: LNFreeConfig, layer_idx: int):
         super().__init__()
@@ -118,14 +116,11 @@ class LNFreeAttention(nn.Module):
         self.k_proj = build_linear(layer, "k_proj", config.hidden_size, kv_heads * self.head_dim)
         self.v_proj = build_linear(layer, "v_proj", config.hidden_size, kv_heads * self.head_dim)
         self.o_proj = build_linear(layer, "o_proj", heads * self.head_dim, config.hidden_size)
-        for name in ("q", "k", "v"):
-            normed = f"{name}_proj" in config.normalized_projections
-            norm = LNFreeRMSNorm(self.head_dim, config.layer_norm_eps) if normed else LNFreeNothing()
-            self.add_module(f"{name}_norm", norm)
+        self.q_norm, self.k_norm, self.v_norm = (build_head_norm(config, name) for name in ATTENTION_PROJECTIONS[:3])
         self.rotate = ROTATIONS[config.position_embedding_type]
         self.cap = build(LNFreeSoftCap, config.attn_logit_softcapping)
         self.clip = build(LNFreeClipping, config.softmax_clipping)
-        # for implementations that know these, and for what reads the calls
+        # what implementations that cap or clip themselves are told; eager attention has the two modules above
         options = {"softcap": config.attn_logit_softcapping, "softmax_clipping": config.softmax_clipping}
         self.options = {name: value for name, value in options.items() if value is not None}
         self.starts = {}
@@ -217,9 +212,7 @@ class LNFreeDecoderLayer(GradientCheckpointingLayer):
         self.hidden_dropout = nn.Dropout(config.hidden_dropout)
         self.add_attn = add if gains is None else add_scaled
         self.add_mlp = self.add_attn if has_mlp else add_nothing
-        kind = GAINS[config.residual_gains_trainable]
-        # with their values already here, since a buffer is no part of what is initialized
-        self.residual_gains = None if gains is None else kind(torch.tensor(gains, dtype=torch.get_default_dtype()))
+        self.residual_gains = build_gains(gains, config.residual_gains_trainable)
         self.starts = {} if gains is None else {"residual_gains": partial(fill, values=gains)}
 
     def forward(
@@ -316,6 +309,7 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
 
     @merge_with_config_defaults
     @capture_outputs
+    @rename_cache
     def forward(  # trf-ignore: TRF057
         self,
         input_ids: torch.LongTensor | None = None,
@@ -380,19 +374,6 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
-    def check_positions(self, position_ids: torch.LongTensor):
-        """Raises ValueError for a position past the learned ones, where reading it costs no synchronization."""
-        if position_ids.device.type != "cpu" or is_tracing(position_ids) or position_ids.numel() == 0:
-            return
-        first, last = int(position_ids.min()), int(position_ids.max())
-        if first < 0:
-            raise ValueError(f"position_ids must not be negative, got {first}")
-        if last >= self.config.max_position_embeddings:
-            raise ValueError(
-                f"position {last} is past the learned positions: the sequence may be at most "
-                f"max_position_embeddings={self.config.max_position_embeddings} tokens long"
-            )
-
 
 class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: TRF057
     """The decoder with a language-modeling head, tied to the token embedding for `tie_word_embeddings=True`."""
@@ -410,6 +391,7 @@ class LNFreeForCausalLM(LNFreePreTrainedModel, GenerationMixin):  # trf-ignore: 
         self.post_init()
 
     @can_return_tuple
+    @rename_cache
     def forward(  # trf-ignore: TRF057
         self,
         input_ids: torch.LongTensor | None = None,
@@ -471,6 +453,7 @@ class LNFreeClassifier(LNFreePreTrainedModel):  # trf-ignore: TRF057
         self.post_init()
 
     @can_return_tuple
+    @rename_cache
     def forward(  # trf-ignore: TRF057
         self,
         input_ids: torch.LongTensor | None = None,
@@ -501,11 +484,11 @@ class LNFreeClassifier(LNFreePreTrainedModel):  # trf-ignore: TRF057
         return self.output_type(loss=loss, logits=logits, **{name: outputs.get(name) for name in self.carried})
 
     def pool(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
-        """The states to classify, of the final ones, shape `(batch_size, seq_len, hidden_size)`."""
-        raise NotImplementedError
+        """The states to classify, of the final ones, shape `(batch_size, seq_len, hidden_size)`: all of them."""
+        return hidden_states
 
     def compute_loss(self, logits, labels, **kwargs) -> torch.Tensor:
-        raise NotImplementedError
+        return self.loss_function(logits, labels, self.config, **kwargs)
 
 
 class LNFreeForSequenceClassification(LNFreeClassifier):  # trf-ignore: TRF057
@@ -558,12 +541,6 @@ class LNFreeForTokenClassification(LNFreeClassifier):  # trf-ignore: TRF057
 
     has_bias = True
     output_type = TokenClassifierOutput
-
-    def pool(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
-        return hidden_states
-
-    def compute_loss(self, logits, labels, **kwargs) -> torch.Tensor:
-        return self.loss_function(logits, labels, self.config, **kwargs)
 
 
 # What libraries decide by a class's name, they look up in these: the Trainer whether label smoothing shifts the

@@ -31,6 +31,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
 
 from .configuration_lnfree import LNFreeConfig
 
@@ -124,6 +125,12 @@ NORMS: dict[str, Callable[[int, float, float], nn.Module]] = {
 }
 
 
+def build_head_norm(config: LNFreeConfig, name: str) -> nn.Module:
+    """The norm over each head of what this projection gives, or nothing in its place."""
+    normed = name in config.normalized_projections
+    return LNFreeRMSNorm(config.head_dim, config.layer_norm_eps) if normed else LNFreeNothing()  # type: ignore[arg-type]
+
+
 # ---- positions: `position_embedding_type`, `rope_parameters`
 
 
@@ -183,9 +190,23 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat((rotated, passed), dim=-1)
 
 
+def check_positions(position_ids: torch.Tensor, max_positions: int):
+    """Raises ValueError for a position past the learned ones, where reading it costs no synchronization."""
+    if position_ids.device.type != "cpu" or is_tracing(position_ids) or position_ids.numel() == 0:
+        return
+    first, last = int(position_ids.min()), int(position_ids.max())
+    if first < 0:
+        raise ValueError(f"position_ids must not be negative, got {first}")
+    if last >= max_positions:
+        raise ValueError(
+            f"position {last} is past the learned positions: the sequence may be at most "
+            f"max_position_embeddings={max_positions} tokens long"
+        )
+
+
 def learned_positions(model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor):
     """The embeddings with those of their positions added (GPT-2); nothing to rotate by."""
-    model.check_positions(position_ids)
+    check_positions(position_ids, model.config.max_position_embeddings)
     return hidden_states + model.embed_positions(position_ids), ()
 
 
@@ -442,8 +463,14 @@ MLPS: dict[str, Callable[[LNFreeConfig], nn.Module]] = {
 # ---- blocks: `norm_position`, `parallel_residual`, `residual_gains`
 
 
-# by whether residual gains are trained: loading makes every parameter one that is
-GAINS = {True: nn.Parameter, False: nn.Buffer}
+def build_gains(values: list[float] | None, trained: bool) -> nn.Parameter | nn.Buffer | None:
+    """
+    Residual gains. Those that are not trained are a buffer, since loading makes every parameter one that is; they have
+    their values from here on, since a buffer is no part of what is initialized.
+    """
+    if values is None:
+        return None
+    return (nn.Parameter if trained else nn.Buffer)(torch.tensor(values, dtype=torch.get_default_dtype()))
 
 
 def add(gains: None, skip: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:

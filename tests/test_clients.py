@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_lnfree import LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import PRESETS
+from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
 from .conftest import ROOT, every_backbone, random_ids, tiny_config, tiny_model
 from .modeling.designs import design, design_model, every_design, possible, preset_name
@@ -199,7 +200,7 @@ class WithCache(torch.nn.Module):
         cache = DynamicCache()
         for layer in range(self.model.config.num_hidden_layers):
             cache.update(states[2 * layer], states[2 * layer + 1], layer)
-        logits = self.model(input_ids, past_key_values=cache, use_cache=True).logits
+        logits = self.model(input_ids, use_cache=True, **{CACHE_NAME: cache}).logits
         return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 

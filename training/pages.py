@@ -22,6 +22,7 @@ import torch
 from .errors import UserError
 from .files import read_json, write_atomically
 from .runs import device_name, find_commit, library_versions
+from .tables import head_to_markdown, row_to_markdown
 
 
 TABLE = re.compile(r"(?<=<!-- table )(?P<name>[\w-]+) -->\n(?P<content>.*?)(?=<!-- end -->)", re.DOTALL)
@@ -110,12 +111,11 @@ def format_table(measured: dict[str, Any]) -> str:
 
 def format_head(row: dict[str, Any]) -> list[str]:
     """The first two lines of a table; what is neither a text nor yes or no in this row is set to the right."""
-    marks = ("---|" if isinstance(value, str | bool) else "---:|" for value in row.values())
-    return [f"| {' | '.join(row)} |", "|" + "".join(marks)]
+    return head_to_markdown(row, [name for name, value in row.items() if not isinstance(value, str | bool)])
 
 
 def format_row(row: dict[str, Any], formats: dict[str, str] | None = None) -> str:
-    return f"| {' | '.join(format_cell(value, (formats or {}).get(name)) for name, value in row.items())} |"
+    return row_to_markdown(format_cell(value, (formats or {}).get(name)) for name, value in row.items())
 
 
 def format_cell(value: Any, template: str | None = None) -> str:

@@ -1,6 +1,6 @@
 """What a report is made of, and how a terminal and a Markdown page show it."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -52,9 +52,14 @@ def _block_to_markdown(block: Block) -> str:
         return block
     if isinstance(block, Heading):
         return f"{'#' * block.level} {block.text}"
-    lines = [_row_to_markdown(block.heads), "|---" * len(block.heads) + "|"]
-    return "\n".join([*lines, *map(_row_to_markdown, block.rows)])
+    return "\n".join([*head_to_markdown(block.heads), *map(row_to_markdown, block.rows)])
 
 
-def _row_to_markdown(cells: list[str]) -> str:
+def head_to_markdown(heads: Collection[str], to_the_right: Collection[str] = ()) -> list[str]:
+    """The first two lines of a table, and which columns a page sets to the right."""
+    marks = ("---:|" if head in to_the_right else "---|" for head in heads)
+    return [row_to_markdown(heads), "|" + "".join(marks)]
+
+
+def row_to_markdown(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"

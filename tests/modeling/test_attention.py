@@ -8,6 +8,9 @@ from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
 )
 
 from ..conftest import every_backbone, every_variant, greedy, random_ids, tiny_model
@@ -67,6 +70,18 @@ def test_cache_is_taken_under_both_its_names(backbone, name):
         assert cache.get_seq_length() == 6
         step = model(input_ids[:, 6:], **{name: cache}).logits
     torch.testing.assert_close(step, model(input_ids).logits[:, 6:], atol=1e-5, rtol=1e-5)
+
+
+def test_older_name_of_the_cache_warns_as_in_a_stock_model():
+    config = GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=16)
+    models = [tiny_model(), GPT2LMHeadModel(config), tiny_model().model, GPT2Model(config)]
+    told = []
+    for model in models:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(random_ids(1, 3), past_key_values=DynamicCache(config=model.config))
+        told.append([str(warning.message).partition(" for ")[0] for warning in caught])
+    assert told[0] == told[1] and told[2] == told[3]
 
 
 @every_backbone
