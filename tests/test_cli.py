@@ -31,8 +31,9 @@ def test_every_verb_has_help_with_an_example(capsys):
         assert re.search(rf"example:\n  lnfree {verb}( |\n|$)", help_of(verb))
 
 
-def test_help_imports_nothing_heavy():
-    script = "import sys\nfrom training import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+@pytest.mark.parametrize("word", ["--help", "recipes"])
+def test_what_only_prints_imports_nothing_heavy(word):
+    script = f"import sys\nfrom training import cli\ntry: cli.main(['{word}'])\nexcept SystemExit: pass\n"
     script += "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
 

@@ -16,10 +16,17 @@ from .conftest import ROOT
 PACKAGES = ("modeling_lnfree", "model_cards", "training")
 # from the ground up: a module imports of its own floor and of those below it
 FLOORS = (
-    ("training.errors", "training.files", "training.methods", "training.recipe", "training.tables"),
+    (
+        "training.catalog",
+        "training.errors",
+        "training.files",
+        "training.methods",
+        "training.recipe",
+        "training.tables",
+    ),
     (
         *("training.runs", "training.data", "training.texts", "training.plots", "training.quantities"),
-        *("training.encryption", "training.convert", "training.catalog", "training.pages"),
+        *("training.encryption", "training.convert", "training.fields", "training.pages"),
         *("training.parametrization", "training.measured", "training.harness"),
     ),
     (

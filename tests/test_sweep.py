@@ -20,8 +20,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from training import cli, runs, sweep
+from training.catalog import RECIPES
 from training.errors import UserError
-from training.recipe import RECIPES, build_recipe, load_recipe
+from training.recipe import build_recipe, load_recipe
 from training.train import checkpoints, loop, trainer
 
 from .conftest import ROOT

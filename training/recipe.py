@@ -26,11 +26,11 @@ from modeling_lnfree.configuration_lnfree import read_variant
 from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
 from modeling_lnfree.variants import rename_variant, variant_slug
 
+from .catalog import RECIPES, SWEEPS
 from .errors import UserError, explained, one_line
 from .methods import MethodArguments, check_methods
 
 
-RECIPES, SWEEPS = Path(__file__).with_name("recipes"), Path(__file__).with_name("sweeps")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 

@@ -193,9 +193,9 @@ def explain(networks: Sequence[Network], phases: Sequence[dict[str, Any]]) -> st
         + " ".join(f"{protocol.name}: {protocol.setting}." for protocol in PROTOCOLS)
         + " Triples come from a dealer. `lnfree cost --steps` has every step and source."
     )
+    computing = (f"for {p.name} {'not measured' if p.rates is None else p.rates[-1]}" for p in PROTOCOLS)
+    text += f" Seconds of computing come on top: {'; '.join(computing)}."
     for protocol in PROTOCOLS:
-        measured = "not measured" if protocol.rates is None else protocol.rates[-1]
-        text += f" Seconds of computing come on top, for {protocol.name} {measured}."
         for name in dict.fromkeys(name for phase in phases for name in _missing(phase, protocol)):
             text += f" {protocol.name} has no figure for {_title(name)}: {protocol.absent.get(name, UNKNOWN)}."
     return text

@@ -1,7 +1,7 @@
 """`lnfree train`: trains by a recipe, plans what it needs, or shows the fields that one may have."""
 
-from ..catalog import print_fields
 from ..errors import UserError
+from ..fields import print_fields
 from ..recipe import load_recipe
 
 
