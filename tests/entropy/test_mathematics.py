@@ -409,13 +409,17 @@ class Made(TorchDispatchMode):
         return sum(size == nbytes and not storage.expired() for storage, size in self.storages.items())
 
 
-def test_the_backward_pass_waits_with_no_copy_of_the_keys():
-    query, key = (states.requires_grad_() for states in random_states(2, 4, 4, 64, 64, 16))
+@pytest.mark.parametrize("scaling", [0.25, -0.5])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_backward_pass_waits_with_nothing_as_large_as_the_keys(scaling, kv_heads):
+    query, key = random_states(2, 4, kv_heads, 64, 64, 16)
+    query[0, 0, 5] = 0.0
+    query, key = query.requires_grad_(), key.requires_grad_()
     with Made() as made:
-        entropy = compute_attention_entropy(query, key, scaling=0.25, is_causal=True)
-    # queries, keys, and the output of the attention that the entropy is computed by
-    assert made.held(key.nbytes) == 3
+        entropy = compute_attention_entropy(query, key, scaling=scaling, is_causal=True)
+    # but queries and keys themselves, and with a negative factor the product of it and the queries
+    assert sum(made.held(size) for size in {query.nbytes, key.nbytes}) == 2 + (scaling < 0)
     twins = [states.detach().double().requires_grad_() for states in (query, key)]
-    expected = naive_attention_entropy(*twins, scaling=0.25, is_causal=True)
+    expected = naive_attention_entropy(*twins, scaling=scaling, is_causal=True)
     found = torch.autograd.grad(entropy.sum(), (query, key))
     torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), twins), atol=1e-5, rtol=0, check_dtype=False)

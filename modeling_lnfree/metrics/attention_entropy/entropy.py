@@ -140,13 +140,11 @@ def entropy_of_visible(
         else:
             linear = bias is None and softcap is None and sinks is None
             mean = visibility.mean_key(key.detach()) if linear else None
-            states = key if mean is None else key - mean
-            if not _terms_are_small(query, states, scaling, bias):
+            if not _terms_are_small(query, key if mean is None else key.detach() - mean, scaling, bias):
                 entropy, infinite = _streamed_entropy(query.double(), key.double(), *arguments)
                 entropy = entropy.to(dtype)
             elif mean is not None:
-                with _kept_as(states, key.detach(), mean):
-                    entropy = _fused_entropy(query, states, scaling, visibility)
+                entropy = _fused_entropy(query, key, mean, scaling, visibility)
             else:
                 entropy, _ = _streamed_entropy(query, key, *arguments)
     # what rounding leaves beside the range; `minimum` hands NaN on
@@ -293,38 +291,54 @@ def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int,
     return torch.cat(blocks, 2)
 
 
-def _kept_as(states: Tensor, key: Tensor, mean: Tensor) -> AbstractContextManager[Any]:
-    """Within, `states`, which are `key - mean`, are not kept for the backward pass, which subtracts again: the model
-    keeps its keys anyway."""
-    if torch._C._are_functorch_transforms_active():
-        return nullcontext()  # torch.func knows no such hooks, and torch has no public function that tells
-    address = states.data_ptr()
-    return saved_tensors_hooks(
-        lambda tensor: None if tensor.data_ptr() == address else tensor,
-        lambda kept: key - mean if kept is None else kept,
-    )
-
-
-def _fused_entropy(query: Tensor, key: Tensor, scaling: float, visibility: Visibility) -> Tensor:
-    """`lse - scaling * q . Attention(q, k, v=k)` by the kernel of the CPU, with the right gradient,
-    `(batch, heads, T)`; of finite queries and keys."""
+def _fused_entropy(query: Tensor, key: Tensor, mean: Tensor, scaling: float, visibility: Visibility) -> Tensor:
+    """`lse - scaling * q . Attention(q, k, v=k)` by the kernel of the CPU, of the keys less their `mean`, with the
+    right gradient, `(batch, heads, T)`; of finite queries and keys."""
     if scaling <= 0:
         # the kernel hides a key by the score -inf before it multiplies
         query, scaling = scaling * query, 1.0
+    states = key - mean
 
-    def entropy(start: int, stop: int, query: Tensor, key: Tensor) -> Tensor:
+    def entropy(start: int, stop: int, query: Tensor, states: Tensor) -> Tensor:
         query = query[:, :, start:stop]
         mask = None if visibility.mask is None else visibility.mask[:, :, start:stop]
         if mask is not None:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, key.detach(), is_causal=visibility.is_causal, attn_mask=mask, scale=scaling
+            query, states, states.detach(), is_causal=visibility.is_causal, attn_mask=mask, scale=scaling
         )
         return logsumexp.detach() - scaling * torch.linalg.vecdot(query.detach(), output)
 
-    if visibility.mask is None:
-        return entropy(0, query.shape[2], query, key)
-    return _in_blocks(entropy, visibility.mask[..., 0, :].numel(), query.shape[2], query, key)
+    if visibility.mask is not None:
+        return _in_blocks(entropy, visibility.mask[..., 0, :].numel(), query.shape[2], query, states)
+    with _kept_small(query.detach(), states.detach(), key.detach(), mean):
+        return entropy(0, query.shape[2], query, states)
+
+
+def _kept_small(query: Tensor, states: Tensor, key: Tensor, mean: Tensor) -> AbstractContextManager[Any]:
+    """Within, little waits for the backward pass beside what the model keeps anyway, its queries and keys: `states`
+    are `key - mean` again, and of the output o of the attention call, whose gradient is q times a number, the backward
+    pass needs q . o alone, which (q . o) q / |q|^2 has too."""
+    if torch._C._are_functorch_transforms_active():
+        return nullcontext()  # torch.func knows no such hooks, and torch has no public function that tells
+    at_query, at_states = query.data_ptr(), states.data_ptr()
+
+    def keep(tensor: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if tensor.data_ptr() == at_states:
+            return ()
+        is_output = tensor.shape == query.shape and tensor.data_ptr() != at_query
+        return (torch.linalg.vecdot(query, tensor),) if is_output else tensor
+
+    def again(kept: Tensor | tuple[Tensor, ...]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        if not kept:
+            return key - mean
+        share = kept[0] / query.square().sum(-1)
+        return share.where(share.isfinite(), 0.0)[..., None] * query
+
+    del states  # what only a closure holds would be kept too
+    return saved_tensors_hooks(keep, again)
 
 
 def _streamed_entropy(
