@@ -1,19 +1,23 @@
 """What keeps a GPU busy: head and loss in one, norms that are read late, compiled layers, another attention."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from training import files
 from training.errors import UserError
 from training.recipe import build_recipe
-from training.train import loop, plan, stability
+from training.train import loop, plan, stability, start
 from training.train.stability import StabilityCallback
+
+from ..conftest import random_ids, tiny_model
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -195,6 +199,28 @@ def test_compiled_layers_that_are_looked_into_are_refused(values, more):
     name, value = next(iter(more.items()))
     with pytest.raises(UserError, match=f"compile_layers=True and {name}={value} do not go together"):
         build_recipe({**values, "compile_layers": True, **more})
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch.compile says of itself
+def test_a_compiled_relu_keeps_no_mask_of_its_signs():
+    saved, input_ids = {}, random_ids(3, 17)
+    for way in ("flat", "plain"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model, kinds = tiny_model("SM+R", embedding_dropout=0.0, num_hidden_layers=1).train(), set()
+        expected = model(input_ids=input_ids, labels=input_ids).loss
+        if way == "flat":
+            start.flatten_mlps(model)
+            assert copy.deepcopy(model).model.layers[0].mlp.forward.__self__ is not model.model.layers[0].mlp
+            assert model(input_ids=input_ids, labels=input_ids).loss.equal(expected)
+        # the partitioner of torch.compile, without its code
+        model.model.layers[0].compile(backend="aot_eager_decomp_partition")
+        with saved_tensors_hooks(lambda tensor, kinds=kinds: kinds.add(tensor.dtype) or tensor, lambda tensor: tensor):
+            loss = model(input_ids=input_ids, labels=input_ids).loss
+        torch.testing.assert_close(loss, expected)
+        saved[way] = torch.bool in kinds
+    # what this torch keeps without it
+    assert saved == {"flat": False, "plain": True}
 
 
 @pytest.mark.slow  # inductor

@@ -13,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 
-from modeling_lnfree import compute_attention_entropy, record_attention_entropy, use_fused_loss
+from modeling_lnfree import LNFreeForCausalLM, compute_attention_entropy, record_attention_entropy, use_fused_loss
 
 from ..train.callbacks import peak_flops, token_flops
+from ..train.start import compile_layers
 from .models import SIZES, build_lnfree, build_stock, training_step
 from .timing import MIB, Action, Row, Settings, medians, peak_memory, synchronize, take_turns
 
@@ -144,8 +145,7 @@ def benchmark_bf16(settings: Settings) -> Iterator[Row]:
                     model = build()
                     flops = token_flops(model, length) * input_ids.numel()
                     if mode == "compiled":
-                        for layer in _layers(model):
-                            layer.compile()
+                        (compile_layers if isinstance(model, LNFreeForCausalLM) else _compile_stock_layers)(model)
                     steps[name] = training_step(model, input_ids, dtype=torch.bfloat16)
                     began = time.perf_counter()
                     steps[name]()
@@ -181,8 +181,9 @@ def _fused(variant: str, size: str, length: int, device: str) -> PreTrainedModel
     return use_fused_loss(build_lnfree(variant, size, length, device))
 
 
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+def _compile_stock_layers(model: PreTrainedModel):
+    for layer in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        layer.compile()
 
 
 def _share(seconds: dict[str, float], name: str, without: dict[str, str]) -> float | None:

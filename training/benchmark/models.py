@@ -34,7 +34,8 @@ def build_lnfree(variant: str, size: str, length: int, device: str, **kwargs) ->
     backbone = "pythia" if size == "pythia70m" else "gpt2"
     fields = {**SIZES[size], "max_position_embeddings": length, **kwargs}
     config = LNFreeConfig.from_variant(variant, backbone, **fields)
-    return LNFreeForCausalLM(config).to(device)
+    with torch.device(device):
+        return LNFreeForCausalLM(config)
 
 
 def build_stock(size: str, length: int, device: str, relu: bool = False, **kwargs) -> nn.Module:
@@ -49,14 +50,16 @@ def build_stock(size: str, length: int, device: str, relu: bool = False, **kwarg
         config = GPTNeoXConfig(
             max_position_embeddings=length, intermediate_size=4 * fields["hidden_size"], **fields, **act
         )
-        return GPTNeoXForCausalLM._from_config(config, **kwargs).to(device)
+        with torch.device(device):
+            return GPTNeoXForCausalLM._from_config(config, **kwargs)
     names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
     act = {"activation_function": "relu"} if relu else {}
     others = {"bos_token_id": None, "eos_token_id": None, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
     config = GPT2Config(
         n_positions=length, **{names.get(name, name): value for name, value in fields.items()}, **act, **others
     )
-    return GPT2LMHeadModel._from_config(config, **kwargs).to(device)
+    with torch.device(device):
+        return GPT2LMHeadModel._from_config(config, **kwargs)
 
 
 def training_step(

@@ -1,6 +1,7 @@
 """The model that a run starts with: random weights, or those of another model, and which of them are trained."""
 
 import re
+from types import MethodType
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -80,9 +81,33 @@ def start_model(
             recipe.data.parametrization_gain_init,
         )
     if recipe.data.compile_layers:
-        for layer in model.model.layers:
-            layer.compile()
+        compile_layers(model)
+    elif recipe.training.get("torch_compile"):
+        flatten_mlps(model)
     return model
+
+
+def compile_layers(model: LNFreeForCausalLM):
+    """`torch.compile` of each layer by itself."""
+    flatten_mlps(model)
+    for layer in model.model.layers:
+        layer.compile()
+
+
+def flatten_mlps(model: LNFreeForCausalLM):
+    """
+    Makes the feed-forward layers see tokens in one dimension while they are compiled: with batch and time apart,
+    torch's partitioner keeps a mask of ReLU's signs for the backward pass, beside the activations that tell them.
+    """
+    for layer in model.model.layers:
+        layer.mlp.forward = MethodType(_forward_flat, layer.mlp)  # type: ignore[union-attr]  # a module has one
+
+
+def _forward_flat(self, hidden_states: torch.Tensor, *negative_slope: torch.Tensor) -> torch.Tensor:
+    forward = type(self).forward
+    if not torch.compiler.is_compiling():
+        return forward(self, hidden_states, *negative_slope)
+    return forward(self, hidden_states.flatten(0, -2), *negative_slope).unflatten(0, hidden_states.shape[:-1])
 
 
 def takes_fused_loss(recipe: Recipe) -> bool:
