@@ -29,8 +29,8 @@ class AttentionEntropyCallback(TrainerCallback):
     The log, and so every `report_to`, gets in nats `attention_entropy/mean`, `attention_entropy/layer_L/mean` and
     `attention_entropy/layer_L/head_H`; the share of heads in each quarter of their own largest entropy,
     `attention_entropy/share_of_heads_in_quarter_Q`; `attention_nan_count/layer_L`, `attention_inf_count/layer_L`; and
-    with `logits` `max_logit/layer_L`, the layer's largest attention logit, and `sink_share/layer_L`, the mean weight
-    on the first key that a query may see.
+    with `logits` `max_logit/layer_L`, the layer's largest attention logit, `sink_share/layer_L`, the mean weight on
+    the first key that a query may see, and `spectral_gap/layer_L`, the mean spectral gap of its heads' maps.
     TensorBoard, trackio and Weights & Biases get a heat map too. An alert is told in the log of the first process, and
     by the tracker where it has alerts: when the share of heads that are collapsed, or of those that are overloaded,
     comes to `alert_share` past the warm-up and the first measurement; once, until it has been below again.
@@ -188,10 +188,11 @@ def describe_record(record: AttentionEntropyRecord) -> tuple[dict[str, Any], dic
         "inf_count": inf_count,
     }
     if record.has_logits:
-        figures |= {"max_logit": record.max_logit.tolist(), "sink_share": record.sink_share.tolist()}
+        figures |= {name: getattr(record, name).tolist() for name in ("max_logit", "sink_share", "spectral_gap")}
         for layer, number in enumerate(record.num_heads):
             scalars[f"max_logit/layer_{layer}"] = max(figures["max_logit"][layer][:number])
-            scalars[f"sink_share/layer_{layer}"] = sum(figures["sink_share"][layer][:number]) / number
+            for name in ("sink_share", "spectral_gap"):
+                scalars[f"{name}/layer_{layer}"] = sum(figures[name][layer][:number]) / number
     return figures, scalars
 
 

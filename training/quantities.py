@@ -61,6 +61,38 @@ class LearnedScalars(Quantity):
         return {name: value.tolist() for name, value in values.items()}, scalars
 
 
+class HeadGates(Quantity):
+    """Mean gate of every head over the tokens of the probe batch, in (0, 1) (arXiv 2306.12929)."""
+
+    name = "head_gates"
+
+    @contextmanager
+    def watch(self, model):
+        layers = model.model.layers
+        # by layer: sums over the tokens of the heads' gates, and of 1
+        self.sums = torch.zeros(len(layers), model.config.num_attention_heads + 1, dtype=torch.float64)
+
+        def add(index: int, gate: Any, states: Tensor):
+            gates = torch.sigmoid((states.unflatten(-1, gate.weight.shape) * gate.weight).sum(-1) + gate.bias)
+            self.sums[index, :-1] += gates.double().sum((0, 1)).cpu()
+            self.sums[index, -1] += gates[..., 0].numel()
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                stack.enter_context(
+                    layer.self_attn.head_gate.register_forward_pre_hook(
+                        lambda module, args, index=index: add(index, module, args[1])
+                    )
+                )
+            yield
+        self.sums = _add_up(self.sums, model.device)
+
+    def measure(self, model):
+        means = self.sums[:, :-1] / self.sums[:, -1:]
+        scalars = {f"{self.name}/layer_{layer}/mean": heads.mean().item() for layer, heads in enumerate(means)}
+        return {"mean": means.tolist()}, scalars
+
+
 class ResidualStream(Quantity):
     """
     The residual stream behind every layer: the mean L2 norm of a token's vector, and the kurtosis of the activations'

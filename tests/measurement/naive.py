@@ -82,7 +82,8 @@ def by_definition(model, sequences):
     found = [read(model, token_ids) for token_ids in sequences]
     entropies, sinks, most, gaps, states, nll = [], [], [], [], [], []
     for (maps, scores, behind, logits), token_ids in zip(found, sequences, strict=True):
-        entropies.append(torch.special.entr(maps).sum(-1))
+        # clipped weights do not add up to 1, nor do those of a query that has none left
+        entropies.append(torch.special.entr(maps / maps.sum(-1, keepdim=True)).sum(-1))
         first = (scores > -1e30).int().argmax(-1, keepdim=True)  # that the query may see
         sinks.append(maps.gather(-1, first)[..., 0])
         most.append(scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).amax((-1, -2)))
@@ -93,7 +94,7 @@ def by_definition(model, sequences):
         targets = torch.tensor(token_ids[1:], dtype=torch.long)
         nll.append(-logits[:-1].log_softmax(-1).gather(1, targets[:, None])[:, 0])
     result = {
-        "entropy": torch.cat(entropies, -1).mean(-1),
+        "entropy": torch.cat(entropies, -1).nanmean(-1),
         "sink_share": torch.cat(sinks, -1).mean(-1),
         "max_logit": torch.stack(most).amax(0),
         "spectral_gap": torch.stack(gaps).mean(0),

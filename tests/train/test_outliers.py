@@ -86,3 +86,18 @@ def test_a_run_has_both_files(recipe_values, tmp_path):
     assert [record["step"] for record in outliers] == [0, 3, 6, 8]
     assert all(len(record["infinity_norm"]) == 2 for record in outliers)
     assert runs.read_results(run_dir)["variant"] == "SM+R@SAS"
+
+
+def test_gates_are_means_over_tokens():
+    model, probe = design_model("Gated").float(), torch.randint(61, (3, 7))
+    record, scalars = measure(quantities.HeadGates(), model, probe)
+    inputs: list[torch.Tensor] = []
+    for layer in model.double().model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, output: inputs.append(args[0].detach()))
+    model(probe)
+    for index, states in enumerate(inputs):
+        gate = model.model.layers[index].self_attn.head_gate
+        for head in range(4):
+            logits = states[..., 4 * head : 4 * head + 4] @ gate.weight[head] + gate.bias[head]
+            assert record["mean"][index][head] == pytest.approx((1 / (1 + (-logits).exp())).mean().item(), rel=1e-5)
+        assert scalars[f"head_gates/layer_{index}/mean"] == pytest.approx(sum(record["mean"][index]) / 4)

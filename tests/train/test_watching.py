@@ -114,7 +114,10 @@ def test_one_forward_pass_serves_all_quantities():
     measured = callback.describe(callback.measure(model), model)
     assert passes == [False] and model.training and not model.model.layers[0]._forward_hooks
     assert [set(record) for record, _ in measured.values()] == [
-        {"entropy", "max_entropy", "head_distribution", "nan_count", "inf_count", "max_logit", "sink_share"},
+        {
+            *("entropy", "max_entropy", "head_distribution", "nan_count", "inf_count"),
+            *("max_logit", "sink_share", "spectral_gap"),
+        },
         {"norm", "kurtosis"},
         {"slopes"},
     ]

@@ -51,6 +51,7 @@ from ..parametrization import fold_weights
 from ..quantities import (
     BatchEntropy,
     EntropyBound,
+    HeadGates,
     LearnedScalars,
     NegativeSlope,
     Outliers,
@@ -174,6 +175,8 @@ def train(recipe: Recipe) -> Path:
         quantities.append(ZeroActivations())
     if model.config.slope_sharing is not None:
         quantities.append(NegativeSlope())
+    if model.config.attention_gate_init is not None:
+        quantities.append(HeadGates())
     scalars = LearnedScalars(model)
     if scalars.names:
         quantities.append(scalars)

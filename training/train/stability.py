@@ -123,7 +123,11 @@ class StabilityCallback(TrainerCallback):
             if key in ("loss", "eval_loss") and not math.isfinite(value):
                 self.end(state.global_step, f"the {key} is {value}", *locate(self.model, self.batch))
             name, _, layer = key.partition("/layer_")
-            if name in ("attention_nan_count", "attention_inf_count") and value:
+            # NaN weights of heads that have an entropy are of queries that softmax clipping leaves none
+            empty = name == "attention_nan_count" and math.isfinite(
+                logs.get(f"attention_entropy/layer_{layer}/mean", math.nan)
+            )
+            if name in ("attention_nan_count", "attention_inf_count") and value and not empty:
                 what = "NaN weights" if name == "attention_nan_count" else "infinite scores"
                 found = locate(self.model, self.batch)[1]
                 self.end(state.global_step, f"{value} {what} in the attention of the probe batch", int(layer), found)

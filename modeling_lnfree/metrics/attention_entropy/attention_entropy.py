@@ -43,6 +43,7 @@ _FEATURES = {
     "max_entropy": List(List(Value("float64"))),
     "nan_count": List(List(Value("int64"))),
     "inf_count": List(List(Value("int64"))),
+    "empty_count": List(List(Value("int64"))),
     "num_queries": Value("int64"),
 }
 
@@ -83,6 +84,8 @@ class AttentionEntropy(evaluate.Metric):
           [max/4, max/2), [max/2, 3max/4) and [3max/4, max]. Broken heads are in none of them.
         - **nan_count**, **inf_count** (`list` of shape `(layers, heads)`): number of attention weights that are NaN,
           and of scores that have an infinity in their query or key.
+        - **empty_count** (`list` of shape `(layers, heads)`): number of queries that softmax clipping leaves no
+          weight, which are not in the mean of `entropy`; 0 for models without it.
         - **num_queries** (`int`): number of queries measured in each layer, which is the number of tokens.
 
     Raises:

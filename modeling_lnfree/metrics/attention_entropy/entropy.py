@@ -24,6 +24,9 @@ it is the usual way. It also takes scores that are not linear in the keys (addit
 GPU with Triton, where no gradient is wanted, one kernel does all of it in one pass over the keys, and adds up what a
 record keeps (`kernel.py`).
 
+Clipped softmax (arXiv 2306.12929), w_j = max((1 + a / n) p_j - a / n, 0) of n keys, gives no distribution. Its entropy
+is that of w_j / sum_i w_i, from the scores of a block of queries too. A query that has no weight left has none.
+
 Gradient: the log-sum-exp of a kernel carries none. But dH/ds_j = -p_j (s_j - sum_i p_i s_i) is also the gradient of
 -sum_j p_j c_j with constants c_j = s_j, so H = lse.detach() - scaling * q.detach() . Attention(q, k, v=k.detach())
 has the right value and the right gradient, by the kernel's own backward. Blocks are computed again in the backward
@@ -118,23 +121,32 @@ def entropy_of_visible(
     bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    clipping: float | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`compute_attention_entropy` of checked arguments, with what a record needs beside.
 
     Returns:
-        The entropy, `(batch, heads, T)`, and the number of seen scores whose query or key holds an infinity,
+        The entropy, `(batch, heads, T)`; the number of seen scores whose query or key holds an infinity,
         `(batch, heads, T)`, or None where queries and keys are known to be finite, and by the kernel, which counts
-        them itself. `sinks` is `(batch | 1, heads, T | 1, 1)`.
+        them itself; and which queries `clipping` (the a above) leaves no weight, bool, `(batch, heads, T)`, or None
+        without it. `sinks` is `(batch | 1, heads, T | 1, 1)`.
     """
-    if _kernel_takes(query, key, bias, sinks):
-        return kernel_result(query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks).entropy, None
+    if clipping is None and _kernel_takes(query, key, bias, sinks):
+        result = kernel_result(query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks)
+        return result.entropy, None, None
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     arguments = (scaling, visibility, bias, softcap, sinks)
-    infinite = None
+    infinite = empty = None
     with torch.autocast(query.device.type, enabled=False):
         if query.numel() == 0 or key.numel() == 0:
             entropy = query.new_full(query.shape[:3], torch.nan)
+        elif clipping is not None:
+            if query.device.type == "cpu":
+                query, key = query.double(), key.double()
+            entropy, infinite = _streamed_entropy(query, key, *arguments, clipping)
+            empty = entropy.isinf()
+            entropy = entropy.masked_fill(empty, torch.nan)
         elif query.device.type != "cpu":
             entropy, infinite = _streamed_entropy(query, key, *arguments)
         else:
@@ -142,14 +154,13 @@ def entropy_of_visible(
             mean = visibility.mean_key(key.detach()) if linear else None
             if not _terms_are_small(query, key if mean is None else key.detach() - mean, scaling, bias):
                 entropy, infinite = _streamed_entropy(query.double(), key.double(), *arguments)
-                entropy = entropy.to(dtype)
             elif mean is not None:
                 entropy = _fused_entropy(query, key, mean, scaling, visibility)
             else:
                 entropy, _ = _streamed_entropy(query, key, *arguments)
     # what rounding leaves beside the range; `minimum` hands NaN on
-    entropy = entropy.clamp(min=0.0).minimum(largest_entropy(visibility, sinks).to(dtype))
-    return entropy.masked_fill(visibility.number() == 0, torch.nan), infinite
+    entropy = entropy.to(dtype).clamp(min=0.0).minimum(largest_entropy(visibility, sinks).to(dtype))
+    return entropy.masked_fill(visibility.number() == 0, torch.nan), infinite, empty
 
 
 def largest_entropy(visibility: Visibility, sinks: Tensor | None) -> Tensor:
@@ -163,7 +174,7 @@ class Measurement(NamedTuple):
     """What a record keeps of one attention call, and the entropies that it is made of."""
 
     entropy: Tensor  # (batch, heads, T), in nats; NaN where the query is padding, sees no key or is broken
-    total: Tensor  # (heads, 5), as `AttentionEntropyRecord` adds them up
+    total: Tensor  # (heads, 5), or 6 where softmax is clipped, as `AttentionEntropyRecord` adds them up
     logits: Tensor | None  # likewise
 
 
@@ -176,6 +187,7 @@ def measure_attention(
     bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    clipping: float | None = None,
     padded: Tensor | None = None,
     logits: bool = False,
 ) -> Measurement:
@@ -186,14 +198,15 @@ def measure_attention(
         logits (`bool`): whether to look at the scores too.
     """
     scored: dict[str, Any] = {"bias": bias, "softcap": softcap, "sinks": sinks}
-    if _kernel_takes(query, key, bias, sinks):
+    if clipping is None and _kernel_takes(query, key, bias, sinks):
         result = kernel_result(query, key, scaling, visibility, **scored, padded=padded, logits=logits)
         if not logits:
             return Measurement(result.entropy, result.total, None)
         gaps = spectral_gaps(result.own_weight, _counted(visibility, padded))
         return Measurement(result.entropy, result.total, torch.cat([result.logits, gaps], -1))
 
-    entropy, infinite = entropy_of_visible(query, key, scaling, visibility, **scored)
+    scored["clipping"] = clipping
+    entropy, infinite, empty = entropy_of_visible(query, key, scaling, visibility, **scored)
     number, counted, largest = visibility.number(), _counted(visibility, padded), largest_entropy(visibility, sinks)
     dtype = torch.float32 if entropy.device.type == "mps" else torch.float64
     if infinite is None and padded is None and visibility.mask is None:
@@ -204,7 +217,9 @@ def measure_attention(
     else:
         entropy = entropy.masked_fill(~counted, torch.nan)
         infinite = torch.zeros_like(number) if infinite is None else infinite
-        columns = (entropy.detach(), largest, entropy.isnan() * number, infinite, torch.ones_like(largest))
+        columns = [entropy.detach(), largest, entropy.isnan() * number, infinite, torch.ones_like(largest)]
+        if empty is not None:
+            columns = [columns[0].masked_fill(empty, 0.0), *columns[1:], empty]
         stacked = torch.stack(torch.broadcast_tensors(*columns), -1)
         total = torch.where(counted[..., None], stacked, 0).sum((0, 2), dtype=dtype)
     if not logits:
@@ -349,9 +364,10 @@ def _streamed_entropy(
     bias: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
+    clipping: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`log l - e / l` by way of the scores, in the dtype of `query`, and the number of seen scores whose query or key
-    holds an infinity, both `(batch, heads, T)`."""
+    holds an infinity, both `(batch, heads, T)`. An infinite entropy is that of a query without a weight."""
     batch, heads, num_queries, _ = query.shape
     query_size, key_size = query.detach().abs().amax(-1), key.detach().abs().amax(-1)
     # NaN times a weight of zero would enter the gradients of the queries that do not see it
@@ -382,7 +398,14 @@ def _streamed_entropy(
         behind = (scores - scores.detach().amax(-1, keepdim=True)).clamp(min=HIDDEN_BIAS)
         weights = behind.exp()
         total = weights.sum(-1)
-        return total.log() - torch.linalg.vecdot(weights, behind) / total
+        if clipping is None:
+            return total.log() - torch.linalg.vecdot(weights, behind) / total
+        weights = clip_weights(weights / total[..., None], clipping, block.number()[..., None])
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(total == 0, 1.0, total)
+        # a weight of 0 has a term, and a gradient, of 0
+        terms = weights * torch.where(weights == 0, 1.0, weights).log()
+        return (-terms.sum(-1)).masked_fill(total[..., 0] == 0, torch.inf)
 
     elements = batch * heads * visibility.num_keys
     result = _in_blocks(entropy, elements, num_queries, query, key, bias, sinks)
@@ -390,6 +413,12 @@ def _streamed_entropy(
     broken = (number == 0) | ~query_size.isfinite() | (visibility.count(~key_size.isfinite(), heads) > 0)
     infinite = torch.where(query_size.isinf(), number, visibility.count(key_size.isinf(), heads))
     return result.masked_fill(broken, torch.nan), infinite
+
+
+def clip_weights(weights: Tensor, clipping: float, number: Tensor) -> Tensor:
+    """Weights as clipped softmax leaves them, of queries that see `number` keys."""
+    least = clipping / number.clamp(min=1)
+    return ((1 + least) * weights - least).clamp(min=0.0)
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -410,11 +439,12 @@ def logits_of_visible(
     bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    clipping: float | None = None,
 ) -> Tensor:
     """Of every query, with the arguments of `entropy_of_visible`: the largest score of the keys that it sees, its
     weight on the first of them, the log-sum-exp of its scores, those of sinks included, and its weight on its own key,
     NaN unless the queries are those of the keys and see none behind them; `(batch, heads, T, 4)`, in float32 at
-    least."""
+    least. Weights are clipped, where they are, and not divided by their sum."""
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     batch, heads, num_queries, _ = query.shape
@@ -440,7 +470,10 @@ def logits_of_visible(
         on_own = torch.full_like(on_first, torch.nan)
         if is_triangular:
             on_own = scores.diagonal(start, -2, -1)
-        return torch.stack([scores.amax(-1), (on_first - logsumexp).exp(), logsumexp, (on_own - logsumexp).exp()], -1)
+        on_first, on_own = (on_first - logsumexp).exp(), (on_own - logsumexp).exp()
+        if clipping is not None:
+            on_first, on_own = (clip_weights(weights, clipping, block.number()) for weights in (on_first, on_own))
+        return torch.stack([scores.amax(-1), on_first, logsumexp, on_own], -1)
 
     with torch.autocast(query.device.type, enabled=False):
         return _in_blocks(logits, max(1, batch * heads * visibility.num_keys), num_queries, query, key)

@@ -15,8 +15,8 @@ class AttentionEntropyRecord:
     """
 
     def __init__(self):
-        # by position and run of the layer: its name and (heads, 5), sums over queries of entropy, largest entropy, NaN
-        # weights, infinite scores, and 1
+        # by position and run of the layer: its name and (heads, 6), sums over queries of entropy, largest entropy, NaN
+        # weights, infinite scores, 1, and 1 where clipping left no weight
         self._totals: dict[tuple[int, int], tuple[str, Tensor]] = {}
         # likewise, (heads, 5): the largest score, sums over queries of the weight on the first key and of the
         # log-sum-exp, and over sequences of the spectral gap and of 1
@@ -36,8 +36,10 @@ class AttentionEntropyRecord:
 
     @property
     def entropy(self) -> Tensor:
-        """Mean entropy of the queries (`torch.FloatTensor` of shape `(layers, heads)`), in nats (arXiv 2410.09637)."""
-        return (self._sums[..., 0] / self._sums[..., 4]).float()
+        """Mean entropy of the queries (`torch.FloatTensor` of shape `(layers, heads)`), in nats (arXiv 2410.09637).
+        Where softmax is clipped (arXiv 2306.12929), that of the weights divided by their sum, over the queries that
+        have any left; see `empty_count`."""
+        return (self._sums[..., 0] / (self._sums[..., 4] - self._sums[..., 5])).float()
 
     @property
     def layer_entropy(self) -> Tensor:
@@ -51,18 +53,20 @@ class AttentionEntropyRecord:
 
     @property
     def max_entropy(self) -> Tensor:
-        """Mean of the largest entropy that the same queries can have, the logarithm of the number of keys that each
-        sees (`torch.FloatTensor` of shape `(layers, heads)`), in nats."""
+        """Mean of the largest entropy that the queries can have, the logarithm of the number of keys that each sees
+        (`torch.FloatTensor` of shape `(layers, heads)`), in nats."""
         return (self._sums[..., 1] / self._sums[..., 4]).float()
 
     @property
     def normalized_entropy(self) -> Tensor:
         """`entropy / max_entropy`, in [0, 1] (`torch.FloatTensor` of shape `(layers, heads)`)."""
-        return (self._sums[..., 0] / self._sums[..., 1]).clamp(max=1.0).float()
+        ratio = self._sums[..., 0] / self._sums[..., 1]
+        return (ratio * self._sums[..., 4] / (self._sums[..., 4] - self._sums[..., 5])).clamp(max=1.0).float()
 
     @property
     def nan_count(self) -> Tensor:
-        """Number of seen keys whose attention weight is NaN (`torch.LongTensor` of shape `(layers, heads)`)."""
+        """Number of seen keys whose attention weight is NaN (`torch.LongTensor` of shape `(layers, heads)`), as are
+        those of the queries in `empty_count`, 0 divided by 0."""
         return self._sums[..., 2].long()
 
     @property
@@ -70,6 +74,12 @@ class AttentionEntropyRecord:
         """Number of seen keys whose score has an infinity in its query or key (`torch.LongTensor` of shape
         `(layers, heads)`)."""
         return self._sums[..., 3].long()
+
+    @property
+    def empty_count(self) -> Tensor:
+        """Number of queries of whose weights softmax clipping left nothing (`torch.LongTensor` of shape
+        `(layers, heads)`): they attend to no key, so their entropy is NaN, and not in the mean."""
+        return self._sums[..., 5].long()
 
     @property
     def num_queries(self) -> int:
@@ -125,7 +135,8 @@ class AttentionEntropyRecord:
                 self.add(row, name, total, of_logits)
 
     def add(self, row: tuple[int, int], name: str, total: Tensor, logits: Tensor | None = None) -> None:
-        """Add what was measured of a layer, as `_totals` and `_logits` hold it."""
+        """Add what was measured of a layer, as `_totals` and `_logits` hold it; the last column may be missing."""
+        total = nn.functional.pad(total, (0, 6 - total.shape[-1]))
         if row in self._totals:
             before = self._totals[row][1]
             if before.shape != total.shape:
@@ -150,9 +161,9 @@ class AttentionEntropyRecord:
 
     @property
     def _sums(self) -> Tensor:
-        # (layers, heads, 5); where layers have fewer heads, entries without a query
+        # (layers, heads, 6); where layers have fewer heads, entries without a query
         totals = [self._totals[row][1].cpu().double() for row in sorted(self._totals)]
-        return nn.utils.rnn.pad_sequence(totals, batch_first=True) if totals else torch.zeros(0, 0, 5).double()
+        return nn.utils.rnn.pad_sequence(totals, batch_first=True) if totals else torch.zeros(0, 0, 6).double()
 
     @property
     def _exists(self) -> Tensor:

@@ -314,6 +314,7 @@ class _Recorder:
         *,
         scaling: float | None = None,
         softcap: float | None = None,
+        softmax_clipping: float | None = None,
         s_aux: Tensor | None = None,
         sinks: Tensor | None = None,
         **kwargs,
@@ -339,7 +340,7 @@ class _Recorder:
         # one a head; `sinks`, as of Inkling 2, are one a query
         if s_aux is not None:
             sinks = s_aux.view(1, -1, 1, 1)
-        scored: dict[str, Any] = {"bias": bias, "softcap": softcap, "sinks": sinks}
+        scored: dict[str, Any] = {"bias": bias, "softcap": softcap, "sinks": sinks, "clipping": softmax_clipping}
         measured = measure_attention(query, key, scaling, visibility, **scored, padded=padded, logits=self._logits)
         # tensors without numbers have a class of their own, or make the others so
         if type(measured.total) is not Tensor:
@@ -528,9 +529,11 @@ def record_attention_entropy(
     What is measured: the distribution before dropout, in float32 at least, also under autocast; each query once,
     also where gradient checkpointing computes it again; cached decoding as it happens, one query a step. A module that
     runs several times in a forward pass has a row a run. Queries that are padding are left out, and those that see no
-    key. Padding is what the mask function of the attention was told, or `padding_mask`; where a batch is padded and
-    neither says which queries are, as for masks that a model makes by itself, the layer is not measured. With a 4-D
-    mask of your own all queries count that see a key. An attention sink is one more key that every query sees.
+    key. Of an LNFree model it is the softmax, before attention gains and gates; where that is clipped, the clipped
+    weights divided by their sum, and a query that has none left is NaN, counted, and not in the mean. Padding is
+    what the mask function of the attention was told, or `padding_mask`; where a batch is padded and neither says which
+    queries are, as for masks that a model makes by itself, the layer is not measured. With a 4-D mask of your own all
+    queries count that see a key. An attention sink is one more key that every query sees.
 
     What the model ran and the record does not hold is said in one warning when the block is left, and stands in
     `record.unmeasured`: layers that compute their attention by themselves, graphs that `torch.compile` made before the

@@ -11,7 +11,7 @@ from .record import AttentionEntropyRecord
 
 
 # what a measurement holds, by the names of `AttentionEntropyRecord`
-FIELDS = ("entropy", "max_entropy", "nan_count", "inf_count", "num_queries")
+FIELDS = ("entropy", "max_entropy", "nan_count", "inf_count", "empty_count", "num_queries")
 
 
 def summarize(record: AttentionEntropyRecord) -> dict[str, Any]:
@@ -30,6 +30,8 @@ def to_numbers(prediction: Mapping[str, Any] | AttentionEntropyRecord) -> dict[s
         found = {name: prediction[name] for name in FIELDS if name in prediction}
     else:
         found = {name: getattr(prediction, name) for name in FIELDS if hasattr(prediction, name)}
+    # of a measurement that was made before there was such a count
+    found.setdefault("empty_count", [[0] * len(row) for row in found.get("entropy", [])])
     missing = [name for name in FIELDS if name not in found]
     if missing:
         raise ValueError(
@@ -65,8 +67,11 @@ def combine(measurements: list[dict[str, Any]]) -> dict[str, Any]:
         if name != "num_queries"
     }
     queries = torch.tensor([measurement["num_queries"] for measurement in measurements], dtype=torch.float64)
-    weights = (queries / queries.sum())[:, None]
-    entropy, max_entropy = ((weights * sums[name]).sum(0) for name in ("entropy", "max_entropy"))
+    max_entropy = ((queries / queries.sum())[:, None] * sums["max_entropy"]).sum(0)
+    attending = queries[:, None] - sums["empty_count"]
+    weights = attending / attending.sum(0)
+    # a mean over no query is NaN, and has no weight
+    entropy = torch.where(weights == 0, 0, weights * sums["entropy"]).sum(0)
     normalized = (entropy / max_entropy).clamp(max=1.0)
     quarters = (4 * normalized).floor().clamp(max=3)
 
@@ -82,6 +87,7 @@ def combine(measurements: list[dict[str, Any]]) -> dict[str, Any]:
         "head_distribution": [(quarters == quarter).double().mean().item() for quarter in range(4)],
         "nan_count": rows(sums["nan_count"].sum(0).long()),
         "inf_count": rows(sums["inf_count"].sum(0).long()),
+        "empty_count": rows(sums["empty_count"].sum(0).long()),
         "num_queries": int(queries.sum()),
     }
 

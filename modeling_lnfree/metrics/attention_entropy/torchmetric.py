@@ -68,10 +68,16 @@ class AttentionEntropy(Metric):
         if (heads := [len(row) for row in numbers["entropy"]]) != self.heads:
             raise ValueError(f"the measurement is of a model with {heads} heads by layer, the metric of {self.heads}")
         self.num_queries += queries
-        for name, rows in numbers.items():
-            state = getattr(self, name)
-            values = torch.tensor(sum(rows, []), dtype=state.dtype, device=state.device)
-            setattr(self, name, state + (values * queries if state.is_floating_point() else values))
+        values = {name: torch.tensor(sum(rows, [])).to(getattr(self, name)) for name, rows in numbers.items()}
+        for name, number in self._numbers(queries, values["empty_count"]).items():
+            # a mean over no query is NaN
+            values[name] = torch.where(number == 0, 0, number * values[name])
+        for name, value in values.items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def _numbers(self, queries: int, empty: Tensor) -> dict[str, Tensor]:
+        """By the name of a mean, the number of queries that it is over."""
+        return {"entropy": queries - empty, "max_entropy": torch.full_like(empty, queries)}
 
     def compute(self) -> dict[str, Any]:
         """
@@ -81,10 +87,8 @@ class AttentionEntropy(Metric):
             ValueError: if nothing was measured.
         """
         queries = int(self.num_queries)
-        measurement: dict[str, Any] = {"num_queries": queries}
-        for name in FIELDS:
-            if name != "num_queries":
-                state = getattr(self, name)
-                means = state / max(queries, 1) if state.is_floating_point() else state
-                measurement[name] = [row.tolist() for row in means.split(self.heads)]
-        return combine([measurement])
+        values = {name: getattr(self, name) for name in FIELDS if name != "num_queries"}
+        for name, number in self._numbers(queries, values["empty_count"]).items():
+            values[name] = values[name] / number
+        rows = {name: [row.tolist() for row in value.split(self.heads)] for name, value in values.items()}
+        return combine([{"num_queries": queries, **rows}])
