@@ -27,11 +27,19 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_lnfree import LNFreeForCausalLM
-from modeling_lnfree.configuration_lnfree import PRESETS
+from modeling_lnfree.configuration_lnfree import BACKBONES, PRESETS
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
 from .conftest import ROOT, every_backbone, random_ids, tiny_config, tiny_model
-from .modeling.designs import design, design_model, every_design, possible, preset_name
+from .modeling.designs import (
+    design,
+    design_model,
+    every_design,
+    every_path,
+    every_preset_and_backbone,
+    possible,
+    preset_name,
+)
 
 
 # what these packages warn about in themselves is not ours to mend
@@ -108,6 +116,24 @@ def test_peft_finds_the_projections_and_merges_exactly(model, export_dir, tmp_pa
     merged = adapted.merge_and_unload()
     assert type(merged) is LNFreeForCausalLM
     torch.testing.assert_close(merged(input_ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_path
+def test_peft_adapts_every_matrix_of_a_design_and_merges_exactly(name, backbone):
+    peft = needs("peft")
+    model, input_ids = design_model(name, backbone), random_ids(2, 9, vocab_size=61)
+    linears = {
+        key.removeprefix("model.")
+        for key, module in model.model.named_modules(prefix="model")
+        if isinstance(module, torch.nn.Linear)
+    }
+    before = model(input_ids).logits
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    assert {key.removeprefix("model.") for key in adapted.targeted_module_names} == linears
+    expected = adapted(input_ids).logits
+    assert (expected - before).abs().max() > 1e-3
+    torch.testing.assert_close(adapted.merge_and_unload()(input_ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow  # trl imports for seconds
@@ -232,6 +258,30 @@ def test_onnx_runtime_gives_the_logits_with_and_without_a_cache(model, tmp_path)
             found.append(torch.from_numpy(logits))
             feeds = dict(zip(names, new_states, strict=True))
         torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.slow  # seconds a design
+@every_preset_and_backbone
+def test_onnx_runtime_gives_the_logits_of_every_preset(name, backbone, tmp_path):
+    needs("onnx"), needs("onnxscript")
+    runtime = needs("onnxruntime")
+    model = design_model(name, backbone).float()
+    shapes = {"input_ids": {0: torch.export.Dim("B"), 1: torch.export.Dim("T", max=32)}, "use_cache": None}
+    torch.onnx.export(
+        model,
+        (random_ids(2, 9, vocab_size=61),),
+        tmp_path / "model.onnx",
+        kwargs={"use_cache": False},
+        dynamo=True,
+        dynamic_shapes=shapes,
+        output_names=["logits"],
+    )
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for shape in ((1, 5), (3, 32)):
+        input_ids = random_ids(*shape, vocab_size=61)
+        (logits, *_) = session.run(None, {"input_ids": input_ids.numpy()})
+        expected = model(input_ids).logits
+        torch.testing.assert_close(torch.from_numpy(logits), expected, atol=2e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ evaluation
@@ -454,13 +504,16 @@ NOT_VLLM = {
 SERVED = [name for name in PRESETS if name not in NOT_VLLM]
 
 
-@pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+LR-layer", *map(preset_name, SERVED)])
-@every_backbone
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    "variant", ["SM+LN+G", "SM+R", "SM+LR-layer", "SM+DyT+G", "SM+Derf+R", *map(preset_name, SERVED)]
+)
 def test_what_vllm_asks_of_a_custom_model(variant, backbone, tmp_path, monkeypatch):
     """The points of "Writing custom models" in vLLM's documentation; vLLM itself is not run."""
     if not possible(variant.partition("@")[2], backbone):
         pytest.skip("has no form with a parallel residual")
-    model = tiny_model(variant, backbone)
+    llama = {**BACKBONES["llama"], "tie_word_embeddings": False, "biased_projections": []}
+    model = tiny_model(variant, **llama) if backbone == "llama" else tiny_model(variant, backbone)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.auto_map["AutoModel"] == "modeling_lnfree.LNFreeModel"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,7 +18,8 @@ from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file
 
 from model_cards.card import build_card
-from modeling_lnfree import LNFreeConfig
+from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
+from modeling_lnfree.configuration_lnfree import PRESETS
 from training import cli, data, runs
 from training.errors import UserError
 from training.hub import client, export, publish
@@ -28,6 +30,7 @@ from training.train import loop, stability
 
 from ..conftest import ROOT, caching_in
 from ..hub_server import OTHER_TOKEN, TOKEN
+from ..modeling.designs import preset_name
 from .conftest import MODELS, environment, holds, release
 from .test_problems import write_nan
 
@@ -468,19 +471,53 @@ def test_code_of_a_published_card_runs_as_it_stands_there(server, family, tmp_pa
     assert card["base_model"] == f"me/{MODELS[1]}"
 
 
-@pytest.mark.slow  # processes that load what was published
-def test_two_presets_are_published_and_loaded_back(server, recipe_values, cache, tmp_path):
-    variants = {"SM+R@OP": "lnfree-gpt2-sm-r-op-t16", "SM+LN+R@PeriLN": "lnfree-gpt2-sm-ln-r-periln-t16"}
+STRANGER = """
+import sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+input_ids, logits = torch.arange(32).view(2, 16), {}
+for name in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules.")
+    logits[name] = model(input_ids).logits.detach()
+save_file(logits, sys.argv[1])
+"""
+
+
+@pytest.mark.slow  # processes that load each export, and what was published
+def test_every_design_is_trained_published_and_loaded_back(server, recipe_values, cache, tmp_path):
+    designs = [*map(preset_name, PRESETS), "SM+RMS+R@SAS", "SM+RMS+R@SAS-P", "SM+DyT+G", "SM+Derf+G", "SM+RMS+S"]
+    names = {
+        variant: f"me/lnfree-gpt2-{variant.lower().replace('+', '-').replace('@', '-')}-t16" for variant in designs
+    }
+    expected = {}
     with caching_in(cache):
-        for variant, name in variants.items():
+        for variant, name in names.items():
+            run_dir = tmp_path / "runs" / variant
             loop.train(
-                build_recipe({**recipe_values, "variant": variant, "output_dir": str(tmp_path / "runs" / name)})
+                build_recipe({**recipe_values, "variant": variant, "max_steps": 100, "output_dir": str(run_dir)})
             )
+            log = json.loads((run_dir / "log_history.json").read_text())
+            losses = [entry["loss"] for entry in log if "loss" in entry]
+            assert np.isfinite(losses).all() and len(losses) == 50
+            assert losses[-1] < losses[0], variant
+            model = LNFreeForCausalLM.from_pretrained(run_dir / "model").eval()
+            assert model.config.variant == variant
+            assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+            with torch.no_grad():
+                expected[name] = model(torch.arange(32).view(2, 16)).logits
     assert cli.main(["publish", str(tmp_path / "runs"), "--namespace", "me"]) == 0
-    for variant, name in variants.items():
-        repository = server.repository(f"me/{name}")
-        assert f"**{variant}**" in repository.files["README.md"].decode()
-        trained = load_file(tmp_path / "runs" / name / "model" / "model.safetensors")
-        (tmp_path / "published.safetensors").write_bytes(repository.files["model.safetensors"])
-        published = load_file(tmp_path / "published.safetensors")
-        assert published.keys() == trained.keys() and all(published[key].equal(trained[key]) for key in trained)
+    for variant, name in names.items():
+        assert f"**{variant}**" in server.repository(name).files["README.md"].decode()
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    found = tmp_path / "logits.safetensors"
+    clean = {**environment(server), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", tmp_path / "stranger.py", found, *names.values()]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
+    run = subprocess.run(command, cwd=tmp_path, env={**inherited, **clean}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    logits = load_file(found)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(logits[name], tensor, atol=1e-6, rtol=1e-6, msg=name)

@@ -98,6 +98,12 @@ def possible(name: str, backbone: str) -> bool:
 
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
+PRESETS_AND_BACKBONES = [(name, b) for name in PRESETS for b in ("gpt2", "pythia", "llama") if possible(name, b)]
+every_preset_and_backbone = pytest.mark.parametrize(("name", "backbone"), PRESETS_AND_BACKBONES)
+# every field on one backbone, every preset on all
+every_path = pytest.mark.parametrize(
+    ("name", "backbone"), [*((name, "gpt2") for name in FIELDS), *PRESETS_AND_BACKBONES]
+)
 every_design = pytest.mark.parametrize("name", [*FIELDS, *PRESETS])
 every_design_and_backbone = pytest.mark.parametrize(
     ("name", "backbone"),

@@ -12,7 +12,14 @@ from modeling_lnfree.configuration_lnfree import EXACT_ATTENTION
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
 from ..conftest import gradients, greedy, random_ids
-from .designs import design, design_model, every_design, every_preset
+from .designs import (
+    design,
+    design_model,
+    every_design,
+    every_design_and_backbone,
+    every_path,
+    every_preset_and_backbone,
+)
 
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
@@ -24,8 +31,7 @@ def ids(*shape: int) -> torch.Tensor:
     return random_ids(*shape, vocab_size=61)
 
 
-@every_design
-@pytest.mark.parametrize("backbone", ["gpt2", "llama"])
+@every_design_and_backbone
 def test_cached_equals_full(name, backbone):
     model, input_ids = design_model(name, backbone), ids(2, 11)
     expected = model(input_ids, use_cache=False).logits
@@ -43,19 +49,19 @@ def test_every_parameter_has_a_part_in_every_step(name):
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@every_preset
-def test_generation_with_a_static_cache_equals_that_without(name):
-    model, input_ids = design_model(name), ids(2, 5)
+@every_preset_and_backbone
+def test_generation_with_a_static_cache_equals_that_without(name, backbone):
+    model, input_ids = design_model(name, backbone), ids(2, 5)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(input_ids, use_cache=False, **options)
     for kind in ("dynamic", "static"):
         assert model.generate(input_ids, cache_implementation=kind, **options).equal(expected)
 
 
-@every_design
+@every_path
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(name, side):
-    model, short, long = design_model(name), ids(1, 5), ids(1, 9)
+def test_padding_changes_nothing(name, backbone, side):
+    model, short, long = design_model(name, backbone), ids(1, 5), ids(1, 9)
     pads = torch.zeros(1, 4, dtype=torch.long)
     padded = torch.cat([torch.cat([pads, short] if side == "left" else [short, pads], 1), long])
     mask = (padded != 0).long()
@@ -74,9 +80,9 @@ def test_padding_changes_nothing(name, side):
             torch.testing.assert_close(step[row], whole, **CLOSE)
 
 
-@every_design
-def test_packed_sequences_do_not_see_each_other(name):
-    model, first, second = design_model(name), ids(1, 4), ids(1, 7)
+@every_path
+def test_packed_sequences_do_not_see_each_other(name, backbone):
+    model, first, second = design_model(name, backbone), ids(1, 4), ids(1, 7)
     positions = torch.cat([torch.arange(4), torch.arange(7)])[None]
     packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(packed[:, :4], model(first).logits, **CLOSE)
@@ -146,20 +152,22 @@ def test_names_in_the_state_dict():
     assert [key for key in fused if ".mlp." in key] == [f"model.layers.{i}.mlp.fused_proj.weight" for i in range(2)]
 
 
-@every_preset
-def test_gradient_checkpointing_gives_equal_gradients(name):
-    model, input_ids = design_model(name).train(), ids(2, 7)
+@every_path
+def test_gradient_checkpointing_gives_equal_losses_and_gradients(name, backbone):
+    model, input_ids = design_model(name, backbone).train(), ids(2, 7)
     checkpointed = copy.deepcopy(model)
     old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
     getattr(checkpointed, new if hasattr(checkpointed, new) else old)()
-    for each in (model, checkpointed):
-        each(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    losses = [each(input_ids, labels=input_ids, use_cache=False).loss for each in (model, checkpointed)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].equal(losses[1])
     torch.testing.assert_close(gradients(checkpointed), gradients(model))
 
 
-@every_design
-def test_bfloat16_is_near_float64(name):
-    model, input_ids = design_model(name), ids(2, 9)
+@every_path
+def test_bfloat16_is_near_float64(name, backbone):
+    model, input_ids = design_model(name, backbone), ids(2, 9)
     expected = model(input_ids).logits
     logits = model.bfloat16()(input_ids).logits
     assert logits.dtype == torch.bfloat16
@@ -183,6 +191,26 @@ def test_compiles_as_one_graph_and_exports(name, backbone):
     torch.testing.assert_close(compiled(input_ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
     exported = torch.export.export(model, (input_ids,), {"use_cache": False}).module()
     torch.testing.assert_close(exported(input_ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow  # seconds a design
+@every_path
+def test_every_design_trains_as_one_graph_and_exports_for_any_batch_and_length(name, backbone):
+    model, input_ids = design_model(name, backbone).float(), ids(2, 9)
+    model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(
+        input_ids, labels=input_ids, use_cache=False
+    ).loss.backward()
+    torch.testing.assert_close(gradients(model), expected, atol=1e-5, rtol=1e-3)
+    length = model.config.max_position_embeddings
+    shapes = {"input_ids": {0: torch.export.Dim("B"), 1: torch.export.Dim("T", max=length)}, "use_cache": None}
+    exported = torch.export.export(model, (input_ids,), {"use_cache": False}, dynamic_shapes=shapes).module()
+    for shape in ((1, 2), (3, 17), (2, length)):
+        input_ids = ids(*shape)
+        expected = model(input_ids, use_cache=False).logits
+        torch.testing.assert_close(exported(input_ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -68,12 +68,16 @@ class AttentionEntropy(Metric):
         if (heads := [len(row) for row in numbers["entropy"]]) != self.heads:
             raise ValueError(f"the measurement is of a model with {heads} heads by layer, the metric of {self.heads}")
         self.num_queries += queries
-        values = {name: torch.tensor(sum(rows, [])).to(getattr(self, name)) for name, rows in numbers.items()}
+        states = {name: getattr(self, name) for name in numbers}
+        values = {
+            name: torch.tensor(sum(rows, []), dtype=states[name].dtype, device=states[name].device)
+            for name, rows in numbers.items()
+        }
         for name, number in self._numbers(queries, values["empty_count"]).items():
             # a mean over no query is NaN
             values[name] = torch.where(number == 0, 0, number * values[name])
         for name, value in values.items():
-            setattr(self, name, getattr(self, name) + value)
+            setattr(self, name, states[name] + value)
 
     def _numbers(self, queries: int, empty: Tensor) -> dict[str, Tensor]:
         """By the name of a mean, the number of queries that it is over."""
