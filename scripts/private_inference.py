@@ -444,6 +444,14 @@ def run_functions(rank: int, aside: Path, shapes: list[tuple[int, int]]):
     crypten.uninit()
 
 
+def read_shape(text: str) -> tuple[int, int]:
+    """`ROWSxLENGTH`. Raises ValueError for anything else."""
+    rows, length = map(int, text.split("x"))
+    if min(rows, length) < 1:
+        raise ValueError(text)
+    return rows, length
+
+
 def function_rows(shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """Of every function and shape rounds and bytes as predicted and as measured."""
     with tempfile.TemporaryDirectory() as aside:
@@ -477,6 +485,8 @@ def fit_rates(runs: list[dict[str, Any]]) -> str:
     costs = torch.tensor([[part[key] for key in ("multiply_adds", "bytes", "rounds")] for part in parts]).double()
     seconds = torch.tensor([part["measured_computing"] for part in parts]).double()
     fitted = torch.linalg.lstsq(costs, seconds[:, None], driver="gelsd").solution[:, 0]
+    if (fitted < 0).any():
+        return "These runs are too few or too alike to split computing by multiply-adds, bytes and rounds."
     error = (costs @ fitted - seconds).norm() / seconds.norm()
     values = ", ".join(
         f"{value:.2e} s a {unit}" for value, unit in zip(fitted, ("multiply-add", "byte", "round"), strict=True)
@@ -527,6 +537,7 @@ def main():
     parser.add_argument(
         "--functions",
         nargs="+",
+        type=read_shape,
         metavar="ROWSxLENGTH",
         help="run single functions of CrypTen beside what is predicted",
     )
@@ -548,8 +559,7 @@ def main():
                 parser.error(f"{folder} is not an export: it has no {name}")
     tables = {}
     if arguments.functions:
-        shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.functions]
-        tables["-functions"] = function_rows(shapes)
+        tables["-functions"] = function_rows(arguments.functions)
         print("\n".join(_table(tables["-functions"])))
     runs = [run(name, arguments.prompt, arguments.tokens, arguments.new_tokens) for name in arguments.exports]
     runs.sort(key=lambda run: variant_order(run["variant"]))
@@ -563,7 +573,8 @@ def main():
         Path(arguments.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
     for suffix, rows in tables.items() if arguments.docs else ():
         sizes = f"--tokens {arguments.tokens} --new-tokens {arguments.new_tokens}"
-        what = [*arguments.exports, sizes] if suffix == "" else ["--functions", *arguments.functions]
+        shapes = [f"{number}x{length}" for number, length in arguments.functions or ()]
+        what = [*arguments.exports, sizes] if suffix == "" else ["--functions", *shapes]
         command = " ".join(["bash scripts/private_inference.sh", *what])
         write_table(Path(arguments.docs).parent.parent, Path(arguments.docs).stem + suffix, rows, command)
     if arguments.plot:
