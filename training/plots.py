@@ -37,8 +37,8 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Fig
         measurements: dictionaries with `entropy` and `max_entropy`, each `(layers, heads)`, in nats.
         titles: of the panels.
     """
-    columns = min(len(measurements), 4)
-    rows = -(-len(measurements) // columns)
+    rows = -(-len(measurements) // 4)
+    columns = -(-len(measurements) // rows)
     limit = max(max(map(max, measurement["max_entropy"])) for measurement in measurements)
     figure = Figure(figsize=(3.1 * columns + 1, 3.4 * rows), layout="constrained", dpi=150)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -74,22 +74,25 @@ def plot_steps(
         series: by the name of the quantity, a value a step.
     """
     strips, rows = -(-len(measurements) // 8), max(1, -(-len(series) // 4))
+    columns = -(-len(measurements) // strips)
     heights = [1.9 * strips, 2 * rows]
     figure = Figure(figsize=(12, sum(heights)), layout="constrained", dpi=150)
     film, curves = figure.subfigures(2, 1, height_ratios=heights)  # type: ignore[misc]  # two of them
     limit = max(max(map(max, measurement["max_entropy"])) for measurement in measurements)
-    axes = film.subplots(strips, min(len(measurements), 8), squeeze=False)
+    axes = film.subplots(strips, columns, squeeze=False)
     for axis in axes.flat[len(measurements) :]:
         axis.set_visible(False)
-    for axis, measurement, title in zip(axes.flat, measurements, titles, strict=False):
+    for place, (axis, measurement, title) in enumerate(zip(axes.flat, measurements, titles, strict=False)):
         image = axis.imshow(_grid(measurement), vmin=0, vmax=limit, cmap="viridis", aspect="auto")
         axis.set_title(title, fontsize=9, parse_math=False)
-        axis.set(xlabel="head", ylabel="layer")
+        left, lowest = place % columns == 0, place + columns >= len(measurements)
+        axis.set(xlabel="head" * lowest, ylabel="layer" * left)
+        axis.tick_params(labelbottom=lowest, labelleft=left)
         for locator in (axis.xaxis, axis.yaxis):
             locator.set_major_locator(MaxNLocator(6, integer=True))
-        axis.label_outer()
     film.colorbar(image, ax=axes, label="entropy (nats)")
     order = np.argsort(steps)
+    least = min((step for step in steps if step > 0), default=1)
     panels = curves.subplots(rows, 4, squeeze=False)
     for axis in panels.flat[len(series) :]:
         axis.set_visible(False)
@@ -97,7 +100,11 @@ def plot_steps(
         axis.plot(np.array(steps)[order], np.array(values)[order], marker="o", markersize=3)
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=7)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        # steps like 1, 2, 4, 8, ... would lie in a heap
+        if max(steps) > 50 * least:
+            axis.set_xscale("symlog", linthresh=least)
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(alpha=0.3)
     curves.supxlabel("step", fontsize=9)
     return figure

@@ -18,6 +18,7 @@ from modeling_lnfree import measure
 from training import cli, harness
 from training.errors import UserError
 from training.measured import find_steps, name_models, report, tabulate_measured
+from training.plots import plot_steps
 
 from ..conftest import ROOT
 from ..hub_server import TOKEN, HubServer
@@ -142,6 +143,19 @@ def test_revisions_of_a_model_are_a_film_strip_with_curves(tmp_path, monkeypatch
     # nothing is prepared of a stream, and a measurement lasts no longer than the whole of it
     assert not list((tmp_path / "datasets").rglob("*.arrow"))
     assert all(0 < result["seconds"] < time.monotonic() - began for result in results)
+
+
+def test_a_film_strip_names_its_axes_and_spreads_steps_that_double():
+    one = {"entropy": [[1.0, 0.5]], "max_entropy": [[2.0, 2.0]]}
+    for steps, scale in (([2**n for n in range(11)], "symlog"), ([0, *range(10, 110, 10)], "linear")):
+        figure = plot_steps([one] * 11, list(map(str, steps)), steps, {"perplexity": [9.0 - n / 2 for n in range(11)]})
+        film, curves = figure.subfigs
+        panels = film.axes[:12]
+        assert [axis.get_visible() for axis in panels] == [True] * 11 + [False]
+        # the last panel of the first row has none below it
+        assert [axis.get_xlabel() for axis in panels[:11]] == [""] * 5 + ["head"] * 6
+        assert [axis.get_ylabel() for axis in panels[:11]] == [*["layer", *[""] * 5], *["layer", *[""] * 4]]
+        assert curves.axes[0].get_xscale() == scale
 
 
 def test_names_tell_models_apart():
