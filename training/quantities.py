@@ -149,6 +149,11 @@ class ZeroActivations(Quantity):
 
     name = "zero_activations"
 
+    @staticmethod
+    def holds(model: torch.nn.Module) -> bool:
+        """Whether every block has a ReLU: feed-forward layers that are fused or left out have none."""
+        return model.config.hidden_act == "relu" and all(hasattr(layer.mlp, "act_fn") for layer in model.model.layers)
+
     @contextmanager
     def watch(self, model):
         layers = model.model.layers

@@ -88,6 +88,13 @@ def test_a_run_has_both_files(recipe_values, tmp_path):
     assert runs.read_results(run_dir)["variant"] == "SM+R@SAS"
 
 
+@pytest.mark.parametrize(
+    ("name", "relu"), [("OP", True), ("gated", False), ("fused", False), ("per layer, MLP", False)]
+)
+def test_zero_activations_are_of_models_whose_blocks_all_have_a_relu(name, relu):
+    assert quantities.ZeroActivations.holds(design_model(name)) == relu
+
+
 def test_gates_are_means_over_tokens():
     model, probe = design_model("Gated").float(), torch.randint(61, (3, 7))
     record, scalars = measure(quantities.HeadGates(), model, probe)

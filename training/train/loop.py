@@ -171,7 +171,7 @@ def train(recipe: Recipe) -> Path:
     quantities = [stream, BatchEntropy(), Outliers(stream)]
     if recipe.data.weight_parametrization is not None and EntropyBound.holds(model.config):
         quantities.append(EntropyBound())
-    if model.config.hidden_act == "relu":
+    if ZeroActivations.holds(model):
         quantities.append(ZeroActivations())
     if model.config.slope_sharing is not None:
         quantities.append(NegativeSlope())
