@@ -551,7 +551,7 @@ def record_attention_entropy(
             This is a collective: all processes must enter the block. Pass False to measure in one of them only, or
             when the processes hold parts of the heads (tensor parallelism).
         logits (`bool`, defaults to `False`): look at the scores too, for `record.max_logit`, `sink_share`,
-            `logsumexp` and `spectral_gap`; about twice the time of the entropy.
+            `logsumexp` and `spectral_gap`; about twice the time of the entropy, and from the same pass on a GPU.
         differentiable (`bool`, defaults to `False`): hand entropies that are attached to the graph to `on_layer`,
             where gradients are enabled. No attention map is kept for them. A function of them belongs behind the
             forward pass, not into `on_layer`; checkpointing must not be reentrant.
