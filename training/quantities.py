@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from modeling_lnfree import LNFreeConfig
 from modeling_lnfree.residual_stream import record_residual_stream
@@ -150,7 +151,7 @@ class ZeroActivations(Quantity):
     name = "zero_activations"
 
     @staticmethod
-    def holds(model: torch.nn.Module) -> bool:
+    def holds(model: PreTrainedModel) -> bool:
         """Whether every block has a ReLU: feed-forward layers that are fused or left out have none."""
         return model.config.hidden_act == "relu" and all(hasattr(layer.mlp, "act_fn") for layer in model.model.layers)
 
