@@ -142,7 +142,7 @@ def test_every_quantity_is_in_the_trainers_log_and_in_its_file(run_dir):
 
 def test_measuring_the_machine_draws_no_random_numbers():
     before = torch.get_rng_state()
-    assert callbacks._peak_flops(torch.device("cpu"), torch.float32) > 1e6
+    assert callbacks.peak_flops(torch.device("cpu"), torch.float32) > 1e6
     assert torch.get_rng_state().equal(before)
 
 
@@ -151,7 +151,7 @@ def test_flops_of_a_token_are_those_that_torch_counts(monkeypatch, tmp_path):
 
     model, probe = tiny_model("SM+R", "pythia"), random_ids(1, 64)
     model.set_attn_implementation("eager")
-    monkeypatch.setattr(callbacks, "_peak_flops", lambda device, dtype: 1.0)
+    monkeypatch.setattr(callbacks, "peak_flops", lambda device, dtype: 1.0)
     callback = callbacks.SpeedCallback(64, 64, tmp_path / "speed.jsonl", None)
     state = type("State", (), {"is_world_process_zero": True, "global_step": 0})
     callback.on_train_begin(TrainingArguments(str(tmp_path)), state, None, model=model)
@@ -165,7 +165,7 @@ def test_flops_of_a_token_are_those_that_torch_counts(monkeypatch, tmp_path):
 )
 def test_utilization_is_of_all_machines_in_the_precision_of_the_training(precision, dtype, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(callbacks, "_peak_flops", lambda device, dtype: asked.append(dtype) or 1e6)
+    monkeypatch.setattr(callbacks, "peak_flops", lambda device, dtype: asked.append(dtype) or 1e6)
     shares = []
     for processes in (1, 4):
         args = SimpleNamespace(**{"bf16": False, "fp16": False, "world_size": processes, **precision})
