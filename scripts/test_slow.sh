@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set-up, then the long tests that scripts/test.sh leaves out: processes, long contexts, browsers, notebooks. The page in a browser
-# needs chromium and chromedriver, several nodes need Slurm and root; without them those tests are skipped, and named.
+# Set-up, then the long tests that scripts/test.sh leaves out: processes, long contexts, browsers, notebooks. The page in
+# a browser needs chromium and chromedriver, several nodes need Slurm and root; without them those tests are skipped, and
+# named.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
