@@ -88,8 +88,10 @@ def _largest(name: str) -> Callable[[Measurement], Any]:
 
 
 def _outlier_dimensions(measurement: Measurement) -> float:
-    layers = [] if measurement.stream is None else measurement.stream.outlier_dimensions
-    return math.nan if measurement.stream is None else len(set().union(*layers))
+    # nothing is far from the mean of what is broken
+    if measurement.stream is None or not measurement.stream.infinity_norm.isfinite().all():
+        return math.nan
+    return len(set().union(*measurement.stream.outlier_dimensions))
 
 
 def _outlier_gains(measurement: Measurement) -> float:

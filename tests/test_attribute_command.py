@@ -196,6 +196,10 @@ def test_picture_is_drawn_of_what_was_asked_for(options, run, tmp_path):
         ("peri", [TEXT, "--linearize"], r".*: norm_position='peri' in layer 0: a norm stands behind"),
         ("no tokenizer", [TEXT], r"(the tokenizer of|model) '.*no tokenizer' cannot"),
         ("plain", [""], "a text must have a token, got ''"),
+        # what Python makes of arguments that are not UTF-8
+        ("plain", ["a\udcff"], r"the text 'a\\udcff' cannot be read: TypeError"),
+        ("plain", [TEXT, "--target", "\udcff"], r"the text '\\udcff' cannot be read: TypeError"),
+        ("plain", [TEXT, "--revision", "main"], "revision='main' is of the Hub, and .*plain is a folder"),
         (
             "plain",
             [TEXT, "--target", "zqx"],

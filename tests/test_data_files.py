@@ -1,6 +1,7 @@
 """Names of files are names, cells are texts, and what is wrong with a file is said with its cause."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,89 @@ def test_cells_are_texts_in_every_part_of_a_long_file():
     numbers = [str(i) for i in range(10_001)] + ["NA"]
     Path("long.csv").write_text("content,number\n" + "".join(f"text,{number}\n" for number in numbers))
     assert texts("long.csv", column="number") == numbers
+
+
+@both_ways
+def test_cells_are_texts_in_every_split(streaming):
+    Path("parts").mkdir()
+    Path("parts/train.csv").write_text("content,first\nNA,1\n")
+    # streams alone take splits of other columns
+    Path("parts/test.csv").write_text("content,second\n0012,1\n" if streaming else "content,first\n0012,1\n")
+    assert texts("parts", streaming) == ["0012"]
+    assert texts("parts", streaming, split="test", column="second" if streaming else "first") == ["1"]
+
+
+DATES = ["2024-01-01", "2024-01-02 10:00:00", "2025-06-30T00:00:00Z"]
+
+
+@both_ways
+@pytest.mark.parametrize("more", [[], ["a text"]], ids=["dates", "mixed"])
+def test_dates_in_json_are_texts(more, streaming):
+    assert texts(write("d.jsonl", *DATES, *more), streaming) == DATES + more
+    assert texts("d.jsonl", streaming, split="train") == DATES + more
+    parts = data.load_documents(DataArguments(dataset="d.jsonl", eval_fraction=0.5), seed=0)
+    assert sorted([*parts["train"]["content"], *parts["eval"]["content"]]) == sorted(DATES + more)
+
+
+def test_dates_in_an_array_are_texts():
+    Path("d.json").write_text(json.dumps([{"content": date} for date in DATES[:2]]))
+    assert texts("d.json") == DATES[:2]
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"type": "user", "message": {"role": "user"}},
+        {"id": "1", "source": "s", "model": "m", "system_prompt": "p", "messages": [{"role": "user"}]},
+    ],
+    ids=["session", "messages"],
+)
+def test_columns_of_an_assistant_are_columns(columns, streaming):
+    Path("log.jsonl").write_text(json.dumps({**columns, "content": "a text"}) + "\n")
+    assert texts("log.jsonl", streaming) == ["a text"]
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["d.txt", "d.csv", "d.jsonl"])
+def test_a_byte_order_mark_is_no_text(name, streaming):
+    lines = {"d.txt": "one\ntwo\n", "d.csv": "text\none\ntwo\n", "d.jsonl": '{"text": "one"}\n{"text": "two"}\n'}
+    Path(name).write_text(lines[name], encoding="utf-8-sig")
+    assert texts(name, streaming, column="text") == ["one", "two"]
+
+
+@both_ways
+def test_variables_in_a_path_are_not_replaced(streaming, monkeypatch):
+    monkeypatch.setenv("WHICH", "other")
+    write("other.jsonl", "another file")
+    write("$WHICH.jsonl", "this file")
+    write("$WHICH/d.jsonl", "this file")
+    for name in ("$WHICH.jsonl", "$WHICH"):
+        with pytest.raises(UserError, match=r"must not have a variable in a path, which would be replaced: .*\$WHICH"):
+            texts(name, streaming)
+    assert texts(write("$5.jsonl", "this file"), streaming) == ["this file"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_what_is_no_plain_file_is_refused_at_once(kind):
+    name = "/dev/null" if kind == "device" else "d.jsonl"
+    if kind == "pipe":
+        os.mkfifo(name)
+    elif kind == "link":
+        Path(name).symlink_to("nowhere.jsonl")
+    with pytest.raises(UserError, match=f"dataset '{name}' must be a file or a folder, got a {kind}"):
+        data.load_splits(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["./nosuch", "no/such/folder", "no such", "", "x\0y", "a" * 300, "json", "https://x/y.csv"]
+)
+def test_what_is_neither_here_nor_an_id_is_told_at_once(name, monkeypatch):
+    # nobody is asked
+    monkeypatch.setattr("datasets.load_dataset_builder", pytest.fail)
+    write("d.jsonl", "another file")
+    with pytest.raises(UserError, match="is no file or folder"):
+        data.load_splits(name)
 
 
 def test_texts_of_a_csv_file_are_trained_on():

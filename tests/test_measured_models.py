@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from modeling_lnfree import measure
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
 from training import cli
 
@@ -67,12 +68,6 @@ WRONG = {
     "cut": (build, cut, "cannot be measured: "),
     "pointer": (build, pointer, "cannot be measured: "),
     "small vocabulary": (lambda: build(vocab_size=99), None, "the tokenizer gives token 220, and the model knows 99"),
-    # its positions begin behind its padding token
-    "roberta": (
-        lambda: build("roberta", is_decoder=True, pad_token_id=1),
-        None,
-        "2 texts of 40 tokens at a time cannot be measured",
-    ),
 }
 
 
@@ -98,6 +93,35 @@ def test_decoder_of_the_same_class_is_measured(tokenizer, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["measure", "model", "--dataset", "texts.txt", "--text-column", "text", "--streaming"]) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "data2vec-text", "xlm-roberta"])
+def test_positions_that_begin_behind_the_padding_token(model_type, tokenizer, tmp_path):
+    # 40 positions, of which the first is behind that of token 1: 38 tokens can be read
+    model = build(model_type, is_decoder=True, pad_token_id=1)
+    texts = ["a text", "b" * 60]
+    found = measure(model, texts, tokenizer=tokenizer)
+    assert (found.num_tokens, found.truncated_texts) == (6 + 38, 1)
+    likelihoods = []
+    for text in texts:
+        input_ids = torch.tensor([tokenizer(text)["input_ids"][:38]])
+        logits = model(input_ids).logits[0, :-1].double()
+        likelihoods.append(logits.log_softmax(-1).gather(1, input_ids[0, 1:, None]))
+    assert found.nll == pytest.approx(-torch.cat(likelihoods).mean().item(), abs=1e-6)
+    with pytest.raises(ValueError, match="max_length must be an integer in 1 to 38, the positions of the model"):
+        measure(model, texts, tokenizer=tokenizer, max_length=39)
+    metric = AttentionEntropy(cache_dir=str(tmp_path))
+    encoder = build(model_type, AutoModel, pad_token_id=1)
+    assert metric.compute(predictions=texts, model=encoder, tokenizer=tokenizer)["num_queries"] == 6 + 38
+
+
+def test_length_of_a_tokenizer_may_be_a_float(tokenizer, tmp_path, monkeypatch, capsys):
+    build().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for written, read in ((12.0, 12), (1e30, 40)):
+        path = tmp_path / "model" / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": written}))
+        assert measure(str(tmp_path / "model"), ["b" * 60]).num_tokens == read
 
 
 def test_meta_device_is_refused(tmp_path, monkeypatch, capsys):

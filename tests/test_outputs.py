@@ -91,6 +91,14 @@ def test_two_outputs_do_not_share_a_path(tmp_path, monkeypatch):
         check_outputs({"json_path": "one", "parquet_path": "two"})
 
 
+@pytest.mark.parametrize("path", ["", "-"])
+def test_no_file_is_made_of_what_is_no_name(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"parquet_path must be a file, got '{path}'"):
+        check_outputs({"parquet_path": path})
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("path", ["a" * 250, "texts.txt/out", "a\0b"])
 def test_place_that_takes_no_file_is_told_before_the_work(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -128,14 +128,16 @@ def attribute(
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """`(1, T)`"""
-    input_ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
+    with explained(f"the text {ascii(text)} cannot be read"):
+        input_ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
     if not input_ids.numel():
         raise UserError(f"a text must have a token, got {text!r}")
     return input_ids
 
 
 def _one_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with explained(f"the text {ascii(text)} cannot be read"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         pieces = ", ".join(_name(token, tokenizer) for token in ids) or "none"
         raise UserError(f"a token must be one of the tokenizer's, got {text!r}, which is {len(ids)}: {pieces}")

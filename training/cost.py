@@ -168,7 +168,7 @@ def _load(model_ids: Sequence[str], loading: dict[str, Any]) -> list[PreTrainedM
     for model_id in model_ids:
         config = find_named(model_id)
         if config is None:
-            check_model_id(model_id)
+            check_model_id(model_id, loading["revision"])
             check_reachable("model", model_id)
         with explained(f"model {model_id!r} cannot be counted"):
             if config is None:

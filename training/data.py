@@ -25,14 +25,20 @@ import pandas as pd
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.data_files import get_data_patterns
+from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.csv.csv import CsvConfig
+from datasets.packaged_modules.json.json import JsonConfig
+from datasets.packaged_modules.text.text import TextConfig
 from filelock import FileLock
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .errors import UserError, explained, one_line
+from .files import kind_of
 from .recipe import DataArguments
 
 
@@ -102,7 +108,7 @@ def find_revision(arguments: DataArguments) -> str | None:
     name = arguments.eval_dataset or arguments.dataset
     if name == "stdlib":
         return f"python-{platform.python_version()}"
-    if Path(name).exists():
+    if os.path.exists(name):
         return None
     config = None if arguments.eval_dataset else arguments.dataset_config
     return datasets.load_dataset_builder(name, config).hash
@@ -118,9 +124,13 @@ def load_splits(
     Raises:
         UserError: if it cannot be loaded.
     """
-    if Path(name).exists() and "::" in name:
+    # unlike those of `Path`, these take any text
+    is_file, is_folder = os.path.isfile(name), os.path.isdir(name)
+    if os.path.lexists(name) and not is_file and not is_folder:
+        raise UserError(f"dataset {name!r} must be a file or a folder, got a {kind_of(Path(name))}")
+    if (is_file or is_folder) and "::" in name:
         raise UserError(f"dataset {name!r} must not have '::' in its path, which datasets takes for a file in a file")
-    if Path(name).is_file():
+    if is_file:
         kind = BUILDERS.get(Path(name).suffix.lower())
         if kind is None:
             raise UserError(f"dataset {name} must end in one of {', '.join(BUILDERS)}")
@@ -129,21 +139,68 @@ def load_splits(
         if Path(name).stat().st_size == 0:
             raise UserError(f"dataset {name!r} cannot be loaded: it is empty")
         source: dict[str, Any] = {"path": kind, "data_files": glob.escape(name)}
-    elif Path(name).is_dir():
+    elif is_folder:
         source = _folder(Path(name), config)
+    elif name in BUILDERS.values():
+        raise UserError(f"dataset {name!r} is no file or folder")
     else:
+        check_reachable("dataset", name)
         source = {"path": name, "name": config}
     with reading(f"dataset {name!r} cannot be loaded"):
         builder = datasets.load_dataset_builder(**source)
+        files = list((builder.config.data_files or {}).values())
+        for file in (file for part in files for file in part):
+            if os.path.expandvars(file) != file:
+                raise UserError(
+                    f"dataset {name!r} must not have a variable in a path, which would be replaced: {file}"
+                )
         if isinstance(builder.config, CsvConfig):
-            first_file = next(iter(builder.config.data_files.values()))[0]
-            first = pd.read_csv(first_file, **{**builder.config.pd_read_csv_kwargs, "nrows": 1, "chunksize": None})
-            if not isinstance(first.index, pd.RangeIndex):
-                # pandas takes the first cell for the name of the row, and shifts the others
-                raise UserError(f"dataset {name!r} cannot be loaded: its rows have more cells than its header")
-            # a cell is its text: NA is not nothing, and 0012 is not 12
-            source |= {"converters": dict.fromkeys(first, str), "keep_default_na": False}
+            source |= _cells_as_texts(name, builder.config, [part[0] for part in files])
+        elif isinstance(builder.config, TextConfig):
+            # a byte order mark is no text
+            source["encoding"] = "utf-8-sig"
+        elif isinstance(builder.config, JsonConfig):
+            # logs of assistants are columns too
+            source["parse_agent_traces"] = False
+            features = _json_features(source, streaming)
+            if dates := [column for column, feature in features.items() if _is_date(feature)]:
+                source["features"] = datasets.Features({**features, **dict.fromkeys(dates, datasets.Json())})
+                texts = datasets.Features({**features, **dict.fromkeys(dates, datasets.Value("string"))})
+                loaded = datasets.load_dataset(**source, split=split, streaming=streaming)
+                options: dict[str, Any] = {"fn_kwargs": {"columns": dates}, "features": texts}
+                if split is not None:
+                    return loaded.map(_take, **options)
+                return {part: rows.map(_take, **options) for part, rows in loaded.items()}
         return datasets.load_dataset(**source, split=split, streaming=streaming)
+
+
+def _cells_as_texts(name: str, config: CsvConfig, first_files: list[str]) -> dict[str, Any]:
+    """What makes every cell its text: NA is not nothing, and 0012 is not 12."""
+    columns: dict[str, Any] = {}
+    for file in first_files:
+        first = pd.read_csv(file, **{**config.pd_read_csv_kwargs, "nrows": 1, "chunksize": None})
+        if not isinstance(first.index, pd.RangeIndex):
+            # pandas takes the first cell for the name of the row, and shifts the others
+            raise UserError(f"dataset {name!r} cannot be loaded: its rows have more cells than its header")
+        columns |= dict.fromkeys(first, str)
+    return {"converters": columns, "keep_default_na": False}
+
+
+def _json_features(source: dict[str, Any], streaming: bool) -> datasets.Features:
+    """Of a dataset of JSON, from its first rows; none where a stream of it does not tell."""
+    features = next(iter(datasets.load_dataset(**source, streaming=True).values())).features
+    if features is None and not streaming:
+        features = next(iter(datasets.load_dataset(**source).values())).features
+    return features or datasets.Features()
+
+
+def _is_date(feature: Any) -> bool:
+    """Whether it is of a text that was read as a date, of which JSON has none."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("timestamp", "date", "time"))
+
+
+def _take(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    return {column: row[column] for column in columns}
 
 
 @contextmanager
@@ -308,19 +365,34 @@ def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: 
 
 def check_reachable(kind: str, name: str):
     """
-    Raises UserError at once for a name that is no folder, is not in the cache, and of which the Hub cannot be asked:
-    loading it would try for half a minute.
+    Raises UserError at once for a name that is neither here, nor in the cache, nor can be an id of the Hub; and for
+    one of which the Hub cannot be asked: loading it would try for half a minute.
     """
-    files = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json")
+    is_dataset = kind == "dataset"
+    nowhere = f"{kind} {name!r} is no {'file or ' * is_dataset}folder"
     try:
-        if not Path(name).is_dir() and not any(isinstance(try_to_load_from_cache(name, f), str) for f in files):
-            HfApi().model_info(name, timeout=10)
+        if not _is_here(name, is_dataset):
+            (HfApi().dataset_info if is_dataset else HfApi().model_info)(name, timeout=10)
     except httpx2.TransportError as error:
-        message = f"{kind} {name!r} is no folder, and the Hub cannot be reached to look for it"
-        raise UserError(f"{message}: {one_line(error)}") from error
+        raise UserError(f"{nowhere}, and the Hub cannot be reached to look for it: {one_line(error)}") from error
+    except HFValidationError:
+        raise UserError(f"{nowhere}, and cannot be an id of the Hub") from None
     except (OSError, ValueError):
-        # what loads it says what the Hub answers, and what is wrong with a name
+        # what loads it says what the Hub answers
         return
+
+
+def _is_here(name: str, is_dataset: bool) -> bool:
+    """Whether a name is a folder or of what was loaded before; HFValidationError if it is no id either."""
+    if is_dataset:
+        *owner, last = name.split("/")
+        # a bucket is no repository
+        if owner[:1] == ["buckets"]:
+            return True
+        validate_repo_id(name)
+        return Path(datasets.config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(last)])).is_dir()
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json")
+    return os.path.isdir(name) or any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 
 def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -54,11 +54,13 @@ def check_outputs(outputs: dict[str, str | Path | None], inputs: Sequence[str | 
     for name, given in outputs.items():
         if given is None:
             continue
+        if str(given) in ("", "-"):
+            raise UserError(f"{name} must be a file, got {str(given)!r}")
         path = Path(given)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-                raise UserError(f"{name} must be a new or a plain file, got {path}, which is a {_kind(path)}")
+                raise UserError(f"{name} must be a new or a plain file, got {path}, which is a {kind_of(path)}")
             real = path.resolve()
             aside_of(path).touch()
             aside_of(path).unlink()
@@ -75,7 +77,13 @@ def check_outputs(outputs: dict[str, str | Path | None], inputs: Sequence[str | 
     return [None if given is None else Path(given) for given in outputs.values()]
 
 
-def _kind(path: Path) -> str:
+def is_taken(path: Path) -> bool:
+    """Whether a path is anything but new or an empty folder, to which a folder could be moved."""
+    return os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir()))
+
+
+def kind_of(path: Path) -> str:
+    """What a path is that is no plain file, in a word."""
     mode = path.lstat().st_mode
     kinds = ((stat.S_ISLNK, "link"), (stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
     return next((kind for is_kind, kind in kinds if is_kind(mode)), "device")

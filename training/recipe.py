@@ -34,11 +34,15 @@ from .methods import MethodArguments, check_methods
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def check_model_id(model_id: str | Path):
-    """Raises UserError for what is neither a folder nor can be the id of a model on the Hub."""
+def check_model_id(model_id: str | Path, revision: str | None = None):
+    """Raises UserError for what is neither a folder nor can be an id on the Hub, and for a revision of a folder."""
     try:
-        if not Path(model_id).is_dir():
+        if not os.path.isdir(model_id):
             validate_repo_id(str(model_id))
+        elif revision is not None:
+            raise UserError(
+                f"revision={revision!r} is of the Hub, and {model_id} is a folder: name the folder of that state"
+            )
     except HFValidationError:
         raise UserError(f"model {str(model_id)!r} is neither a folder nor an id of the Hub") from None
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,12 +124,8 @@ def load_reader(
     A causal language model in evaluation mode, its tokenizer, and how many tokens of a text are read: `max_length`, by
     default as many as both take. Raises UserError for what cannot be loaded.
     """
-    check_model_id(model_id)
+    check_model_id(model_id, revision)
     check_reachable("model", model_id)
-    if revision is not None and Path(model_id).is_dir():
-        raise UserError(
-            f"revision={revision!r} is of the Hub, and {model_id} is a folder: name the folder of that state"
-        )
     _check_device(device)
     with explained(f"model {model_id!r} cannot be measured"):
         model = load_model(

@@ -379,9 +379,10 @@ def test_generation_config_goes_along(tmp_path):
             lambda path: _save_without(path, "transformer.h.1.mlp.c_fc.weight"),
             "lacks weights: transformer.h.1.mlp.c_fc",
         ),
-        (lambda path: (path.parent / "ours").write_text(""), "exists and is not empty"),
+        (lambda path: (path.parent / "ours").write_text(""), "exists and is no empty folder"),
+        (lambda path: (path.parent / "ours").symlink_to("nowhere"), "exists and is no empty folder"),
     ],
-    ids=["family", "activation", "window", "windows", "missing", "incomplete", "occupied"],
+    ids=["family", "activation", "window", "windows", "missing", "incomplete", "occupied", "link"],
 )
 def test_what_cannot_be_imported_is_one_line(prepare, message, tmp_path, capsys):
     prepare(tmp_path / "stock")

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from modeling_lnfree import record_attention_entropy
+from modeling_lnfree.metrics.attention_entropy.entropy import logits_of_visible
+from modeling_lnfree.metrics.attention_entropy.visibility import Visibility
 
-from .models import float64_maps, make_batch, make_model, mean_of_queries
+from .models import float64_maps, make_batch, make_model, mean_of_queries, random_mask, random_states
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
@@ -62,6 +64,34 @@ def test_scores_match_their_definition(padding, softcap):
             assert bound <= record.max_logit[layer, head] + 1e-5
     if softcap is not None:
         assert (record.max_logit <= softcap).all() and (record.max_logit > 0.5 * softcap).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e8, 1e12])
+@pytest.mark.parametrize("options", ["causal", "mask", "sinks"])
+def test_weights_of_large_scores_match_float64(scale, options):
+    query, key = random_states(2, 4, 2, 24, 24, 16, scale=scale)
+    # every key twice, so that no size of the scores decides between the two
+    key[:, :, 1::2] = key[:, :, ::2]
+    sinks = torch.tensor([-2.0, 0.0, 1.0, 3.0]).view(1, 4, 1, 1) if options == "sinks" else None
+    mask = random_mask((2, 1, 24, 24)) if options == "mask" else None
+    visibility = Visibility(mask, True, 24, 24, query.device)
+    found = logits_of_visible(query, key, 0.25, visibility, sinks=sinks).double()
+    scores = 0.25 * query.double() @ key.double().repeat_interleave(2, 1).mT
+    seen = torch.ones(24, 24, dtype=torch.bool).tril() if mask is None else mask & torch.ones(24, 24).bool().tril()
+    scores = scores.masked_fill(~seen, -torch.inf)
+    all_scores = scores if sinks is None else torch.cat([scores, sinks.double().expand(2, 4, 24, 1)], -1)
+    weights = all_scores.softmax(-1)
+    first = seen.int().argmax(-1, keepdim=True).expand(2, 4, 24, 1)
+    expected = torch.stack(
+        [
+            scores.amax(-1),
+            weights.gather(-1, first)[..., 0],
+            all_scores.logsumexp(-1),
+            weights[..., :24].diagonal(0, -2, -1),
+        ],
+        -1,
+    )
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-6)
 
 
 def test_scores_of_two_passes_and_a_broken_head():

@@ -169,3 +169,11 @@ def test_what_cannot_be_measured_is_one_error(name, texts, options, message, tok
         model = AutoModelForCausalLM.from_config(model.config)
     with pytest.raises(ValueError, match=message):
         measure(model, texts, **{"tokenizer": tokenizer, **options})
+
+
+def test_a_broken_stream_has_no_number_of_outliers(tokenizer):
+    model = make("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
+    summary = measure(model, TEXTS[:2], tokenizer=tokenizer).summary
+    assert all(math.isnan(summary[name]) for name in ("stream_norm", "infinity_norm", "outlier_dimensions"))

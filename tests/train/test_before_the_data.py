@@ -93,12 +93,20 @@ def test_layers_are_compiled_when_asked(recipe_values, tmp_path, monkeypatch):
     assert 0 < results["data_seconds"] < results["train_seconds"]
 
 
-@pytest.mark.parametrize("verb", [["measure", "no/model", "--dataset", "stdlib"], ["import", "no/model", "out"]])
-def test_hub_that_cannot_be_reached_is_told_at_once(verb, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("verb", "what"),
+    [
+        (["measure", "no/model", "--dataset", "stdlib"], "model 'no/model' is no folder"),
+        (["import", "no/model", "out"], "model 'no/model' is no folder"),
+        (["measure", "no/model", "--dataset", "no/texts"], "dataset 'no/texts' is no file or folder"),
+        (["train", "quick", "dataset=mistyped", "output_dir=run"], "dataset 'mistyped' is no file or folder"),
+    ],
+)
+def test_hub_that_cannot_be_reached_is_told_at_once(verb, what, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(
         "training.texts.load_documents", lambda *args, **kwargs: {"eval": Dataset.from_dict({"a": ["b"]})}
     )
     assert cli.main(verb) == 1
-    assert "model 'no/model' is no folder, and the Hub cannot be reached" in capsys.readouterr().err
+    assert f"{what}, and the Hub cannot be reached to look for it" in capsys.readouterr().err

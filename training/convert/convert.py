@@ -16,6 +16,7 @@ from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 
 from ..data import check_reachable, has_vocabulary
 from ..errors import UserError, explained
+from ..files import is_taken
 from ..recipe import check_model_id
 from .architectures import ARCHITECTURES, stock_config
 
@@ -64,8 +65,8 @@ def convert(
             not empty, and logits that differ.
     """
     model_id, out_dir = str(model_id), Path(out_dir)
-    if out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir()):
-        raise UserError(f"{out_dir} exists and is not empty; name a new folder")
+    if is_taken(out_dir):
+        raise UserError(f"{out_dir} exists and is no empty folder; name a new one")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,7 +134,7 @@ def load_in_family(model_id: str | Path, revision: str | None = None) -> LNFreeF
 
 
 def _load(model_id: str, model_types: tuple[str, ...], revision: str | None) -> PreTrainedModel:
-    check_model_id(model_id)
+    check_model_id(model_id, revision)
     check_reachable("model", str(model_id))
     with explained(f"model {model_id!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(model_id, revision=revision)

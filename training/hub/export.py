@@ -21,6 +21,7 @@ from modeling_lnfree.variants import BASELINE
 
 from ..encryption.tables import describe_forward
 from ..errors import UserError, explained
+from ..files import is_taken
 from ..plots import plot_curves, plot_heat_maps
 from ..runs import Run, step_of
 from .clean_process import find_failure
@@ -62,7 +63,8 @@ def export(
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     run = Run.load(run_dir)
-    if out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "heat_map.png").is_file():
+    is_export = not out_dir.is_symlink() and (out_dir / "heat_map.png").is_file()
+    if is_taken(out_dir) and not is_export:
         raise UserError(f"{out_dir} exists and is not an export; name a new folder")
     if out_dir.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
         raise UserError(f"{out_dir} holds the run itself; name a new folder")

@@ -447,6 +447,8 @@ def logits_of_visible(
     least. Weights are clipped, where they are, and not divided by their sum."""
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
+    if query.is_cpu and query.numel() and key.numel() and not _terms_are_small(query, key, scaling, bias):
+        dtype, query, key = torch.float64, query.double(), key.double()
     batch, heads, num_queries, _ = query.shape
     is_triangular = num_queries == visibility.num_keys and (
         visibility.is_causal or (visibility.mask is not None and not bool(visibility.mask.triu(1).any()))
@@ -459,21 +461,28 @@ def logits_of_visible(
             scores = scores + bias.expand(-1, -1, num_queries, -1)[:, :, start:stop]
         if block.mask is not None:
             scores = scores.masked_fill(~block.mask, -torch.inf)
-        logsumexp = scores.logsumexp(-1)
+        largest = scores.amax(-1)
+        # of all that the weights are shared by
+        highest = largest
         if sinks is not None:
-            rows = sinks.to(dtype).expand(batch, -1, num_queries, -1)[:, :, start:stop, 0]
-            logsumexp = torch.logaddexp(logsumexp, rows)
+            sink = sinks.to(dtype).expand(batch, -1, num_queries, -1)[:, :, start:stop, 0]
+            highest = torch.maximum(largest, sink)
+        # differences to the highest score, which do not lose the weights where scores are large
+        weights = (scores - highest[..., None]).exp()
+        total = weights.sum(-1)
+        if sinks is not None:
+            total = total + (sink - highest).exp()
         first = torch.zeros(1, 1, 1, dtype=torch.long, device=query.device)
         if block.mask is not None:
             first = block.mask.int().argmax(-1)
-        on_first = scores.gather(-1, first[..., None].expand(*scores.shape[:3], 1))[..., 0]
+        on_first = weights.gather(-1, first[..., None].expand(*scores.shape[:3], 1))[..., 0]
         on_own = torch.full_like(on_first, torch.nan)
         if is_triangular:
-            on_own = scores.diagonal(start, -2, -1)
-        on_first, on_own = (on_first - logsumexp).exp(), (on_own - logsumexp).exp()
+            on_own = weights.diagonal(start, -2, -1)
+        on_first, on_own = on_first / total, on_own / total
         if clipping is not None:
-            on_first, on_own = (clip_weights(weights, clipping, block.number()) for weights in (on_first, on_own))
-        return torch.stack([scores.amax(-1), on_first, logsumexp, on_own], -1)
+            on_first, on_own = (clip_weights(each, clipping, block.number()) for each in (on_first, on_own))
+        return torch.stack([largest, on_first, highest + total.log(), on_own], -1)
 
     with torch.autocast(query.device.type, enabled=False):
         return _in_blocks(logits, max(1, batch * heads * visibility.num_keys), num_queries, query, key)

@@ -72,10 +72,16 @@ def check_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         ValueError: if `max_length` is no integer, below 1, or more than the model has positions.
     """
-    config = inner_model(model).config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - _virtual_tokens(model)
+    inner = inner_model(model)
+    positions = getattr(inner.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+    for name, module in inner.named_modules():
+        # RoBERTa's begin behind that of its padding token
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1
+    positions -= _virtual_tokens(model)
     if max_length is None:
-        return min(tokenizer.model_max_length, positions)
+        # 1e30 is no integer in JSON
+        return int(min(tokenizer.model_max_length, positions))
     if not isinstance(max_length, Integral) or not 1 <= max_length <= positions:
         raise ValueError(
             f"max_length must be an integer in 1 to {positions}, the positions of the model, got {max_length!r}"
