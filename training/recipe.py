@@ -221,6 +221,7 @@ REFUSED = {
     "ignore_data_skip": "a run goes on in its data where it was interrupted",
     "label_names": "the labels are the tokens themselves",
     "load_best_model_at_end": "variants are compared at equal steps",
+    "metric_for_best_model": "variants are compared at equal steps",
     "parallelism_config": "fsdp_size is what shards a model here",
     "prediction_loss_only": "the evaluation is over the whole part",
     "resume_from_checkpoint": "a run goes on from its own last checkpoint by itself",
@@ -400,6 +401,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         raise UserError(
             "eval_do_concat_batches=False is not supported in a recipe: the evaluation is over the whole part"
         )
+    if training.get("save_strategy") == "best":
+        raise UserError("save_strategy='best' is not supported in a recipe: variants are compared at equal steps")
     if isinstance(training.get("accelerator_config"), dict) and training["accelerator_config"].get("split_batches"):
         raise UserError("split_batches is not supported in a recipe: a step has the tokens that the recipe says")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -413,10 +416,12 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         *(("shuffle_buffer", 1), ("fsdp_size", 1), ("layer_base_width", 1)),
         *(("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1)),
         *(("logging_steps", 1), ("save_steps", 1), ("eval_steps", 1), ("eval_accumulation_steps", 1)),
-        *(("dataloader_num_workers", 0), ("seed", 0)),
+        *(("dataloader_num_workers", 0), ("seed", 0), ("weight_decay", 0)),
     ):
         if given.get(name) is not None and not given[name] >= least:
             raise UserError(f"{name} must be at least {least}, got {given[name]}")
+    if not 0 <= training.get("label_smoothing_factor", 0) < 1:
+        raise UserError(f"label_smoothing_factor must be in [0, 1), got {training['label_smoothing_factor']}")
     for name in ("learning_rate", "layer_learning_rate", "num_train_epochs"):
         if given.get(name) is not None and not 0 < given[name] < math.inf:
             raise UserError(f"{name} must be finite and more than 0, got {given[name]}")

@@ -48,9 +48,12 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run_dir} is not a finished run: it has no {RESULTS}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(results, dict):
+            raise ValueError(f"it holds a {type(results).__name__}, not the results of a run")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}; remove it, and the run ends again") from None
+    return results
 
 
 def check_same_recipe(run_dir: Path, recipe: Recipe):

@@ -21,6 +21,22 @@ pytestmark = pytest.mark.usefixtures("own_cache")
     [
         ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min": 1}}, "recipe: .*min"),
         ({"lr_scheduler_kwargs": {"min_lr": "small"}, "lr_scheduler_type": "cosine_with_min_lr"}, "recipe: "),
+        # of which the first step alone reads nothing
+        (
+            {
+                "warmup_steps": 5,
+                "lr_scheduler_kwargs": {"min_lr_rate": "small"},
+                "lr_scheduler_type": "cosine_with_min_lr",
+            },
+            "recipe: TypeError",
+        ),
+        ({"adam_beta1": 2.0}, "recipe: Invalid beta parameter at index 0: 2.0"),
+        ({"adam_epsilon": -1e-8}, "recipe: Invalid epsilon value"),
+        ({"log_level": "loud"}, "recipe: KeyError: 'loud'"),
+        (
+            {"torch_compile": True, "torch_compile_backend": "fastest"},
+            "recipe: 'FASTEST' is not a valid DynamoBackend",
+        ),
         # bitsandbytes, as most of the Trainer's optimizers, is no part of the set-up
         ({"optim": "adamw_bnb_8bit"}, "recipe: .*bitsandbytes"),
     ],

@@ -252,6 +252,7 @@ NOT_TAKEN = {
     **dict.fromkeys(("dataloader_drop_last", "ignore_data_skip", "load_best_model_at_end", "push_to_hub"), True),
     **dict.fromkeys(("prediction_loss_only", "use_cache", "use_liger_kernel"), True),
     **{"deepspeed": "zero.json", "fsdp": "full_shard", "hub_token": "hf_x", "label_names": ["labels"]},
+    **{"metric_for_best_model": "loss"},
     **{"parallelism_config": {"dp": 2}, "resume_from_checkpoint": "checkpoint-4"},
 }
 

@@ -307,9 +307,10 @@ def test_damaged_files_of_a_run_are_told(variant_runs, recipe_values, tmp_path):
     values = {**recipe_values, "variant": "SM+R", "output_dir": str(tmp_path / "SM+R")}
     shutil.copytree(variant_runs / "SM+R", tmp_path / "SM+R")
     # as after a power cut
-    (tmp_path / "SM+R" / "results.json").write_text("")
-    with pytest.raises(UserError, match="results.json cannot be read: .*; remove it, and the run ends again"):
-        loop.train(build_recipe(values))
+    for damaged in ("", "[]", "3"):
+        (tmp_path / "SM+R" / "results.json").write_text(damaged)
+        with pytest.raises(UserError, match="results.json cannot be read: .*; remove it, and the run ends again"):
+            loop.train(build_recipe(values))
     (tmp_path / "SM+R" / "recipe.yaml").write_text("")
     with pytest.raises(UserError, match="recipe.yaml must be lines of 'key: value', got NoneType"):
         loop.train(build_recipe(values))

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -226,19 +227,29 @@ def train(recipe: Recipe) -> Path:
 
 
 def _check_optimization(arguments: TrainingArguments):
-    """Raises UserError for an optimizer and a schedule that the Trainer would refuse after the data."""
+    """Raises UserError for what the Trainer would refuse after the data."""
     model = torch.nn.Linear(1, 1)
     with explained("recipe"):
+        arguments.get_process_log_level()
+        if arguments.torch_compile:
+            DynamoBackend(str(arguments.torch_compile_backend).upper())
         # an optimizer that is given its modules wants the model itself
         if arguments.optim_target_modules is None:
-            Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        get_scheduler(
+            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+            if not options.keys() & {"params", "model", "optimizer_dict"}:
+                optimizer_class(model.parameters(), **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=arguments.learning_rate)
+        scheduler = get_scheduler(
             arguments.lr_scheduler_type,
-            torch.optim.SGD(model.parameters(), lr=arguments.learning_rate),
+            optimizer,
             num_warmup_steps=arguments.get_warmup_steps(10),
             num_training_steps=10,
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
         )
+        # what it is given may be read behind the warm-up alone
+        for _ in range(9 if isinstance(scheduler, LambdaLR) else 0):
+            optimizer.step()
+            scheduler.step()
 
 
 def count_tokens(recipe: Recipe, steps: int, blocks: Dataset | IterableDataset) -> int:
