@@ -161,7 +161,7 @@ def test_embedded_corpus_beside_other_data(jsonl, streaming):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": "no/such/place"}, "dataset 'no/such/place' cannot be loaded"),
+        ({"dataset": "no/such/place"}, "dataset 'no/such/place' is no file or folder, and cannot be an id of the Hub"),
         ({"text_column": "text"}, "text_column='text' is not a column.*content"),
         ({"text_column": "number"}, "text_column='number' must hold texts, got int64"),
         ({"dataset": __file__}, "must end in one of .json"),
@@ -188,7 +188,7 @@ def test_rows_without_a_text_are_left_out(jsonl, capsys):
 
 def test_tokenizer_that_cannot_be_had(jsonl, tmp_path):
     arguments = DataArguments(dataset=str(jsonl), tokenizer=str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="tokenizer .*nothing.* cannot be loaded"):
+    with pytest.raises(UserError, match="tokenizer '.*nothing' is no folder, and cannot be an id of the Hub"):
         data.load_tokenizer(arguments, None, None)
 
 

@@ -488,7 +488,7 @@ def test_an_infinite_perplexity_is_a_number(tmp_path, tokenizer, corpus):
     [
         ({"model_id": "./no-such-model"}, "model './no-such-model' is neither a folder nor an id of the Hub"),
         ({"dataset": "no_texts.yaml"}, "must end in one of .json"),
-        ({"dataset": "./no-such-dataset"}, "dataset './no-such-dataset' cannot be loaded"),
+        ({"dataset": "./no-such-dataset"}, "dataset './no-such-dataset' is no file or folder"),
         ({"dataset": "broken.jsonl", "streaming": True}, "dataset 'broken.jsonl' cannot be read"),
         ({"dataset": "empty.jsonl"}, "no text of two tokens in the column 'content'"),
         ({"split": "validation"}, "cannot be loaded: .*validation"),
