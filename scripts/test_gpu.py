@@ -102,7 +102,7 @@ def main() -> int:
     (output / "gpu.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     draw_entropies(document["trainings"]).savefig(output / "entropy.png")
     tests, rows = document["tests"], document["trainings"]
-    print(f"\n{document['device']}: {tests['passed']} tests passed, {tests['failed']} failed, {tests['skipped']} were "
+    print(f"\n{document['device']}: {tests['passed']} tests passed, {tests['failed']} failed, {tests['skipped']} "
           f"skipped{'' if tests['ended'] else ', and the time was too short for the rest'}; "
           f"benchmark {'complete' if document['benchmark']['ended'] else 'incomplete'}; {document['seconds']:.0f} s; "
           f"{output}/gpu.json, {output}/entropy.png\n")  # fmt: skip
@@ -247,10 +247,12 @@ def draw_entropies(rows: list[dict[str, Any]]) -> Figure:
     for row in rows:
         label = row["variant"] if row["perplexity"] else f"{row['variant']} (step {row['steps']})"
         axis.plot(row["entropies"], marker="o", markersize=4, label=label)
-    axis.set(xlabel="layer", ylabel="attention entropy (nats)", ylim=(0, None), title="Mean over heads, at the end")
+    axis.set(xlabel="layer", ylabel="attention entropy (nats)", title="Mean over heads, at the end")
     axis.xaxis.get_major_locator().set_params(integer=True)
+    # above the largest, where overloaded heads are
+    axis.set_ylim(0, 1.08 * max([1e-3, *(entropy for row in rows for entropy in row["entropies"])]))
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="lower left")
     return figure
 
 
