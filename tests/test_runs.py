@@ -11,6 +11,8 @@ from training import cli, runs
 from training.compare.group import compare_group
 from training.compare.report import tables_for_docs
 from training.compare.seeds import summarize
+from training.errors import UserError
+from training.files import read_json, read_records
 from training.methods import METHOD_FIELDS
 from training.recipe import DATA_FIELDS, LAYER_FIELDS, MODEL_FIELDS, DataArguments, build_recipe
 from training.runs import SETTING_FIELDS, Run
@@ -263,3 +265,12 @@ def test_stream_of_a_configuration_is_the_largest_of_its_seeds(tmp_path):
         (run.folder / "residual_stream.jsonl").write_text(text)
     [row] = tables_for_docs([compare_group(found, [])])["overview"][0]
     assert (row["stream"], row["kurtosis"], row["seeds"]) == (40.0, 2.0, 2)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("[1]", dict), ("3", dict), ("{}", list), ("[1]", list)])
+def test_json_of_another_kind_is_one_line(text, kind, tmp_path):
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(UserError, match=f"file.json cannot be read: it is no {kind.__name__} of JSON"):
+        read_json(tmp_path / "file.json", kind)
+    (tmp_path / "lines.jsonl").write_text('{"step": 1}\n[]\n{"step": 2}\n')
+    assert read_records(tmp_path / "lines.jsonl") == [{"step": 1}]

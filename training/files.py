@@ -116,9 +116,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(record, dict):
+                break
+            records.append(record)
     return records
 
 
@@ -134,9 +137,13 @@ def drop_records_after(path: Path, step: int):
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def read_json(path: Path) -> Any:
-    """What a file of a run holds. Raises UserError if it cannot be read."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What a file of a run holds; a list is one of dictionaries. Raises UserError for what is no `kind`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    entries = found if isinstance(found, list) and kind is list else []
+    if not isinstance(found, kind) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path} cannot be read: it is no {kind.__name__} of JSON")
+    return found

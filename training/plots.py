@@ -226,7 +226,7 @@ def plot_curves(runs: list[Run], titles: list[str]) -> Figure:
     for run, title in zip(runs, titles, strict=True):
         color = colors[run.configuration, run.setting]
         style = ("-", "--", ":", "-.")[seeds.setdefault(run.seed, len(seeds)) % 4]
-        logged = [entry for entry in read_json(run.folder / "log_history.json") if "loss" in entry]
+        logged = [entry for entry in read_json(run.folder / "log_history.json", list) if "loss" in entry]
         losses = [entry["loss"] for entry in logged]
         steps, label = [entry["step"] for entry in logged], textwrap.fill(title.replace("\n", ", "), 44)
         loss_axis.plot(steps, losses, color=color, linestyle=style, label=label, linewidth=1.2)
@@ -282,7 +282,7 @@ def plot_norm_removal(removed: Run, control: Run | None) -> Figure:
     loss_axis, deviation_axis = figure.add_subplot(grid[0, :2]), figure.add_subplot(grid[0, 2:])
     for run, label in ((removed, "norms removed"), (control, "norms kept")):
         if run is not None:
-            logged = [entry for entry in read_json(run.folder / "log_history.json") if "loss" in entry]
+            logged = [entry for entry in read_json(run.folder / "log_history.json", list) if "loss" in entry]
             loss_axis.plot([entry["step"] for entry in logged], [entry["loss"] for entry in logged], label=label)
     for start in records[-1]["starts"]:
         loss_axis.axvline(start, color="gray", alpha=0.25, linewidth=0.8)

@@ -78,7 +78,7 @@ def remove_norms(
 
 def _with_losses(removed: Run, control: Run | None) -> Run:
     """The run with `norm_removal` in its results, from which the card and the command tell what it cost."""
-    log = read_json(removed.folder / "log_history.json")
+    log = read_json(removed.folder / "log_history.json", list)
     before = next(entry["eval_loss"] for entry in log if entry["step"] == 0 and "eval_loss" in entry)
     record = read_records(removed.folder / "norm_removal.jsonl")[-1]
     losses = {

@@ -221,7 +221,7 @@ class Run:
         path = self.folder / MEASURED
         if not path.is_file():
             return {}
-        found = read_json(path)
+        found = read_json(path, object)
         if not isinstance(found, dict) or "summary" not in found:
             raise UserError(f"{path} must hold what was measured of one model; remove it, and measure again")
         return {
@@ -260,7 +260,7 @@ class Run:
 
     def read_evaluations(self) -> list[tuple[int, float]]:
         """Training tokens and perplexity of the evaluations on the way. Raises UserError if they cannot be read."""
-        log = read_json(self.folder / "log_history.json")
+        log = read_json(self.folder / "log_history.json", list)
         tokens_per_step = self.results["train_tokens"] // self.results["train_steps"]
         evaluated = [
             (entry["step"] * tokens_per_step, entry["eval_perplexity"]) for entry in log if "eval_perplexity" in entry

@@ -46,7 +46,7 @@ def pack(runs_dir: Path, path: Path):
             found = read_json(folder / MEASURED)
             texts["measured"] = json.dumps({key: found[key] for key in ("summary", "int8") if key in found})
         if "log_history" in texts:
-            log = read_json(folder / "log_history.json")
+            log = read_json(folder / "log_history.json", list)
             kept = [{name: entry[name] for name in entry if name in _LOGGED} for entry in log]
             texts["log_history"] = json.dumps([entry for entry in kept if len(entry) > 1])
         rows.append({"run": folder.name, **texts})
