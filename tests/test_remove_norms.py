@@ -69,11 +69,11 @@ def test_from_the_command_to_the_card(stock, corpus, own_cache, tmp_path, monkey
     assert losses["eval_loss_before"] == pytest.approx(5.55, abs=0.2)  # nearly uniform over 257 bytes
     folder = tmp_path / "out" / "model"
     assert (tmp_path / "out" / "norm_removal.png").stat().st_size > 10_000
-    drawn = plot_norm_removal(Run.load(tmp_path / "out" / "removed"), Run.load(tmp_path / "out" / "control"))
-    labels = [axis.get_xlabel() for axis in drawn.axes]
+    figure = plot_norm_removal(Run.load(tmp_path / "out" / "removed"), Run.load(tmp_path / "out" / "control"))
+    labels = [axis.get_xlabel() for axis in figure.axes]
     assert {"entropy (nats)", "weight on the first token"} <= {*labels} and labels.count("head") == 4
     # both losses, and a line for each of the seven removals
-    assert len(drawn.axes[0].lines) == 2 + 7
+    assert len(figure.axes[0].lines) == 2 + 7
     card = (folder / "README.md").read_text()
     for name in ("eval_loss", "eval_loss_before", "eval_loss_control"):
         assert f"{losses[name]:.4f}" in card and f"{losses[name]:.4f}" in printed
