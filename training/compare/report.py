@@ -153,7 +153,8 @@ def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]]
     ]
     tables["overview"] = (overview, {**formats, "perplexity": "{:.2f}", "kurtosis": "{:.2f}"})
     found = [row for group in groups for row in _measured_rows(group)]
-    tables["measured"] = (found, {**formats, "bits per byte": "{:.4f}", "outlier dimensions": "{:.1f}"})
+    digits = dict.fromkeys(PERPLEXITIES, "{:.3f}")
+    tables["measured"] = (found, {**digits, "bits per byte": "{:.4f}", "outlier dimensions": "{:.1f}"})
     return {name: table for name, table in tables.items() if table[0]}
 
 
