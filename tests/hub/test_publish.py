@@ -438,6 +438,8 @@ def test_command_twice_with_faults_leaves_neither_token_nor_path_behind(server, 
     assert {key: len(repository.commits) for key, repository in server.repositories.items()} == commits
     assert second.stdout.count(": unchanged, ") == 2 * len(commits) + 2
     everything = [first.stdout, first.stderr, second.stdout, second.stderr, json.dumps(server.collections)]
+    # torchao tells of libraries in its own folder that it does not need
+    everything = [re.sub(r"(?m)^Failed to load .*torchao.*$", "", text) for text in everything]
     for repository in server.repositories.values():
         for commit in repository.commits:
             everything += [commit.title, *commit.files, *(blob.decode("latin-1") for blob in commit.files.values())]
