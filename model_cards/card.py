@@ -33,7 +33,8 @@ PAPERS = {
     **{"QKNorm": "2405.19279", "OP": "2405.19279", "SAS": "2311.01906", "SAS-P": "2311.01906"},
     **{"V-SkipInit": "2302.10322", "Shaped": "2306.17759", "Gated": "2306.12929", "Clipped": "2306.12929"},
     **{"ScFFN": "2410.13060", "ScFuFFN": "2410.13060", "AERO": "2410.13060", "PostLN": "2002.04745"},
-    **{"PeriLN": "2502.02732", "HybridNorm": "2503.04598"},
+    **{"Pruned": "2410.13060", "PeriLN": "2502.02732"},
+    **{"HybridNorm": "2503.04598", "HybridNorm-star": "2503.04598"},
 }
 PYTHON_SOURCE = ("stdlib", "huggingface-course/codeparrot-ds-train")
 

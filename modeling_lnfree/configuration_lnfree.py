@@ -97,6 +97,10 @@ _SHAPED = {"attention_gains": [1.0, 1.0, 1.0]}
 _SAS = {"identity_projections": ["v_proj", "o_proj"], "zero_init_projections": ["q_proj"], **_SHAPED, **_SKIPLESS}
 _FIXED = {"residual_gains_trainable": False}
 _SCALED = {"hidden_act": "linear", "residual_gains": [1.0, 1.0, 1.0, 1.0]}
+_FUSED = {**_SCALED, "mlp_type": "fused"}
+_NO_MLP = {"mlp_type": "none", "residual_gains": [1.0, 1.0]}
+_PRUNED = {"per_layer_config": lambda c: dict.fromkeys(range(c.num_hidden_layers // 2, c.num_hidden_layers), _NO_MLP)}
+_HYBRID = {"norm_position": "hybrid", "normalized_projections": ["q_proj", "k_proj", "v_proj"]}
 PRESETS: dict[str, dict[str, Any]] = {
     # He et al. 2024 (arXiv 2405.19279): the outlier-protected block, and its normalized queries and keys alone
     "QKNorm": {"normalized_projections": ["q_proj", "k_proj"]},
@@ -120,14 +124,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Gated": {"attention_gate_init": 0.25},
     "Clipped": {"softmax_clipping": 12.0},
     "SoftCap": {"attn_logit_softcapping": 30.0},
-    # AERO (2410.13060): scaled feed-forward layers without activation, fused, and fused with its temperature
+    # AERO (2410.13060): linear feed-forward layers, scaled; fused; without the deeper half's; with its temperature
     "ScFFN": _SCALED,
-    "ScFuFFN": {**_SCALED, "mlp_type": "fused"},
-    "AERO": {**_SCALED, "mlp_type": "fused", "softmax_temperature": 0.01},
+    "ScFuFFN": _FUSED,
+    "Pruned": {**_FUSED, **_PRUNED},
+    "AERO": {**_FUSED, "softmax_temperature": 0.01},
     # 2002.04745 (its own has no final norm: -noLNf), 2502.02732, 2503.04598
     "PostLN": {"norm_position": "post"},
     "PeriLN": {"norm_position": "peri"},
-    "HybridNorm": {"norm_position": "hybrid", "normalized_projections": ["q_proj", "k_proj", "v_proj"]},
+    "HybridNorm": _HYBRID,
+    "HybridNorm-star": {**_HYBRID, "per_layer_config": {0: {"norm_position": "pre"}}},
 }
 CUSTOM = "custom"
 # what a preset may set beside norm and activation; at its neutral value in every model without one
@@ -513,17 +519,15 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
     @property
     def preset(self) -> str | None:
         """The row of `PRESETS` whose fields these are, None for a model without any, `"custom"` for others."""
-        if self.is_heterogeneous:
-            return CUSTOM
-        known = {f.name: f for f in fields(self)}
-        neutral = {name: known[name].default for name in _DESIGN_FIELDS}
-        neutral |= {name: [] for name in neutral if neutral[name] is MISSING}
+        neutral = {f.name: [] if f.default is MISSING else f.default for f in fields(self) if f.name in _DESIGN_FIELDS}
+        layers = list(self._layers) if self.is_heterogeneous else [self] * self.num_hidden_layers
         for name, values in ((None, {}), *PRESETS.items()):
             expected = {**neutral, **{key: _start(value, self) for key, value in values.items()}}
             # a gated MLP goes without saying on the backbone that has it
-            if "mlp_type" not in values and self._has(BACKBONES["llama"], but=values):
+            if "mlp_type" not in values and self._layers[0]._has(BACKBONES["llama"], but=values):
                 expected["mlp_type"] = "gated"
-            if self._has(expected):
+            differing = expected.pop("per_layer_config", {})
+            if all(layer._has({**expected, **differing.get(i, {})}) for i, layer in enumerate(layers)):
                 return name
         return CUSTOM
 

@@ -368,8 +368,8 @@ def test_transformer_lens_sees_what_the_model_computes(variant, backbone):
 # what each of the other presets has, and TransformerLens cannot show
 NO_BRIDGE = {
     **dict.fromkeys(("OP", "Stable", "SAS", "SAS-P", "V-SkipInit", "Shaped", "ScFFN"), "residual_gains"),
-    **dict.fromkeys(("ScFuFFN", "AERO"), "residual_gains"),
-    **dict.fromkeys(("PostLN", "PeriLN", "HybridNorm"), "norm_position"),
+    **dict.fromkeys(("ScFuFFN", "AERO", "Pruned"), "residual_gains|mlp_type"),
+    **dict.fromkeys(("PostLN", "PeriLN", "HybridNorm", "HybridNorm-star"), "norm_position"),
     **dict.fromkeys(("fused", "no MLP, hybrid", "per layer, MLP"), "mlp_type|norm_position"),
 }
 
@@ -499,7 +499,7 @@ NOT_VLLM = {
     **dict.fromkeys(("OP", "Stable"), "buffer"),
     **dict.fromkeys(("SAS", "SAS-P", "V-SkipInit", "Shaped"), "second call"),
     **dict.fromkeys(("Clipped", "SoftCap"), "scores and weights"),
-    **dict.fromkeys(("ScFuFFN", "AERO", "Gated"), "whole on each rank"),
+    **dict.fromkeys(("ScFuFFN", "Pruned", "AERO", "Gated"), "whole on each rank"),
 }
 SERVED = [name for name in PRESETS if name not in NOT_VLLM]
 

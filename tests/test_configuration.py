@@ -242,10 +242,11 @@ def test_rotary_parameters_are_the_callers_own(tmp_path):
 
 
 def test_layers_may_differ(tmp_path):
-    layers = {0: {"norm_position": "pre"}}
-    config = LNFreeConfig.from_variant("SM+LN+G@HybridNorm", per_layer_config=None)
-    starred = LNFreeConfig.from_dict({**config.to_dict(), "per_layer_config": layers})
-    assert starred.variant == "SM+LN+G@custom" and starred.backbone == "gpt2"
+    starred = LNFreeConfig.from_variant("SM+LN+G@HybridNorm-star")
+    assert starred.variant == "SM+LN+G@HybridNorm-star" and starred.backbone == "gpt2"
+    for layers in ({1: {"norm_position": "pre"}}, {0: {"norm_position": "peri"}}):
+        other = LNFreeConfig.from_dict({**starred.to_dict(), "per_layer_config": layers})
+        assert other.variant == "SM+LN+G@custom" and other.backbone == "gpt2"
     starred.save_pretrained(tmp_path)
     loaded = LNFreeConfig.from_pretrained(tmp_path)
     assert [loaded.per_layer_config[i].norm_position for i in range(3)] == ["pre", "hybrid", "hybrid"]
@@ -281,7 +282,9 @@ QUERIES_AND_KEYS = {"normalized_projections": ["q_proj", "k_proj"]}
 SAS = {"identity_projections": ["v_proj", "o_proj"], "zero_init_projections": ["q_proj"]}
 SAS |= {"attention_gains": [1.0, 1.0, 1.0], **SKIPLESS}
 SCALED = {"hidden_act": "linear", "residual_gains": [1.0, 1.0, 1.0, 1.0], "residual_gains_trainable": True}
-VALUES = {
+HYBRID = {"norm_position": "hybrid", "normalized_projections": ["q_proj", "k_proj", "v_proj"]}
+# a number is a layer that differs
+VALUES: dict[str, dict] = {
     "QKNorm": QUERIES_AND_KEYS,
     "OP": {**QUERIES_AND_KEYS, "residual_gains": [1.0, 8**-0.5] * 2, "residual_gains_trainable": False},
     "Stable": {"residual_gains": [1.0, 0.25] * 2, "residual_gains_trainable": False},
@@ -297,21 +300,26 @@ VALUES = {
     "SoftCap": {"attn_logit_softcapping": 30.0},
     "ScFFN": {**SCALED, "mlp_type": "two_layer"},
     "ScFuFFN": {**SCALED, "mlp_type": "fused"},
+    "Pruned": {
+        **SCALED,
+        "mlp_type": "fused",
+        **{i: {"mlp_type": "none", "residual_gains": [1.0, 1.0]} for i in (4, 5, 6, 7)},
+    },
     "AERO": {**SCALED, "mlp_type": "fused", "softmax_temperature": 0.01},
     "PostLN": {"norm_position": "post"},
     "PeriLN": {"norm_position": "peri"},
-    "HybridNorm": {"norm_position": "hybrid", "normalized_projections": ["q_proj", "k_proj", "v_proj"]},
+    "HybridNorm": HYBRID,
+    "HybridNorm-star": {**HYBRID, 0: {"norm_position": "pre"}},
 }
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_values_of_their_papers(name):
-    act = {"Shaped": "LR", "ScFFN": "Lin", "ScFuFFN": "Lin", "AERO": "Lin"}.get(name, "R")
-    norm = "+LN" if name in ("PostLN", "PeriLN", "HybridNorm") else ""
+    act = {"Shaped": "LR", **dict.fromkeys(("ScFFN", "ScFuFFN", "Pruned", "AERO"), "Lin")}.get(name, "R")
+    norm = "+LN" if name in ("PostLN", "PeriLN", "HybridNorm", "HybridNorm-star") else ""
     sizes = {"num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 100}
     config = LNFreeConfig.from_variant(f"SM{norm}+{act}@{name}", **sizes)
-    for field, value in VALUES[name].items():
-        found = getattr(config, field)
-        assert found == (pytest.approx(value) if isinstance(value, float) or field == "residual_gains" else value), (
-            field
-        )
+    for index, layer in enumerate(config.per_layer_config):
+        for field, value in (VALUES[name] | VALUES[name].get(index, {})).items():
+            near = isinstance(value, float) or field == "residual_gains"
+            assert isinstance(field, int) or getattr(layer, field) == (pytest.approx(value) if near else value), field

@@ -33,7 +33,7 @@ MODEL_OF_A_SETTING = {
     **{"attention_multiplier": 0.1, "residual_gains": [1.0, 0.5, 1.0, 0.5], "residual_gains_trainable": False},
     **{"embedding_multiplier": 2.0, "logits_multiplier": 0.5, "embedding_dropout": 0.3, "attention_dropout": 0.3},
     **{"hidden_dropout": 0.3, "initializer_range": 0.5, "classifier_dropout": 0.3},
-    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "per_layer_config": {0: {"mlp_type": "none"}}},
 }
 TRAINING_OF_A_SETTING = {
     **{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "learning_rate": 0.5, "weight_decay": 0.0},

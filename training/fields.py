@@ -3,18 +3,25 @@
 import re
 import textwrap
 from dataclasses import MISSING, fields
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import TrainingArguments
 
 from modeling_lnfree import LNFreeConfig
 
-from .recipe import MODEL_FIELDS, REFUSED, DataArguments
+from .recipe import MODEL_FIELDS, MODEL_HINTS, REFUSED, DataArguments
 
 
 def print_fields():
     """Prints every field that a recipe may have: its type, its default, and what it is."""
-    model = [field for field in fields(LNFreeConfig) if field.name in MODEL_FIELDS]
+    declared = {field.name: field for field in fields(LNFreeConfig)}
+    # transformers' own are no field of the class
+    model = [
+        declared.get(name) or SimpleNamespace(name=name, type=hint, default=None)
+        for name, hint in MODEL_HINTS.items()
+        if name in MODEL_FIELDS
+    ]
     ours = [(field, field.metadata["help"]) for field in fields(DataArguments)]
     helps = _document_fields(LNFreeConfig)
     # transformers' own

@@ -207,7 +207,9 @@ START_FIELDS = ("init_from", "trainable")
 DROPOUTS = ("embedding_dropout", "attention_dropout", "hidden_dropout")
 DATA_FIELDS = {f.name for f in fields(DataArguments)}
 TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
-MODEL_FIELDS = set(LNFreeConfig.__annotations__) - TRAINING_FIELDS
+# with transformers' own, in which layers differ
+MODEL_HINTS = {**LNFreeConfig.__annotations__, "per_layer_config": dict[int | str, dict[str, Any]] | None}
+MODEL_FIELDS = MODEL_HINTS.keys() - TRAINING_FIELDS
 _TO_THE_HUB = "finished runs go to the Hub by 'lnfree publish', with the token of 'hf auth login'"
 # with these of the Trainer's arguments a run would not be what its recipe and its results say
 REFUSED = {
@@ -379,7 +381,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             raise UserError(f"unknown key {key!r} in the recipe; the nearest known one is {nearest[0]!r}")
     for part, hints in (
         *(("data", get_type_hints(DataArguments)), ("training", get_type_hints(TrainingArguments))),
-        ("model", LNFreeConfig.__annotations__),
+        ("model", MODEL_HINTS),
     ):
         for key, value in parts[part].items():
             takes_float = float in (hints[key], *get_args(hints[key]))
