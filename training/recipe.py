@@ -208,7 +208,7 @@ DROPOUTS = ("embedding_dropout", "attention_dropout", "hidden_dropout")
 DATA_FIELDS = {f.name for f in fields(DataArguments)}
 TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
 # with transformers' own, in which layers differ
-MODEL_HINTS = {**LNFreeConfig.__annotations__, "per_layer_config": dict[int | str, dict[str, Any]] | None}
+MODEL_HINTS = {**LNFreeConfig.__annotations__, "per_layer_config": dict[int, dict[str, Any]] | None}
 MODEL_FIELDS = MODEL_HINTS.keys() - TRAINING_FIELDS
 _TO_THE_HUB = "finished runs go to the Hub by 'lnfree publish', with the token of 'hf auth login'"
 # with these of the Trainer's arguments a run would not be what its recipe and its results say

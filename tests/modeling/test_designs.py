@@ -1,5 +1,7 @@
 """Every field and every preset against a naive float64 forward, and the identities that hold at the start."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,9 +156,10 @@ def test_a_large_cap_caps_nothing():
 @every_preset
 def test_starts_are_those_of_the_fields(name):
     model = LNFreeForCausalLM(design(name, initializer_range=0.02, hidden_size=64, num_hidden_layers=2))
-    config = model.config
     for key, tensor in model.state_dict().items():
         part = key.split(".")[-2]
+        index = re.search(r"layers\.(\d+)", key)
+        config = model.config.per_layer_config[int(index[1]) if index else 0]
         if part in config.zero_init_projections or key.endswith("_proj.bias"):
             assert (tensor == 0).all(), key
         elif key.endswith("attention_gains"):
