@@ -7,7 +7,6 @@ from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,7 +61,7 @@ def rolling(token_ids: list[int], max_length: int, prefix: int) -> Iterator[Wind
 
 def negative_log_likelihoods(model: PreTrainedModel, windows: list[Window]) -> list[Tensor]:
     """
-    Of every target of each window, in nats, float32 at least.
+    Of every target of each window, in nats, in float64, off by less than 1e-6 for logits in float32.
 
     Raises:
         ValueError: for what the model cannot read.
@@ -81,15 +80,21 @@ def negative_log_likelihoods(model: PreTrainedModel, windows: list[Window]) -> l
     except (RuntimeError, LookupError, ValueError, MemoryError) as error:
         size = f"{len(sequences)} texts of {max(map(len, sequences))} tokens at a time"
         raise ValueError(f"{size} cannot be measured: {error or type(error).__name__}") from error
-    wide = torch.promote_types(logits.dtype, torch.float32)
     return [
-        F.cross_entropy(
-            row[window.first : window.first + len(window.targets)].to(wide),
-            torch.tensor(window.targets, dtype=torch.long, device=row.device),
-            reduction="none",
-        )
+        _cross_entropy(row[window.first : window.first + len(window.targets)], window.targets)
         for row, window in zip(logits, windows, strict=True)
     ]
+
+
+def _cross_entropy(logits: Tensor, targets: list[int]) -> Tensor:
+    # A log-softmax in float32 is off by the rounding of the largest logit, and over a long text that adds up.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest = logits.amax(-1, keepdim=True)
+    partition = (logits - largest).exp_().sum(-1)  # 1 at least
+    wanted = logits.gather(-1, torch.tensor(targets, dtype=torch.long, device=logits.device)[:, None])
+    # not every device has float64
+    largest, partition, wanted = (part.cpu().double() for part in (largest[:, 0], partition, wanted[:, 0]))
+    return partition.log() + (largest - wanted)
 
 
 @torch.no_grad()

@@ -227,7 +227,7 @@ class Meter:
             self.on_text(TextFigures(index + number, lengths[number], nll, layers))  # type: ignore[misc]  # it is there
 
     def _add(self, window: Window, nll: Tensor, num_bytes: int, before: int) -> None:
-        found, total = self.found, nll.cpu().double().sum().item()
+        found, total = self.found, nll.sum().item()
         found.num_tokens += window.end - before
         found.predicted_tokens += len(window.targets)
         found.num_bytes += num_bytes

@@ -317,7 +317,7 @@ class _FiguresFile:
         row = {
             "row": figures.row,
             "num_tokens": figures.num_tokens,
-            "perplexity": figures.nll.cpu().double().mean().exp().item(),
+            "perplexity": figures.nll.mean().exp().item(),
             "nll": figures.nll.tolist(),
             "entropy": [layer.mean(1).tolist() for layer in figures.entropies],
             "position_entropy": [layer.mean(0).tolist() for layer in figures.entropies],

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from modeling_lnfree import measure
+from modeling_lnfree.likelihood import Window, negative_log_likelihoods, rolling
 
 from .naive import TEXTS, make, make_tokenizer, reference
 
@@ -96,10 +98,26 @@ def test_rolling_likelihood_is_that_of_the_harness(model, tokenizer, length):
     assert found.predicted_tokens == found.num_tokens == length
 
 
+def test_the_total_of_a_long_text_is_that_of_its_logits_in_float64(tokenizer):
+    model, text = make("llama"), TEXT * 200
+    with torch.no_grad():
+        model.lm_head.weight.mul_(300)  # confident, and often wrong
+    expected = torch.tensor(0.0, dtype=torch.float64)
+    token_ids = tokenizer(text)["input_ids"]
+    for window in rolling(token_ids, 64, tokenizer.bos_token_id):
+        with torch.no_grad():
+            logits = model(torch.tensor([window.input_ids])).logits[0, window.first :]
+        nll = F.cross_entropy(logits.double(), torch.tensor(window.targets), reduction="none")
+        (found,) = negative_log_likelihoods(model, [window])
+        torch.testing.assert_close(found, nll, atol=1e-6, rtol=0, check_dtype=False)
+        expected += nll.sum()
+    found = measure(model, [text], tokenizer=tokenizer, max_length=64, rolling=True)
+    assert found.nll > 20 and logits.abs().max() > 100
+    assert found.total == pytest.approx(expected.item(), abs=1e-4)
+
+
 def test_rolling_windows_are_those_of_lm_eval():
     utils = pytest.importorskip("lm_eval.utils", reason="lm_eval is not installed: pip install 'lnfree[clients]'")
-    from modeling_lnfree.likelihood import rolling
-
     for length in range(1, 40):
         token_ids = list(range(100, 100 + length))
         theirs = map(utils.make_disjoint_window, utils.get_rolling_token_windows(token_ids, 7, LENGTH, 1))
@@ -108,6 +126,27 @@ def test_rolling_windows_are_those_of_lm_eval():
             assert window.input_ids == [*context, *continuation][:-1][-LENGTH:]
             assert window.targets == continuation
             assert window.first == len(window.input_ids) - len(continuation)
+
+
+@pytest.mark.slow  # imports the harness
+@pytest.mark.filterwarnings("default")  # what it warns about in itself
+def test_lm_eval_rolls_over_a_long_text_as_we_do(model, tokenizer):
+    harness = pytest.importorskip("lm_eval.models.huggingface", reason="pip install 'lnfree[clients]'").HFLM
+    from lm_eval.api.instance import Instance
+
+    text = TEXT * 50
+    options = {"pretrained": model, "tokenizer": tokenizer, "device": "cpu", "max_length": 64, "batch_size": 32}
+    found = measure(model, [text], tokenizer=tokenizer, max_length=64, rolling=True)
+    rolled = [Instance("loglikelihood_rolling", {}, (text,), 0)]
+    (total,) = harness(**options, softmax_dtype="float64").loglikelihood_rolling(rolled, disable_tqdm=True)
+    assert found.predicted_tokens == len(text) > 3000
+    assert -found.total == pytest.approx(total, abs=1e-4)
+    # by its default, a token at a time: its sum over a window is rounded
+    tokens = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"][:64]]
+    requests = [(None, tokens[:end], [tokens[end]]) for end in range(1, len(tokens))]
+    singles = harness(**options)._loglikelihood_tokens(requests, disable_tqdm=True)
+    (ours,) = negative_log_likelihoods(model, [Window(tokens[:-1], tokens[1:])])
+    assert (-ours).tolist() == pytest.approx([single for single, _ in singles], abs=1e-4)
 
 
 @pytest.mark.parametrize("way", [{}, {"stride": 3}, {"rolling": True}])
