@@ -315,9 +315,10 @@ def test_compiled_training_equals_eager(values, tmp_path):
 # ------------------------------------------------------------------------------------------ the plan
 
 
-# the peak of a training process, above what stood before the model was built
+# The peak of a process's second training, above what stood before its model was built. The first one also loads code
+# of the libraries and fills their caches: 35 MB, no part of a plan.
 MEASURE = """
-import re, sys
+import gc, re, sys
 from pathlib import Path
 from modeling_lnfree import modeling_lnfree
 from training.train import loop
@@ -331,12 +332,14 @@ def resident(mark):
 before = []
 def set_seed(seed, real=loop.set_seed):
     real(seed)
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before.append(resident("VmRSS"))
 
 loop.set_seed = set_seed
-loop.train(load_recipe(sys.argv[1]))
-print(resident("VmHWM") - before[0])
+for run in ("first", "second"):
+    loop.train(load_recipe(sys.argv[1], [f"output_dir={sys.argv[2]}/{run}"]))
+print(resident("VmHWM") - before[-1])
 """
 
 
@@ -367,11 +370,12 @@ def test_planned_memory_is_the_measured(values, tmp_path, more):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
     # the CPU's own kernels for bfloat16, where it has some, hold reordered copies that no plan knows
     environment["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", MEASURE, str(path), str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     measured = int(run.stdout.splitlines()[-1])
     planned = plan.plan(build_recipe(values))
-    assert planned["memory"] == pytest.approx(measured, rel=0.15)
+    assert planned["memory"] == pytest.approx(measured, rel=0.1)
 
 
 def test_plan_counts_by_hand(values, capsys, tmp_path):
