@@ -1,7 +1,7 @@
 """Results of a run -> the model card of its export."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,17 @@ PAPERS = {
     **{"HybridNorm": "2503.04598", "HybridNorm-star": "2503.04598"},
 }
 PYTHON_SOURCE = ("stdlib", "huggingface-course/codeparrot-ds-train")
+
+
+def _by_layer(config, describe: Callable[[Any], str]) -> str:
+    """What is said of the layers: once where they are alike, else with their numbers."""
+    layers: dict[str, list[str]] = {}
+    for index, layer in enumerate(config.per_layer_config):
+        layers.setdefault(describe(layer), []).append(str(index))
+    alike = len(layers) == 1
+    return "; ".join(
+        text if alike else f"{text or 'none'} (layer {', '.join(found)})" for text, found in layers.items()
+    )
 
 
 def build_card(
@@ -76,14 +87,16 @@ def build_card(
         "dataset_revision": results.get("eval_revision"),
     }
     norm_tag = "layernorm-free" if config.norm_type == "none" else config.norm_type
-    layer = config.per_layer_config[0]
+    normed = config.norm_type != "none"
     blocks = {
         "norms": describe_norm(config.norm_type),
-        "norm position": POSITIONS[layer.norm_position] if config.norm_type != "none" else None,
+        "norm position": _by_layer(config, lambda layer: POSITIONS[layer.norm_position]) if normed else None,
         "final norm": describe_norm(config.final_norm_type),
-        "attention": "; ".join(describe_heads(config, layer)),
-        "feed-forward layer": MLPS[layer.mlp_type],
-        "residual gains": layer.residual_gains and ", ".join(f"{gain:.3g}" for gain in layer.residual_gains),
+        "attention": _by_layer(config, lambda layer: "; ".join(describe_heads(config, layer))),
+        "feed-forward layer": _by_layer(config, lambda layer: MLPS[layer.mlp_type]),
+        "residual gains": _by_layer(
+            config, lambda layer: ", ".join(f"{gain:.3g}" for gain in layer.residual_gains or ())
+        ),
     }
     is_code = results["dataset"] in PYTHON_SOURCE
     card_data = ModelCardData(

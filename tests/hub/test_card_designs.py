@@ -96,6 +96,16 @@ def test_every_preset_has_a_picture_and_a_card(name, tmp_path):
         assert ("without LayerNorm" in card.text) == (config.norm_type == "none")
 
 
+def test_a_card_says_which_layers_differ(tmp_path):
+    pruned = design("Pruned", num_hidden_layers=5)
+    results = {**RESULTS, "variant": pruned.variant, "backbone": "gpt2"}
+    text = build_card("name", pruned, results, tmp_path, "").text
+    assert "| feed-forward layer | one matrix (layer 0, 1); none (layer 2, 3, 4) |" in text
+    assert "| residual gains | 1, 1, 1, 1 (layer 0, 1); 1, 1 (layer 2, 3, 4) |" in text
+    text = build_card("name", design("HybridNorm-star"), results, tmp_path, "").text
+    assert "attention and feed-forward layer (layer 0); over the sum behind attention (layer 1) |" in text
+
+
 # by hand: where each design is from
 PAPERS = {
     **{"QKNorm": "2405.19279", "OP": "2405.19279", "SAS": "2311.01906", "SAS-P": "2311.01906"},
