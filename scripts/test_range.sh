@@ -12,6 +12,8 @@ for version in 5.18.0 5.23.0 5.24.0 4.57.1; do
         .venv/bin/python -m venv "$venv"
         echo "$base" > "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
         "$venv/bin/python" -m pip --disable-pip-version-check --quiet install "transformers==$version"
+        # of .venv's own .pth files, the editable install's among them, none is read
+        "$venv/bin/python" -m pip --disable-pip-version-check --quiet install --no-deps --editable .
         touch "$venv/ready"
     fi
     echo "== transformers $("$venv/bin/python" -c 'import transformers; print(transformers.__version__)')"
@@ -22,6 +24,7 @@ for version in 5.18.0 5.23.0 5.24.0 4.57.1; do
         fi
         echo "$message" | tail -n 1 | grep "need transformers 5.18 or newer, found $version"
     else
-        "$venv/bin/python" -m pytest "$@"
+        OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$venv/bin/python" -m pytest --numprocesses logical --maxprocesses 4 \
+            --dist loadfile "$@"
     fi
 done

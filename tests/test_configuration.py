@@ -2,7 +2,7 @@
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
@@ -20,6 +20,7 @@ def test_variant_and_backbone_follow_from_the_fields(variant, backbone):
     assert config.backbone == backbone
 
 
+@settings(deadline=None)
 @given(
     norm=st.sampled_from(["", "+LN", "+RMS", "+DyT", "+Derf"]),
     # a subnormal slope does not have three digits
