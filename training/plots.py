@@ -9,8 +9,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.typing import ColorType
 
@@ -171,17 +173,17 @@ def plot_seconds(settings: list[list[dict[str, Any]]], titles: list[str]) -> Fig
     size = (4.2 * len(networks) + 2.4, sum(heights) + 0.3)
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     grid = figure.subplots(len(settings), len(networks), squeeze=False, sharey="row", height_ratios=heights)
+    numbered: list[tuple[Axes, list[tuple[float, float]]]] = []
     for axes, points, title in zip(grid, settings, titles, strict=True):
         points = sorted(
             (point for point in points if np.isfinite(point["perplexity"])), key=lambda point: point["perplexity"]
         )
         for axis, network in zip(axes, networks, strict=True):
-            for number, point in enumerate(points, start=1):
-                place = (point["seconds"][network], point["perplexity"])
+            places = [(point["seconds"][network], point["perplexity"]) for point in points]
+            for place, point in zip(places, points, strict=True):
                 color = "tab:red" if point["frontier"][network] else "tab:gray"
                 axis.scatter(*place, s=30, color=color, zorder=3)
-                # the stairs lead to a point from above and leave it to the right: what is above and right is free
-                axis.annotate(str(number), place, xytext=(3, 3), textcoords="offset points", fontsize=7)
+            numbered.append((axis, places))
             best = sorted(
                 (point["seconds"][network], point["perplexity"]) for point in points if point["frontier"][network]
             )
@@ -202,7 +204,31 @@ def plot_seconds(settings: list[list[dict[str, Any]]], titles: list[str]) -> Fig
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
+    # numbers find their places once the panels have theirs
+    figure.draw_without_rendering()
+    for axis, places in numbered:
+        _number_points(axis, places)
     return figure
+
+
+def _number_points(axis: Axes, places: list[tuple[float, float]]):
+    """A number beside every point, on the side where the others and their numbers are far; above right if all are."""
+    to_pixels = axis.figure.dpi / 72
+    reach = 16 * to_pixels
+    taken = [np.asarray(point) for point in axis.transData.transform(places)] if places else []
+    sides = [7 * np.array([np.cos(angle), np.sin(angle)]) for angle in np.pi / 4 * np.array([1, 3, 7, 5, 0, 4, 2, 6])]
+    for number, (place, point) in enumerate(zip(places, list(taken), strict=True), start=1):
+        others = np.stack([other for other in taken if other is not point] or [np.full(2, np.inf)])
+
+        def room(side, point=point, others=others) -> float:
+            return min(reach, np.linalg.norm(others - (point + side * to_pixels), axis=1).min())
+
+        side = max(sides, key=room)
+        taken.append(point + side * to_pixels)
+        text = axis.annotate(
+            *(str(number), place, tuple(side)), textcoords="offset points", ha="center", va="center", fontsize=7
+        )
+        text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
 
 
 def plot_curves(runs: list[Run], titles: list[str]) -> Figure:
