@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from modeling_lnfree.configuration_lnfree import ACTIVATION_WORDS, BACKBONES, NO_FINAL_NORM, NORM_WORDS, PRESETS
 from training import cli, data
-from training.pages import find_pages
+from training.pages import TABLE, find_pages
 from training.recipe import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIELDS, DataArguments
 
 from .conftest import tiny_config
@@ -45,12 +45,11 @@ def commands_of(page: Path) -> list[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A reader's folder: the license, the metric, and a small model with a tokenizer where the samples have theirs."""
+    """A reader's folder: a text, and a small model with a tokenizer where the samples have theirs."""
     monkeypatch.setattr(data, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache" / "datasets")
     folder = tmp_path / "reader"
-    metric = "modeling_lnfree/metrics/attention_entropy"
-    shutil.copytree(ROOT / metric, folder / metric, ignore=shutil.ignore_patterns("__pycache__"))
+    folder.mkdir()
     shutil.copy(ROOT / "LICENSE", folder)
     corpus = shutil.copy(ROOT / "LICENSE", tmp_path / "corpus.txt")
     arguments = DataArguments(dataset=str(corpus), text_column="text")
@@ -103,6 +102,7 @@ def test_entropy_as_a_loss_of_the_methods_page(reader):
 
 def test_pushes_during_training_and_after_it_load_elsewhere(reader, tmp_path):
     prepared = code_of("README.md", "python")[1].split("arguments = ")[0].replace("import modeling_lnfree\n", "")
+    prepared = prepared.replace("modeling_lnfree.modeling_lnfree.__file__", "'LICENSE'")
     # from a model that was itself loaded as remote code
     code = prepared.replace("from_pretrained(name)", "from_pretrained(name, trust_remote_code=True)")
     code += code_of("hub.md", "python")[0] + "model.push_to_hub('lnfree-plain')\n"
@@ -239,10 +239,16 @@ def test_anchors_of_a_page_exist(page):
         assert anchor in headings, (target, anchor)
 
 
-def test_the_readme_prints_what_the_quick_start_measured():
-    measured = json.loads((ROOT / "docs" / "data" / "quickstart-perplexity.json").read_text())
-    perplexity = {row["configuration"]: row["perplexity"][0] for row in measured["rows"]}["SM+R"]
-    assert f"runs/first is finished: SM+R, perplexity {perplexity:.3f}\n" in PAGES["README.md"].read_text()
+def test_a_figure_of_a_table_stands_nowhere_else():
+    texts = [page.read_text() for page in PAGES.values()]
+    tables = "".join(match["content"] for text in texts for match in TABLE.finditer(text))
+    # numbers of an arXiv paper and versions are no figures
+    figure = re.compile(r"(?<![\d.,])(?!\d{4}\.\d{5})\d[\d,]*\.\d+(?![\d.])")
+    shown, told = (
+        {number for number in figure.findall(text) if sum(map(str.isdigit, number)) >= 5}
+        for text in (tables, "".join(TABLE.sub("", text) for text in texts))
+    )
+    assert "184.790" in shown and told and not shown & told
 
 
 @pytest.mark.parametrize("name", ["training.md", "training_methods.md", "variants.md"])
