@@ -35,9 +35,9 @@ logger = transformers.utils.logging.get_logger(__name__)
 
 # The projections of attention, and of an MLP by its type; PROJECTIONS are those of GPT-2, GPT-NeoX and the paper.
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_TWO = ("up_proj", "down_proj")
-MLP_PROJECTIONS = {"two_layer": _TWO, "gated": (*_TWO, "gate_proj"), "fused": ("fused_proj",), "none": ()}
-PROJECTIONS = ATTENTION_PROJECTIONS + _TWO
+_UP_DOWN = ("up_proj", "down_proj")
+MLP_PROJECTIONS = {"two_layer": _UP_DOWN, "gated": (*_UP_DOWN, "gate_proj"), "fused": ("fused_proj",), "none": ()}
+PROJECTIONS = ATTENTION_PROJECTIONS + _UP_DOWN
 _ATTENTION_PLAN = {f"layers.*.self_attn.{name}": "colwise" for name in ATTENTION_PROJECTIONS[:3]}
 _ATTENTION_PLAN["layers.*.self_attn.o_proj"] = "rowwise"
 
@@ -61,6 +61,7 @@ _UNDECLARED_KEYS = {
 # ---- The notation, SM[+NORM]+ACT[-noLNf][@PRESET], as tables: what each word says of the fields. Names are read and
 # written by them, and nothing else in the project takes a name apart.
 
+ATTENTION_WORD = "SM"
 NORM_WORDS = {"": "none", "LN": "layernorm", "RMS": "rmsnorm", "DyT": "dyt", "Derf": "derf"}
 # by position embedding: the GELU of the backbone, which G stands for
 GELUS = {"learned": "gelu_pytorch_tanh", "rotary": "gelu"}
@@ -76,7 +77,7 @@ ACTIVATION_WORDS: dict[str, dict[str, tuple]] = {
 }
 NO_FINAL_NORM = "-noLNf"
 # The paper's four in its order. The first is the baseline; ReLU is compared with GELU where the norms are alike.
-PAPER_VARIANTS = tuple("+".join(["SM", *norm, act]) for norm in (["LN"], []) for act in ("G", "R"))
+PAPER_VARIANTS = tuple("+".join([ATTENTION_WORD, *norm, act]) for norm in (["LN"], []) for act in ("G", "R"))
 
 # What makes a backbone; what else its models have; and the final norm where the blocks have none.
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -165,7 +166,8 @@ def _alternatives(words) -> str:
 
 
 _VARIANT = re.compile(
-    rf"SM(\+(?P<norm>{_alternatives(filter(None, NORM_WORDS))}))?\+(?P<act>{_alternatives(ACTIVATION_WORDS)})"
+    rf"{ATTENTION_WORD}(\+(?P<norm>{_alternatives(filter(None, NORM_WORDS))}))?"
+    rf"\+(?P<act>{_alternatives(ACTIVATION_WORDS)})"
     rf"(?P<slope>(?<=LR)-?\d+(\.\d+)?(e[+-]?\d+)?)?(?P<final>{NO_FINAL_NORM})?"
     rf"(@(?P<preset>{_alternatives((*PRESETS, CUSTOM))}))?"
 )
@@ -186,7 +188,7 @@ def read_variant(variant: str) -> dict[str, str]:
 
 def write_variant(norm: str, act: str, slope: str, final: str, preset: str) -> str:
     """The name that these words make."""
-    return "+".join(["SM", *filter(None, [norm]), f"{act}{slope}{final}"]) + (f"@{preset}" if preset else "")
+    return "+".join(filter(None, [ATTENTION_WORD, norm, act + slope + final])) + (preset and f"@{preset}")
 
 
 def _require(holds: bool, message: str):
@@ -194,8 +196,8 @@ def _require(holds: bool, message: str):
         raise ValueError(message)
 
 
-def _start(value: Any, sizes: Any) -> Any:
-    """A preset's value, where it depends on them at these sizes."""
+def _value_at(sizes: Any, value: Any) -> Any:
+    """A preset's value: of one that depends on the sizes, what it is at these."""
     return value(sizes) if callable(value) else value
 
 
@@ -225,8 +227,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         parallel_residual (`bool`): `x + attn(norm(x)) + mlp(norm(x))` (GPT-NeoX), not one after the other (GPT-2).
         tie_word_embeddings (`bool`): whether the output projection is the token embedding (GPT-2).
         norm_type, final_norm_type (`str`): the norms of the blocks, and the one before the output projection (which
-            the paper's LN-free models keep): `"none"` (an identity), `"layernorm"`, `"rmsnorm"`, `"dyt"`
-            (weight * tanh(alpha x) + bias, arXiv 2503.10622), `"derf"` (with erf(alpha x + shift), arXiv 2512.10938).
+            the paper's LN-free models keep): `"none"`, `"layernorm"`, or a row of `NORMS` in parts_lnfree.py.
         norm_alpha_init (`float` or `list`): start of alpha, or of [those around attention, all others].
         norm_position (`str`): `"pre"` x + f(N(x)), `"post"` N(x + f(x)), `"peri"` x + N(f(N(x))), or `"hybrid"`
             H = N(x + attn(x)), H + mlp(H).
@@ -237,8 +238,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         slope_sharing (`str`, *optional*): makes that slope a parameter, one per `"layer"` or one `"global"` one.
         biased_projections (`list[str]`): which have a bias. The paper: query and key; GPT-2 and GPT-NeoX: all.
         normalized_projections (`list[str]`): which of q_proj, k_proj and v_proj have an RMSNorm over each head.
-        identity_projections, zero_init_projections (`list[str]`): which of v_proj and o_proj are the identity, without
-            a parameter; which of all start at 0.
+        identity_projections, zero_init_projections (`list[str]`): the identity (of v_proj, o_proj); what starts at 0.
         attention_gains (`list[float]`, *optional*): starts of a, b, c, learned by head, of the weights a I + b A - c C
             with C uniform over what the query sees (arXiv 2311.01906, 2306.17759).
         attention_gate_init (`float`, *optional*): start of a learned gate on a head's output (arXiv 2306.12929).
@@ -450,11 +450,9 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
             ):
                 for name in getattr(layer, option):
                     _require(name in allowed, f"{option} must be a list from {', '.join(allowed)}; got {name!r}")
-            _require(
-                "v_proj" not in layer.identity_projections or kv_heads == heads,
-                "identity_projections may not name v_proj with grouped queries, got num_key_value_heads="
-                f"{kv_heads} and num_attention_heads={heads}",
-            )
+            fits = "v_proj" not in layer.identity_projections or kv_heads == heads
+            grouped = f"grouped queries, got num_key_value_heads={kv_heads} and num_attention_heads={heads}"
+            _require(fits, f"identity_projections may not name v_proj with {grouped}")
             for option in ("identity_projections", "attention_gate_init"):
                 _require(
                     not getattr(layer, option) or heads * self.head_dim == self.hidden_size,
@@ -469,15 +467,11 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         _require(finite, f"attention_gains must be three finite numbers, got {mix}")
         for layer in self._layers:
             gains, entries = layer.residual_gains, 2 if layer.mlp_type == "none" else 4
-            _require(
-                layer.norm_position in ("pre", "peri") or not self.parallel_residual,
-                f"norm_position={layer.norm_position!r} has no form with parallel_residual=True",
-            )
-            _require(
-                gains is None or (len(gains) == entries and all(map(math.isfinite, gains))),
-                f"residual_gains must be {entries} finite numbers, [skip, attention; skip, MLP], with "
-                f"mlp_type={layer.mlp_type!r}; got {gains}",
-            )
+            fits = layer.norm_position in ("pre", "peri") or not self.parallel_residual
+            _require(fits, f"norm_position={layer.norm_position!r} has no form with parallel_residual=True")
+            fits = gains is None or (len(gains) == entries and all(map(math.isfinite, gains)))
+            form = f"{entries} finite numbers, [skip, attention; skip, MLP], with mlp_type={layer.mlp_type!r}"
+            _require(fits, f"residual_gains must be {form}; got {gains}")
             _require(
                 not gains or gains[0] != 0 or self.parallel_residual or bool(mix and mix[0]),
                 f"residual_gains={gains} leaves no way past attention: its first entry may be 0 only where "
@@ -522,7 +516,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         neutral = {f.name: [] if f.default is MISSING else f.default for f in fields(self) if f.name in _DESIGN_FIELDS}
         layers = list(self._layers) if self.is_heterogeneous else [self] * self.num_hidden_layers
         for name, values in ((None, {}), *PRESETS.items()):
-            expected = {**neutral, **{key: _start(value, self) for key, value in values.items()}}
+            expected = {**neutral, **{key: _value_at(self, value) for key, value in values.items()}}
             # a gated MLP goes without saying on the backbone that has it
             if "mlp_type" not in values and self._layers[0]._has(BACKBONES["llama"], but=values):
                 expected["mlp_type"] = "gated"
@@ -585,7 +579,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
                 f"{words['preset']} has {name}={preset.get(name)!r}, which {words['act']} in {variant} is not",
             )
         sizes = cls(**{name: kwargs[name] for name in _SIZES if name in kwargs})
-        named |= {name: _start(value, sizes) for name, value in kwargs.items()}
+        named |= {name: _value_at(sizes, value) for name, value in kwargs.items()}
         named.setdefault("norm_type", NORM_WORDS[words["norm"]])
         named.setdefault("final_norm_type", "none" if words["final"] else cls(**named)._usual_final_norm())
         config = cls(**named)

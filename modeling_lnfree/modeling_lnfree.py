@@ -75,10 +75,10 @@ from .parts_lnfree import (
     add,
     add_nothing,
     add_scaled,
-    build,
     build_gains,
     build_head_norm,
     build_linear,
+    build_optional,
     build_scale,
     divide_by_temperature,
     eager_attention_forward,
@@ -118,8 +118,8 @@ class LNFreeAttention(nn.Module):
         self.o_proj = build_linear(layer, "o_proj", heads * self.head_dim, config.hidden_size)
         self.q_norm, self.k_norm, self.v_norm = (build_head_norm(config, name) for name in ATTENTION_PROJECTIONS[:3])
         self.rotate = ROTATIONS[config.position_embedding_type]
-        self.cap = build(LNFreeSoftCap, config.attn_logit_softcapping)
-        self.clip = build(LNFreeClipping, config.softmax_clipping)
+        self.cap = build_optional(LNFreeSoftCap, config.attn_logit_softcapping)
+        self.clip = build_optional(LNFreeClipping, config.softmax_clipping)
         # what implementations that cap or clip themselves are told; eager attention has the two modules above
         options = {"softcap": config.attn_logit_softcapping, "softmax_clipping": config.softmax_clipping}
         self.options = {name: value for name, value in options.items() if value is not None}
@@ -137,7 +137,7 @@ class LNFreeAttention(nn.Module):
             self.mix_heads, self.attention_gains = shape_heads, nn.Parameter(torch.empty(3, heads))
             self.starts["attention_gains"] = partial(fill, values=config.attention_gains)
             self.uniform = LNFreeUniform(self)
-        self.head_gate = build(partial(LNFreeHeadGate, config), config.attention_gate_init)
+        self.head_gate = build_optional(partial(LNFreeHeadGate, config), config.attention_gate_init)
 
     def forward(
         self,
@@ -241,7 +241,6 @@ class LNFreeDecoderLayer(GradientCheckpointingLayer):
 
 class LNFreePreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     config: LNFreeConfig
-    config_class = LNFreeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LNFreeDecoderLayer"]
@@ -442,7 +441,8 @@ class LNFreeClassifier(LNFreePreTrainedModel):  # trf-ignore: TRF057
 
     has_bias: bool
     output_type: type
-    carried: tuple[str, ...] = ("hidden_states", "attentions")
+    # what the output takes over from the decoder's
+    passed_on: tuple[str, ...] = ("hidden_states", "attentions")
 
     def __init__(self, config: LNFreeConfig):
         super().__init__(config)
@@ -481,7 +481,7 @@ class LNFreeClassifier(LNFreePreTrainedModel):  # trf-ignore: TRF057
         loss = None
         if labels is not None:
             loss = self.compute_loss(logits, labels, **kwargs)
-        return self.output_type(loss=loss, logits=logits, **{name: outputs.get(name) for name in self.carried})
+        return self.output_type(loss=loss, logits=logits, **{name: outputs.get(name) for name in self.passed_on})
 
     def pool(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
         """The states to classify, of the final ones, shape `(batch_size, seq_len, hidden_size)`: all of them."""
@@ -503,7 +503,7 @@ class LNFreeForSequenceClassification(LNFreeClassifier):  # trf-ignore: TRF057
 
     has_bias = False
     output_type = SequenceClassifierOutputWithPast
-    carried = (CACHE_NAME, "hidden_states", "attentions")
+    passed_on = (CACHE_NAME, "hidden_states", "attentions")
     # The loss is a mean over sequences; the Trainer then divides by the accumulation steps itself.
     accepts_loss_kwargs = False
 

@@ -37,7 +37,7 @@ from .configuration_lnfree import LNFreeConfig
 
 
 def fill(tensor: torch.Tensor, values: list[float]):
-    """Row by row."""
+    """Fills the rows of a tensor, each with its value, in place."""
     rows = tensor.new_tensor(values).view(-1, *[1] * (tensor.ndim - 1))
     init.copy_(tensor, rows.expand_as(tensor))
 
@@ -46,12 +46,12 @@ ONES, ZEROS = partial(init.constant_, val=1.0), partial(init.constant_, val=0.0)
 
 
 def keep(states: torch.Tensor, *args) -> torch.Tensor:
-    """What stands where a function would, and is none."""
+    """In place of a function that is not there: the first argument, as it came."""
     return states
 
 
-class LNFreeNothing(nn.Module):
-    """What stands where a module would, and is none: its first input, as it came."""
+class LNFreeIdentity(nn.Module):
+    """In place of a module that is not there: its first input, as it came, whatever follows it."""
 
     def forward(self, states: torch.Tensor, *args) -> torch.Tensor:
         return states
@@ -126,9 +126,9 @@ NORMS: dict[str, Callable[[int, float, float], nn.Module]] = {
 
 
 def build_head_norm(config: LNFreeConfig, name: str) -> nn.Module:
-    """The norm over each head of what this projection gives, or nothing in its place."""
+    """The norm over each head of what this projection gives, or the identity in its place."""
     normed = name in config.normalized_projections
-    return LNFreeRMSNorm(config.head_dim, config.layer_norm_eps) if normed else LNFreeNothing()  # type: ignore[arg-type]
+    return LNFreeRMSNorm(config.head_dim, config.layer_norm_eps) if normed else LNFreeIdentity()  # type: ignore[arg-type]
 
 
 # ---- positions: `position_embedding_type`, `rope_parameters`
@@ -252,9 +252,9 @@ class LNFreeClipping(nn.Module):
         return ((1 + least) * weights - least).clamp(0.0, 1.0)
 
 
-def build(present: Callable[[float], nn.Module], value: float | None) -> nn.Module:
-    """What a field's value makes, or nothing for None."""
-    return LNFreeNothing() if value is None else present(value)
+def build_optional(module_class: Callable[[float], nn.Module], value: float | None) -> nn.Module:
+    """The module that a field's value asks for, or the identity for None."""
+    return LNFreeIdentity() if value is None else module_class(value)
 
 
 def eager_attention_forward(
@@ -284,7 +284,7 @@ def eager_attention_forward(
 
 
 def divide_by_temperature(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Which divides the scores, `(B, H, T, d)` by `(H,)`."""
+    """Queries `(B, H, T, d)` by the temperature of their head `(H,)`, which divides the scores by it."""
     return query / temperature[:, None, None].to(query.dtype)
 
 
@@ -299,7 +299,7 @@ class LNFreeUniform(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.is_causal = attention.config, attention.layer_idx, True
         self.num_key_value_groups = attention.num_key_value_groups
-        self.cap, self.clip = LNFreeNothing(), LNFreeNothing()
+        self.cap, self.clip = LNFreeIdentity(), LNFreeIdentity()
 
 
 def shape_heads(
@@ -456,7 +456,7 @@ MLPS: dict[str, Callable[[LNFreeConfig], nn.Module]] = {
     "two_layer": LNFreeMLP,
     "gated": LNFreeGatedMLP,
     "fused": LNFreeFusedMLP,
-    "none": lambda config: LNFreeNothing(),
+    "none": lambda config: LNFreeIdentity(),
 }
 
 
@@ -473,17 +473,17 @@ def build_gains(values: list[float] | None, trained: bool) -> nn.Parameter | nn.
     return (nn.Parameter if trained else nn.Buffer)(torch.tensor(values, dtype=torch.get_default_dtype()))
 
 
-def add(gains: None, skip: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+def add(gains: None, first: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     return x + branch
 
 
-def add_scaled(gains: torch.Tensor, skip: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """By the gains at `skip` and behind it."""
-    return gains[skip] * x + gains[skip + 1] * branch
+def add_scaled(gains: torch.Tensor, first: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """The gain of the skip is at `first`, that of the branch behind it."""
+    return gains[first] * x + gains[first + 1] * branch
 
 
-def add_nothing(gains: torch.Tensor | None, skip: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """Where there is no MLP."""
+def add_nothing(gains: torch.Tensor | None, first: int, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """In place of the other two where there is no MLP."""
     return x
 
 

@@ -234,8 +234,7 @@ class EntropyBound(Quantity):
         """Whether attention is the softmax of scores that the projections alone bound."""
         normed = {"q_proj", "k_proj"} & set(config.normalized_projections)
         # others multiply cosine and sine by a factor
-        rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-        plain_positions = rope_type in ("default", "linear", "dynamic", "llama3")
+        plain_positions = config.rope_type in ("default", "linear", "dynamic", "llama3")
         return not normed and config.softmax_clipping is None and plain_positions
 
     @contextmanager
@@ -287,10 +286,10 @@ class EntropyBound(Quantity):
         return record, scalars
 
 
-def _add_up(sums: torch.Tensor, device: torch.device, how: Any = torch.distributed.ReduceOp.SUM) -> torch.Tensor:
-    """Sums (or what `how` says) over the processes, each of which saw its part of the probe batch."""
+def _add_up(sums: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Sums over the processes, each of which saw its part of the probe batch."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums
     sums = sums.to(device)
-    torch.distributed.all_reduce(sums, how)
+    torch.distributed.all_reduce(sums)
     return sums.cpu()

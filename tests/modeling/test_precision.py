@@ -7,7 +7,7 @@ import torch
 
 from modeling_lnfree import LNFreeForCausalLM
 from modeling_lnfree.cpu import causal_lm_loss
-from modeling_lnfree.parts_lnfree import LNFreeClipping, LNFreeNothing, LNFreeRMSNorm, LNFreeRotary
+from modeling_lnfree.parts_lnfree import LNFreeClipping, LNFreeIdentity, LNFreeRMSNorm, LNFreeRotary
 from modeling_lnfree.parts_lnfree import eager_attention_forward as eager
 
 from ..conftest import tiny_config, tiny_model
@@ -58,7 +58,7 @@ def test_rotary_angles_of_far_positions_round_once(dtype):
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
 @half
 def test_softmax_of_eager_attention_rounds_once(dtype, clip):
-    module = SimpleNamespace(cap=LNFreeNothing(), clip=LNFreeNothing(), num_key_value_groups=1, training=False)
+    module = SimpleNamespace(cap=LNFreeIdentity(), clip=LNFreeIdentity(), num_key_value_groups=1, training=False)
     module.clip = LNFreeClipping(0.4) if clip else module.clip
     query, key = (torch.randn(1, 2, 300, 16).to(dtype) for _ in range(2))
     # one value, so that the output is the sum of the weights

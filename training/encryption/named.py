@@ -7,7 +7,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from modeling_lnfree import LNFreeConfig
-from modeling_lnfree.configuration_lnfree import PROJECTIONS
+from modeling_lnfree.configuration_lnfree import ATTENTION_WORD, PROJECTIONS
 
 from ..convert.architectures import stock_config
 from ..errors import explained
@@ -67,7 +67,7 @@ def find_named(name: str) -> PreTrainedConfig | None:
     """
     first, _, rest = name.partition(":")
     variant = None
-    if first.startswith("SM+"):
+    if first.startswith(f"{ATTENTION_WORD}+"):
         first, variant = "gpt2", first
     elif "=" not in rest.partition(":")[0]:
         variant, _, rest = rest.partition(":")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from modeling_lnfree.variants import BASELINE
+
 from .prices import NETWORKS, Network
 
 
@@ -66,9 +68,9 @@ TOTALS = [
 
 
 def find_published(config: Any, variant: str | None, length: int, batch_size: int) -> list[Total]:
-    """Those of the same variant, length and GPT-2 of 12 layers; stock GPT-2 is SM+LN+G."""
+    """Those of the same variant, length and GPT-2 of 12 layers; stock GPT-2 is the baseline, SM+LN+G."""
     sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
     if sizes != (12, 768, 12) or config.model_type not in ("gpt2", "lnfree") or batch_size != 1:
         return []
-    variant = variant or "SM+LN+G"
+    variant = variant or BASELINE
     return [total for total in TOTALS if (total.variant, total.length) == (variant, length)]

@@ -56,6 +56,7 @@ from ..quantities import (
     LearnedScalars,
     NegativeSlope,
     Outliers,
+    Quantity,
     ResidualStream,
     ZeroActivations,
 )
@@ -151,41 +152,13 @@ def train(recipe: Recipe) -> Path:
     trainer.add_callback(
         SpeedCallback(recipe.tokens_per_step, recipe.data.block_size, run_dir / "speed.jsonl", trainer)
     )
-    if recipe.data.entropy_weight is not None:
-        trainer.entropy_regularizer = EntropyRegularizer(
-            model,
-            weight=recipe.data.entropy_weight,
-            margin=recipe.data.entropy_margin,
-            target=recipe.data.entropy_target_init,
-            learned=recipe.data.entropy_target_learned,
-        )
-    if recipe.data.batch_entropy_weight is not None:
-        trainer.batch_entropy = BatchEntropyLoss(
-            model,
-            weight=recipe.data.batch_entropy_weight,
-            target=recipe.data.batch_entropy_target,
-            floor=recipe.data.batch_entropy_floor,
-        )
-    if recipe.data.remove_norms_from is not None:
-        trainer.add_callback(NormRemovalCallback(trainer, recipe.data, run_dir))
-    stream = ResidualStream()
-    quantities = [stream, BatchEntropy(), Outliers(stream)]
-    if recipe.data.weight_parametrization is not None and EntropyBound.holds(model.config):
-        quantities.append(EntropyBound())
-    if ZeroActivations.holds(model):
-        quantities.append(ZeroActivations())
-    if model.config.slope_sharing is not None:
-        quantities.append(NegativeSlope())
-    if model.config.attention_gate_init is not None:
-        quantities.append(HeadGates())
-    scalars = LearnedScalars(model)
-    if scalars.names:
-        quantities.append(scalars)
+    _add_methods(trainer, recipe, run_dir)
     probe = collate(list(blocks["eval"].take(min(recipe.data.entropy_sequences, len(blocks["eval"])))))
     del probe["labels"]
     probe = {
         name: torch.tensor_split(value, arguments.world_size)[arguments.process_index] for name, value in probe.items()
     }
+    quantities = _choose_quantities(model, recipe)
     trainer.add_callback(MeasurementCallback(trainer, quantities, probe, recipe.data.entropy_steps, run_dir))
 
     # one process reads and hashes, removes what is damaged, and says where all go on
@@ -224,6 +197,45 @@ def train(recipe: Recipe) -> Path:
     # torch may abort a process that ends while its group is open
     PartialState().destroy_process_group()
     return run_dir
+
+
+def _add_methods(trainer: LNFreeTrainer, recipe: Recipe, run_dir: Path):
+    """What the recipe asks to be done beside training by the loss: penalties, and norms that are taken out."""
+    if recipe.data.entropy_weight is not None:
+        trainer.entropy_regularizer = EntropyRegularizer(
+            trainer.model,
+            weight=recipe.data.entropy_weight,
+            margin=recipe.data.entropy_margin,
+            target=recipe.data.entropy_target_init,
+            learned=recipe.data.entropy_target_learned,
+        )
+    if recipe.data.batch_entropy_weight is not None:
+        trainer.batch_entropy = BatchEntropyLoss(
+            trainer.model,
+            weight=recipe.data.batch_entropy_weight,
+            target=recipe.data.batch_entropy_target,
+            floor=recipe.data.batch_entropy_floor,
+        )
+    if recipe.data.remove_norms_from is not None:
+        trainer.add_callback(NormRemovalCallback(trainer, recipe.data, run_dir))
+
+
+def _choose_quantities(model: LNFreeForCausalLM, recipe: Recipe) -> list[Quantity]:
+    """What is measured on the way beside attention; of some models there is nothing to be seen."""
+    stream = ResidualStream()
+    quantities: list[Quantity] = [stream, BatchEntropy(), Outliers(stream)]
+    if recipe.data.weight_parametrization is not None and EntropyBound.holds(model.config):
+        quantities.append(EntropyBound())
+    if ZeroActivations.holds(model):
+        quantities.append(ZeroActivations())
+    if model.config.slope_sharing is not None:
+        quantities.append(NegativeSlope())
+    if model.config.attention_gate_init is not None:
+        quantities.append(HeadGates())
+    scalars = LearnedScalars(model)
+    if scalars.names:
+        quantities.append(scalars)
+    return quantities
 
 
 def _check_optimization(arguments: TrainingArguments):
