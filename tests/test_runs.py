@@ -143,7 +143,7 @@ def test_finished_run_is_not_taken_for_another_recipe(field, recipe_values, tmp_
 
 def test_a_recipe_that_has_a_key_less_is_another_one(recipe_values, tmp_path, capsys):
     values = {**recipe_values, "output_dir": str(tmp_path / "run"), "variant": "SM+R"}
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(build_recipe(values).to_dict()))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if key != "warmup_steps"}))

@@ -185,7 +185,7 @@ def test_wrong_sweep_is_one_line_before_any_run_starts(write_sweep, tmp_path, co
 def test_changed_recipe_of_a_run_that_is_there_is_an_error(write_sweep):
     path = write_sweep([{"variant": "SM+R"}])
     _, [run] = sweep.load_sweep(path)
-    run.folder.mkdir(parents=True)
+    (run.folder / "checkpoint-4").mkdir(parents=True)
     (run.folder / "recipe.yaml").write_text(yaml.safe_dump(load_recipe(run.command[4], run.command[5:]).to_dict()))
     assert len(sweep.load_sweep(path)[1]) == 1
     with pytest.raises(UserError, match="holds a run with max_steps=8, this recipe has 9"):

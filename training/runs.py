@@ -59,13 +59,14 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
 def check_same_recipe(run_dir: Path, recipe: Recipe):
     """Raises UserError if the folder holds a run of another recipe, or what is no run and would be lost to it."""
     path = run_dir / "recipe.yaml"
-    if not path.is_file():
-        if (run_dir / "model").exists() or list_checkpoints(run_dir):
-            raise UserError(
-                f"{run_dir} is not a run's folder: it holds a model or checkpoints, and no recipe.yaml; name another "
-                "output_dir"
-            )
+    # a run that was refused, or stopped before its first checkpoint, has nothing to lose
+    if not any((run_dir / name).exists() for name in ("model", RESULTS)) and not list_checkpoints(run_dir):
         return
+    if not path.is_file():
+        raise UserError(
+            f"{run_dir} is not a run's folder: it holds a model or checkpoints, and no recipe.yaml; name another "
+            "output_dir"
+        )
     # a field that the run did not know yet had its default's effect
     ours, theirs = recipe.to_dict(), {**asdict(DataArguments()), **read_values(path, "recipe")}
     for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):

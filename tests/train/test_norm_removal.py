@@ -265,6 +265,7 @@ def test_what_cannot_be_folded_is_refused():
         ({"attention_gate_init": 0.5}, "attention_gate_init one of None, .* got 0.5"),
         ({"identity_projections": ["v_proj"]}, r"identity_projections one of .* got \['v_proj'\]"),
         ({"mlp_type": "fused"}, "mlp_type one of 'two_layer', 'gated', .* got 'fused'"),
+        ({"per_layer_config": {1: {"mlp_type": "none"}}}, "mlp_type one of .* got 'none'"),
     ):
         with pytest.raises(UserError, match=message):
             wrap_norms(
@@ -414,6 +415,14 @@ def test_a_schedule_that_does_not_end_is_refused_before_training(removal_values,
         path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / f"run-{taper}")}))
         assert cli.main(["train", str(path)]) == 1
         assert f"the last of 7 norms is gone at step {last}, and max_steps is {steps}" in capsys.readouterr().err
+
+
+def test_what_was_refused_does_not_keep_its_folder(removal_values, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    for steps, said in ((8, "max_steps is 8"), (7, "max_steps is 7")):
+        path.write_text(yaml.safe_dump({**removal_values, "max_steps": steps, "output_dir": str(tmp_path / "run")}))
+        assert cli.main(["train", str(path)]) == 1
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("times", "ends"), [(900.0, False), (1100.0, True), (math.nan, True)])

@@ -174,11 +174,12 @@ def wrap_norms(model: LNFreeForCausalLM, keep_final_norm: bool, skip_first: bool
     # what else reads a norm's output has no weights that take it up
     taken_up = {"norm_position": ("pre",), "mlp_type": ("two_layer", "gated"), "attention_gate_init": (None,)}
     for name, allowed in {**taken_up, "identity_projections": ([], ["o_proj"])}.items():
-        if getattr(config, name) not in allowed:
-            raise UserError(
-                f"norms can be removed from models with {name} one of {', '.join(map(repr, allowed))}, whose weights "
-                f"take them up; got {getattr(config, name)!r}"
-            )
+        for layer in config.per_layer_config:
+            if (found := getattr(layer, name)) not in allowed:
+                raise UserError(
+                    f"norms can be removed from models with {name} one of {', '.join(map(repr, allowed))}, whose "
+                    f"weights take them up; got {found!r}"
+                )
     for layer in model.model.layers:
         layer.input_layernorm = SplitNorm(layer.input_layernorm, layer.self_attn, skip_first)
         layer.post_attention_layernorm = RemovableNorm(layer.post_attention_layernorm, skip_first=skip_first)
