@@ -37,6 +37,7 @@ def test_all_of_it_on_a_cpu_at_a_tiny_size(tmp_path):
     for row in rows:
         assert row["steps"] == 6 and row["perplexity"] > 1 and not row["not finished"]
         assert len(row["entropies"]) == 3 and all(entropy > 0 for entropy in row["entropies"])
+    assert all(max(layer) - min(layer) > 0.1 for layer in zip(*(row["entropies"] for row in rows), strict=True))
     # the table is the last that is printed
     last = tried.stdout.rstrip().splitlines()[-len(rows) :]
     assert [line.split(" | ")[0] for line in last] == [f"| {row['variant']}" for row in rows]
