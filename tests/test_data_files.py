@@ -100,6 +100,19 @@ def test_dates_in_json_are_texts(more, streaming):
     assert sorted([*parts["train"]["content"], *parts["eval"]["content"]]) == sorted(DATES + more)
 
 
+@both_ways
+def test_dates_in_a_later_part_are_texts(streaming):
+    # ten megabytes are a part, and so is a file
+    long = ["x" * 6_000_000, None, "y" * 6_000_000]
+    assert texts(write("d.jsonl", *long, *DATES), streaming) == long + DATES
+    Path("parts").mkdir()
+    write("parts/a.jsonl", "a text", None)
+    write("parts/b.jsonl", *DATES[:1])
+    write("parts/c.jsonl", 12, True)
+    assert texts("parts", streaming) == ["a text", None, DATES[0], "12", "true"]
+    assert texts("parts", streaming, split="train") == ["a text", None, DATES[0], "12", "true"]
+
+
 def test_dates_in_an_array_are_texts():
     Path("d.json").write_text(json.dumps([{"content": date} for date in DATES[:2]]))
     assert texts("d.json") == DATES[:2]

@@ -163,14 +163,15 @@ def load_splits(
             # logs of assistants are columns too
             source["parse_agent_traces"] = False
             features = _json_features(source, streaming)
-            if dates := [column for column, feature in features.items() if _is_date(feature)]:
-                source["features"] = datasets.Features({**features, **dict.fromkeys(dates, datasets.Json())})
-                texts = datasets.Features({**features, **dict.fromkeys(dates, datasets.Value("string"))})
+            # a part of the file that holds dates alone would be read as dates, and written in another way
+            if texts := [column for column, feature in features.items() if _is_text_or_date(feature)]:
+                source["features"] = datasets.Features({**features, **dict.fromkeys(texts, datasets.Json())})
+                strings = datasets.Features({**features, **dict.fromkeys(texts, datasets.Value("string"))})
                 loaded = datasets.load_dataset(**source, split=split, streaming=streaming)
-                options: dict[str, Any] = {"fn_kwargs": {"columns": dates}, "features": texts}
+                options: dict[str, Any] = {"fn_kwargs": {"columns": texts}, "features": strings, "batched": True}
                 if split is not None:
-                    return loaded.map(_take, **options)
-                return {part: rows.map(_take, **options) for part, rows in loaded.items()}
+                    return loaded.map(_take_texts, **options)
+                return {part: rows.map(_take_texts, **options) for part, rows in loaded.items()}
         return datasets.load_dataset(**source, split=split, streaming=streaming)
 
 
@@ -194,13 +195,16 @@ def _json_features(source: dict[str, Any], streaming: bool) -> datasets.Features
     return features or datasets.Features()
 
 
-def _is_date(feature: Any) -> bool:
-    """Whether it is of a text that was read as a date, of which JSON has none."""
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("timestamp", "date", "time"))
+def _is_text_or_date(feature: Any) -> bool:
+    """JSON has no dates: what was read as one is a text."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("string", "timestamp", "date", "time"))
 
 
-def _take(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    return {column: row[column] for column in columns}
+def _take_texts(batch: dict[str, list[Any]], columns: list[str]) -> dict[str, list[str | None]]:
+    return {
+        column: [value if value is None or isinstance(value, str) else json.dumps(value) for value in batch[column]]
+        for column in columns
+    }
 
 
 @contextmanager
@@ -371,7 +375,12 @@ def check_reachable(kind: str, name: str):
     is_dataset = kind == "dataset"
     nowhere = f"{kind} {name!r} is no {'file or ' * is_dataset}folder"
     try:
-        if not _is_here(name, is_dataset):
+        if is_dataset and name.startswith("buckets/"):
+            # what datasets reads, and is no repository
+            _, owner, bucket, *_ = [*name.split("/"), "", ""]
+            validate_repo_id(f"{owner}/{bucket}")
+            HfApi().bucket_info(f"{owner}/{bucket}")
+        elif not _is_here(name, is_dataset):
             (HfApi().dataset_info if is_dataset else HfApi().model_info)(name, timeout=10)
     except httpx2.TransportError as error:
         raise UserError(f"{nowhere}, and the Hub cannot be reached to look for it: {one_line(error)}") from error
@@ -386,9 +395,6 @@ def _is_here(name: str, is_dataset: bool) -> bool:
     """Whether a name is a folder or of what was loaded before; HFValidationError if it is no id either."""
     if is_dataset:
         *owner, last = name.split("/")
-        # a bucket is no repository
-        if owner[:1] == ["buckets"]:
-            return True
         validate_repo_id(name)
         return Path(datasets.config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(last)])).is_dir()
     files = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json")

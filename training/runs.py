@@ -69,7 +69,8 @@ def check_same_recipe(run_dir: Path, recipe: Recipe):
         )
     # a field that the run did not know yet had its default's effect
     ours, theirs = recipe.to_dict(), {**asdict(DataArguments()), **read_values(path, "recipe")}
-    for key in sorted((ours.keys() | theirs.keys()) - {"output_dir"}):
+    # who is told of a run is no part of it
+    for key in sorted((ours.keys() | theirs.keys()) - {"output_dir", "report_to"}):
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"{run_dir} holds a run with {key}={theirs.get(key)!r}, this recipe has {ours.get(key)!r}; "

@@ -1,11 +1,14 @@
 """What a training run tells before it prepares its data, and the tokens that it counts at its end."""
 
+import io
 import json
 import math
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from training import cli
 from training.errors import UserError
@@ -46,6 +49,39 @@ def test_optimization_is_refused_before_the_data(fields, message, recipe_values,
     with pytest.raises(UserError, match=message) as error:
         loop.train(recipe)
     assert "\n" not in str(error.value) and "no/such/data" not in str(error.value)
+
+
+def test_tracker_without_a_login_is_told_before_the_data(recipe_values, tmp_path, monkeypatch):
+    for name, value in {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": "online"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    # nobody is there to ask
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    values = {**recipe_values, "variant": "SM+R", "output_dir": str(tmp_path / "run"), "report_to": "wandb"}
+    with pytest.raises(UserError, match="report_to='wandb' fails, and may be left out: .*`wandb login`") as error:
+        loop.train(build_recipe({**values, "dataset": "no/such/data.jsonl"}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_log", "on_save"])
+def test_tracker_that_fails_is_one_line_and_the_run_goes_on_without_it(event, recipe_values, tmp_path, monkeypatch):
+    class NoServerError(Exception):
+        """Of a tracker's own kind."""
+
+    class Tracker(TrainerCallback):
+        """Its server is gone after the first checkpoint, or never was there."""
+
+    def fail(self, args, state, control, **kwargs):
+        if event != "on_log" or state.global_step > 4:
+            raise NoServerError("no answer from\n127.0.0.1")
+
+    setattr(Tracker, event, fail)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", Tracker)
+    values = {**recipe_values, "variant": "SM+R", "output_dir": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="^report_to='mlflow' fails, and may be left out: no answer from 127.0.0.1$"):
+        loop.train(build_recipe({**values, "report_to": "mlflow"}))
+    loop.train(build_recipe(values))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["train_steps"] == 8
 
 
 def test_short_last_batch_of_an_epoch_is_counted_as_it_is(recipe_values, tmp_path):
@@ -115,6 +151,11 @@ def test_layers_are_compiled_when_asked(recipe_values, tmp_path, monkeypatch):
         (["measure", "no/model", "--dataset", "stdlib"], "model 'no/model' is no folder"),
         (["import", "no/model", "out"], "model 'no/model' is no folder"),
         (["measure", "no/model", "--dataset", "no/texts"], "dataset 'no/texts' is no file or folder"),
+        # where datasets looks for a bucket
+        (
+            ["measure", "no/model", "--dataset", "buckets/no/texts/a"],
+            "dataset 'buckets/no/texts/a' is no file or folder",
+        ),
         (["train", "quick", "dataset=mistyped", "output_dir=run"], "dataset 'mistyped' is no file or folder"),
     ],
 )

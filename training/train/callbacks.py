@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Conv1D, PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import (
+    Conv1D,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import get_reporting_integration_callbacks
 
 from modeling_lnfree import AttentionEntropyCallback, use_fast_cpu
 from modeling_lnfree.entropy_callback import describe_record
 from modeling_lnfree.metrics.attention_entropy.record import AttentionEntropyRecord
 
+from ..errors import explained
 from ..files import append_record, drop_records_after
 from ..quantities import Quantity
 
@@ -119,6 +129,30 @@ class SpeedCallback(TrainerCallback):
             should_log = control.should_log
             self.trainer.log({f"speed/{key}": value for key, value in record.items()})
             control.should_log = should_log
+
+
+def check_login(arguments: TrainingArguments):
+    """Asks for a key of Weights & Biases where there is none; raises UserError where nobody can be asked."""
+    if "wandb" in arguments.report_to and arguments.process_index == 0:
+        import wandb
+
+        with _explained("wandb"):
+            wandb.login(verify=False)
+
+
+def explain_trackers(trainer: Trainer):
+    """Makes one line of what a tracker of `report_to` raises, for want of a login or a server for instance."""
+    for name in trainer.args.report_to:
+        (tracker,) = get_reporting_integration_callbacks([name])
+        for callback in trainer.callback_handler.callbacks:
+            for event in ("on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end"):
+                if isinstance(callback, tracker):
+                    setattr(callback, event, _explained(name)(getattr(callback, event)))
+
+
+def _explained(tracker: str):
+    # each has errors of its own
+    return explained(f"report_to={tracker!r} fails, and may be left out", Exception)
 
 
 def token_flops(model: PreTrainedModel, block_size: int) -> int:

@@ -75,7 +75,14 @@ from ..runs import (
 )
 from ..texts import perplexity
 from .batch_entropy import BatchEntropyLoss
-from .callbacks import BriefPrinterCallback, BriefProgressCallback, MeasurementCallback, SpeedCallback
+from .callbacks import (
+    BriefPrinterCallback,
+    BriefProgressCallback,
+    MeasurementCallback,
+    SpeedCallback,
+    check_login,
+    explain_trackers,
+)
 from .checkpoints import last_whole_checkpoint
 from .norm_removal import NormRemovalCallback, fold
 from .start import load_parent, start_model
@@ -118,6 +125,7 @@ def train(recipe: Recipe) -> Path:
         PartialState().destroy_process_group()
         return run_dir
 
+    check_login(arguments)
     parent = load_parent(recipe)
     with arguments.main_process_first(desc="data preparation"):
         documents = load_documents(recipe.data, arguments.seed)
@@ -146,6 +154,7 @@ def train(recipe: Recipe) -> Path:
         data_digest=digest_blocks(blocks),
         layer_options=recipe.layer_options,
     )
+    explain_trackers(trainer)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     if trainer.is_world_process_zero():  # the Trainer's own show every line once for each node
         trainer.add_callback(BriefPrinterCallback if arguments.disable_tqdm else BriefProgressCallback)
