@@ -341,7 +341,10 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         if width and heads and overrides.keys() & {"hidden_size", "num_attention_heads"}:
             derived = {"head_dim": width // heads, "num_key_value_heads": heads}
             config_dict = {key: value for key, value in config_dict.items() if (key, value) not in derived.items()}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        # where models are loaded, a variant is a suffix of the names of their weights
+        unused = {"variant": kwargs.pop("variant")} if "variant" in kwargs else {}
+        loaded = super().from_dict({**config_dict, **overrides}, **kwargs)
+        return (loaded[0], {**loaded[1], **unused}) if isinstance(loaded, tuple) else loaded
 
     def _take_from_rope_parameters(self):
         for name, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.25)):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import evaluate
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -146,6 +147,9 @@ def test_a_column_of_a_dataset_and_texts_added_before(metric, model, tokenizer):
     metric.add_batch(predictions=TEXTS[:2])
     metric.add(prediction=TEXTS[2])
     assert metric.compute(predictions=TEXTS[3:], model=model, tokenizer=tokenizer) == expected
+    # their truth value is an error
+    for column in (np.array(TEXTS), pd.Series(TEXTS)):
+        assert metric.compute(predictions=column, model=model, tokenizer=tokenizer) == expected
 
 
 def test_streamed_measurements_equal_one_compute(metric, model, tokenizer):

@@ -244,8 +244,11 @@ def test_a_record_is_kept_by_pickle_and_holds_nothing_of_the_model():
     model, batch = make_model("llama"), make_batch("left")
     with record_attention_entropy(model, on_layer=lambda measured: None) as record, torch.no_grad():
         model(**batch)
-        # a copy made meanwhile does not hold the recorder
-        copy.deepcopy(model)
+        # a copy made meanwhile does not hold the recorder, runs, and is not measured
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(**batch).logits, model(**batch).logits)
+    assert record.num_queries == 2 * batch["attention_mask"].sum()
+    copied(**batch)
     again = pickle.loads(pickle.dumps(record))
     assert torch.equal(again.entropy, record.entropy) and again.layer_names == record.layer_names
     assert not any(isinstance(found, nn.Module) for found in gc.get_referents(*gc.get_referents(record)))

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from modeling_lnfree import (
     LNFreeConfig,
@@ -33,6 +34,19 @@ def test_save_and_load_are_equal(tmp_path, variant, backbone, dtype):
     assert sorted(path.suffix for path in tmp_path.iterdir() if path.suffix not in (".json", ".py")) == [
         ".safetensors"
     ]
+
+
+@pytest.mark.parametrize("load", [LNFreeForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
+def test_variant_is_a_suffix_of_the_files_where_a_model_is_loaded(tmp_path, load):
+    # what the notation calls a variant has this name too
+    model, other = tiny_model("SM+R"), tiny_model("SM+R")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    other.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="half")
+    input_ids = random_ids(1, 7)
+    assert load(tmp_path, variant="half")(input_ids).logits.equal(model(input_ids).logits)
+    assert load(tmp_path)(input_ids).logits.equal(other(input_ids).logits)
 
 
 def test_partly_missing_weights_keep_what_was_loaded(tmp_path):

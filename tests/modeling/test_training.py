@@ -174,6 +174,22 @@ def test_label_smoothing_of_a_plain_trainer_predicts_the_next_token(way, tmp_pat
     assert loss == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_label_smoothing_of_a_compiled_model_predicts_the_next_token(tmp_path):
+    """`torch_compile` of a recipe: the class of what is compiled is torch's."""
+    from transformers import TrainingArguments
+
+    from training.train.trainer import LNFreeTrainer
+
+    model, input_ids = tiny_model("SM+R"), random_ids(2, 9)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
+    log_probs = model(input_ids).logits.double().log_softmax(-1)[:, :-1]
+    nll = -log_probs.gather(-1, input_ids[:, 1:, None]).mean()
+    compiled = torch.compile(model, backend="eager")
+    loss = LNFreeTrainer(model, arguments).compute_loss(compiled, {"input_ids": input_ids, "labels": input_ids})
+    assert loss.item() == pytest.approx((0.9 * nll - 0.1 * log_probs.mean()).item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["all at once", "derf", "gated, leaky", "SAS"])
 def test_weight_decay_is_for_matrices_and_embeddings(name):
     model = LNFreeForCausalLM(design(name))

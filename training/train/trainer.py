@@ -4,6 +4,7 @@ import errno
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
         if has_fused_loss(model):
             # smoothed in the model: there are no logits to smooth
             self.label_smoothing, self.label_smoother = args.label_smoothing_factor, None
+        elif self.label_smoother is not None:
+            # the Trainer shifts the labels of the classes that it knows by name, and a compiled model's is another
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self.stability = StabilityCallback(Path(self.args.output_dir), self.model)
         self.add_callback(self.stability)
         self.stream: Any = None

@@ -208,7 +208,7 @@ class AttentionEntropy(evaluate.Metric):
         elif isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         max_length = check_max_length(model, tokenizer, max_length)
-        texts = [*self._texts, *(predictions or ())]
+        texts = [*self._texts, *map(str, () if predictions is None else predictions)]
         record = _measure(texts, model, tokenizer, batch_size=batch_size, max_length=max_length)
         self._texts = []
         return super().compute(predictions=[record])

@@ -143,12 +143,15 @@ class _Recorder:
     def hooked(self) -> Iterator[None]:
         """With hooks that tell passes and runs apart, and what is called and not seen."""
 
+        recorded = {*self._around, *self._names, *self._beside}
+
         # functions and not methods: a copy of the model that is made meanwhile shall not copy the recorder
         def hook(method: Callable, in_graphs: bool) -> Callable:
-            def function(*args):
-                # a run leaves no break in a graph; nor is the second computation of a checkpointed layer one
-                if not torch.compiler.is_compiling() and not _in_backward():
-                    method(*args)
+            def function(module, *args):
+                # a copy of the model has these hooks too, and is not measured; a run leaves no break in a graph; nor
+                # is the second computation of a checkpointed layer one
+                if not torch.compiler.is_compiling() and not _in_backward() and module in recorded:
+                    method(module, *args)
 
             return torch.compiler.disable(function) if in_graphs else function
 
