@@ -207,6 +207,7 @@ def draw_heat_map(record: AttentionEntropyRecord):
     axes = figure.subplots()
     image = axes.imshow(share.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
     axes.set(xlabel="head", ylabel="layer", title="entropy / largest")
+    axes.locator_params(integer=True)
     figure.colorbar(image)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
