@@ -131,7 +131,7 @@ def plot(folders: dict[str, Path]) -> Figure:
             (BACKBONES[backbone]["variant"], "with norms, @Stable from random weights", 0),
         ):
             if _is_finished(folder / name):
-                log = [entry for entry in read_json(folder / name / "log_history.json") if "loss" in entry]
+                log = [entry for entry in read_json(folder / name / "log_history.json", list) if "loss" in entry]
                 tokens = [(first + entry["step"]) * 2048 / 1e6 for entry in log]
                 axes.plot(tokens, [float(entry["loss"]) for entry in log], label=label, linewidth=1.2)
         axes.set(xlabel="training tokens (M)", ylabel="training loss (nats)", title=backbone, ylim=(3.8, 6))
