@@ -1,6 +1,9 @@
 """`lnfree remove-norms` on a model that other code made, from the command to the export and its card."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +30,9 @@ OVERRIDES = [
     *("warmup_steps=1", "lr_scheduler_type=linear", "lr_scheduler_kwargs=null", "eval_fraction=0.2", "use_cpu=true"),
     *("disable_tqdm=true", "entropy_steps=5", "entropy_sequences=4"),
 ]
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "norm_removal_study.py"
 
 
 def save_stock(model, folder):
@@ -127,3 +133,26 @@ def test_wrong_arguments_are_one_line(arguments, message, stock, corpus, own_cac
     assert cli.main([*command, *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_the_study_reads_what_is_finished(tmp_path):
+    losses = {"original": 4.5, "control": 4.2, "removed": 4.25, "SM+R": 4.0}
+    for seed in (1, 3, 4):
+        for name, loss in losses.items():
+            folder = tmp_path / f"gpt2-seed{seed}" / name
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps({"eval_loss": loss + 0.01 * seed}))
+            (folder / "log_history.json").write_text(
+                json.dumps([{"step": 10, "loss": 5.0}, {"step": 20, "loss": 4.6}])
+            )
+        (tmp_path / f"gpt2-seed{seed}" / "model").mkdir()
+    command = [sys.executable, "-P", SCRIPT, "--read-only", "--backbones", "gpt2"]
+    read = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True, check=True, cwd=tmp_path)
+    rows = {line.split(" | ")[1]: line for line in read.stdout.splitlines()[2:]}
+    assert rows.keys() == {
+        *("with norms", "with norms, trained on: the control", "without norms, taken out"),
+        "SM+R@Stable from random weights",
+    }
+    assert "| 1.2 M | 1, 3, 4 | 70.81, 72.24, 72.97 | +0.050 | +0.050 to +0.050 |" in rows["without norms, taken out"]
+    assert "| 0.8 M | 1, 3, 4 |" in rows["with norms"] and "| +0.300 |" in rows["with norms"]
+    assert (tmp_path / "norm_removal_study.png").stat().st_size > 10_000
