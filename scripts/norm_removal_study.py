@@ -134,7 +134,7 @@ def plot(folders: dict[str, Path]) -> Figure:
                 log = [entry for entry in read_json(folder / name / "log_history.json", list) if "loss" in entry]
                 tokens = [(first + entry["step"]) * 2048 / 1e6 for entry in log]
                 axes.plot(tokens, [float(entry["loss"]) for entry in log], label=label, linewidth=1.2)
-        axes.set(xlabel="training tokens (M)", ylabel="training loss (nats)", title=backbone, ylim=(3.8, 6))
+        axes.set(xlabel="training tokens (M)", ylabel="training loss (nats)", title=backbone, ylim=(3.6, 6))
         axes.legend(fontsize=7)
     return figure
 
