@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .int8 import simulate_int8
 from .likelihood import Likelihood, Reading, Window, is_causal, negative_log_likelihoods
-from .metrics.attention_entropy.reading import check_max_length, evaluating, load_model, side
+from .metrics.attention_entropy.reading import check_max_length, check_reachable, evaluating, load_model, side
 from .metrics.attention_entropy.record import AttentionEntropyRecord
 from .metrics.attention_entropy.recorder import LayerEntropy, record_attention_entropy
 from .metrics.attention_entropy.summary import summarize
@@ -287,6 +287,7 @@ def measure(
             read; and for texts in which no token is predicted.
     """
     if isinstance(model, str):
+        check_reachable(model)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **options)
         model = load_model(model, device=device, dtype=dtype, **options)

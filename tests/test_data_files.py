@@ -1,5 +1,6 @@
 """Names of files are names, cells are texts, and what is wrong with a file is said with its cause."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -116,6 +117,59 @@ def test_dates_in_a_later_part_are_texts(streaming):
 def test_dates_in_an_array_are_texts():
     Path("d.json").write_text(json.dumps([{"content": date} for date in DATES[:2]]))
     assert texts("d.json") == DATES[:2]
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("later", "wanted"),
+    [
+        ([12, -3, 7.0, 1e10, 1e-7], ["12", "-3", "7.0", "10000000000.0", "1e-07"]),
+        ([True, None], ["true", None]),
+        ([{"a": 1, "b": [None]}, {"a": 2, "b": []}], ['{"a": 1, "b": [null]}', '{"a": 2, "b": []}']),
+        ([["a", "b"]], ['["a", "b"]']),
+        (["a text", 5], ["a text", "5"]),
+        (['"in quotes"', "[a list]", "-", "2024-01-01 or so", "true"], None),
+    ],
+    ids=["numbers", "constants", "objects", "lists", "mixed", "texts"],
+)
+def test_values_among_texts_in_a_later_file_are_written_as_json(later, wanted, streaming):
+    Path("parts").mkdir()
+    write("parts/a.jsonl", "a text", "two\n lines")
+    write("parts/b.jsonl", *later)
+    assert texts("parts", streaming) == ["a text", "two\n lines", *(wanted or later)]
+
+
+@both_ways
+@pytest.mark.parametrize("form", ["lines", "array", "spread", "compressed"])
+def test_texts_that_are_json_themselves_stay_texts(form, streaming):
+    found = [
+        "a text",
+        '{"a":1,  "b": 1e5}',
+        '"in quotes"',
+        "[1,2]",
+        "1e5",
+        "007",
+        "true",
+        "null",
+        "",
+        "\u2028x",
+        "1.50",
+    ]
+    rows = [{"content": text, "number": index} for index, text in enumerate(found)]
+    name = "d.json" if form in ("array", "spread") else "d.jsonl"
+    if form == "array":
+        Path(name).write_text(json.dumps(rows, indent=1))
+    elif form == "spread":
+        Path(name).write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    elif form == "lines":
+        Path(name).write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
+    else:
+        Path("d").mkdir()
+        with gzip.open("d/d.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        name = "d"
+    assert texts(name, streaming) == texts(name, streaming, split="train") == found
+    assert texts(name, streaming, column="number") == list(range(len(found)))
 
 
 @both_ways

@@ -25,7 +25,14 @@ FLOORS = (
         "training.tables",
     ),
     (
-        *("training.runs", "training.data", "training.texts", "training.plots", "training.quantities"),
+        *(
+            "training.runs",
+            "training.data",
+            "training.json_texts",
+            "training.texts",
+            "training.plots",
+            "training.quantities",
+        ),
         *("training.encryption", "training.convert", "training.fields", "training.pages"),
         *("training.parametrization", "training.measured", "training.harness"),
     ),

@@ -19,6 +19,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import modeling_lnfree
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
 from training import cli
 from training.errors import UserError
@@ -232,6 +233,19 @@ def test_errors_say_what_is_wrong(metric, model, tokenizer, arguments, message):
                  for name, value in arguments.items()}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         metric.compute(**arguments)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(metric, model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    nowhere = "model 'no/model' is no folder, and the Hub cannot be reached to look for it: .*refused"
+    with pytest.raises(OSError, match=nowhere):
+        metric.compute(predictions=["a"], model_id="no/model")
+    with pytest.raises(OSError, match=nowhere):
+        metric.compute(predictions=["a"], model=model, tokenizer="no/model")
+    with pytest.raises(OSError, match=nowhere):
+        modeling_lnfree.measure("no/model", ["a text"])
+    with pytest.raises(ValueError, match="model 'no model' is no folder, and cannot be an id of the Hub"):
+        metric.compute(predictions=["a"], model_id="no model")
 
 
 def test_misspelled_arguments_are_named(metric):

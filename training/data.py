@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import httpx2
 import numpy as np
 import pandas as pd
 import torch
@@ -30,15 +29,17 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.packaged_modules.text.text import TextConfig
 from filelock import FileLock
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from modeling_lnfree.metrics.attention_entropy.reading import ask_for_model, ask_hub
+
 from .errors import UserError, explained, one_line
 from .files import kind_of
+from .json_texts import JsonTexts
 from .recipe import DataArguments
 
 
@@ -163,15 +164,13 @@ def load_splits(
             # logs of assistants are columns too
             source["parse_agent_traces"] = False
             features = _json_features(source, streaming)
-            # a part of the file that holds dates alone would be read as dates, and written in another way
             if texts := [column for column, feature in features.items() if _is_text_or_date(feature)]:
-                source["features"] = datasets.Features({**features, **dict.fromkeys(texts, datasets.Json())})
                 strings = datasets.Features({**features, **dict.fromkeys(texts, datasets.Value("string"))})
-                loaded = datasets.load_dataset(**source, split=split, streaming=streaming)
-                options: dict[str, Any] = {"fn_kwargs": {"columns": texts}, "features": strings, "batched": True}
-                if split is not None:
-                    return loaded.map(_take_texts, **options)
-                return {part: rows.map(_take_texts, **options) for part, rows in loaded.items()}
+                as_texts = JsonTexts.like(builder, strings)
+                if streaming:
+                    return as_texts.as_streaming_dataset(split)
+                as_texts.download_and_prepare()
+                return as_texts.as_dataset(split)
         return datasets.load_dataset(**source, split=split, streaming=streaming)
 
 
@@ -198,13 +197,6 @@ def _json_features(source: dict[str, Any], streaming: bool) -> datasets.Features
 def _is_text_or_date(feature: Any) -> bool:
     """JSON has no dates: what was read as one is a text."""
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(("string", "timestamp", "date", "time"))
-
-
-def _take_texts(batch: dict[str, list[Any]], columns: list[str]) -> dict[str, list[str | None]]:
-    return {
-        column: [value if value is None or isinstance(value, str) else json.dumps(value) for value in batch[column]]
-        for column in columns
-    }
 
 
 @contextmanager
@@ -372,33 +364,24 @@ def check_reachable(kind: str, name: str):
     Raises UserError at once for a name that is neither here, nor in the cache, nor can be an id of the Hub; and for
     one of which the Hub cannot be asked: loading it would try for half a minute.
     """
-    is_dataset = kind == "dataset"
-    nowhere = f"{kind} {name!r} is no {'file or ' * is_dataset}folder"
+    ask = _ask_for_dataset if kind == "dataset" else ask_for_model
     try:
-        if is_dataset and name.startswith("buckets/"):
-            # what datasets reads, and is no repository
-            _, owner, bucket, *_ = [*name.split("/"), "", ""]
-            validate_repo_id(f"{owner}/{bucket}")
-            HfApi().bucket_info(f"{owner}/{bucket}")
-        elif not _is_here(name, is_dataset):
-            (HfApi().dataset_info if is_dataset else HfApi().model_info)(name, timeout=10)
-    except httpx2.TransportError as error:
-        raise UserError(f"{nowhere}, and the Hub cannot be reached to look for it: {one_line(error)}") from error
-    except HFValidationError:
-        raise UserError(f"{nowhere}, and cannot be an id of the Hub") from None
-    except (OSError, ValueError):
-        # what loads it says what the Hub answers
+        ask_hub(ask, name, f"{kind} {name!r} is no {'file or ' * (kind == 'dataset')}folder")
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+
+
+def _ask_for_dataset(name: str):
+    if name.startswith("buckets/"):
+        # what datasets reads, and is no repository
+        bucket = "/".join(name.split("/")[1:3])
+        validate_repo_id(bucket)
+        HfApi().bucket_info(bucket)
         return
-
-
-def _is_here(name: str, is_dataset: bool) -> bool:
-    """Whether a name is a folder or of what was loaded before; HFValidationError if it is no id either."""
-    if is_dataset:
-        *owner, last = name.split("/")
-        validate_repo_id(name)
-        return Path(datasets.config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(last)])).is_dir()
-    files = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json")
-    return os.path.isdir(name) or any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    validate_repo_id(name)
+    *owner, last = name.split("/")
+    if not Path(datasets.config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(last)])).is_dir():
+        HfApi().dataset_info(name, timeout=10)
 
 
 def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:

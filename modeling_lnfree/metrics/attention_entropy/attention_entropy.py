@@ -17,7 +17,17 @@ from datasets import Features, List, Value
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .entropy import compute_attention_entropy
-from .reading import adapted_model, check_max_length, encode, evaluating, inner_model, load_model, pad, side
+from .reading import (
+    adapted_model,
+    check_max_length,
+    check_reachable,
+    encode,
+    evaluating,
+    inner_model,
+    load_model,
+    pad,
+    side,
+)
 from .record import AttentionEntropyRecord
 from .recorder import record_attention_entropy
 from .summary import combine, to_numbers
@@ -196,6 +206,9 @@ class AttentionEntropy(evaluate.Metric):
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         loading = {"device": device, "trust_remote_code": trust_remote_code, "revision": revision, "dtype": dtype}
+        for named in (model_id, tokenizer):
+            if isinstance(named, str):
+                check_reachable(named)
         if model is None:
             model = load_model(model_id, **loading, with_head=False)
         elif any(loading.values()):

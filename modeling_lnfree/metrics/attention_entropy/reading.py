@@ -1,12 +1,16 @@
 """Models that are measured, and the texts that they read."""
 
+import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+import httpx2
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +51,34 @@ def load_model(
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"{model_id} lacks weights, which would be random: {', '.join(missing[:3])}{more}")
     return model.to(device).eval()
+
+
+def check_reachable(model_id: str) -> None:
+    """
+    Raises OSError or ValueError at once for a model that is neither a folder nor in the cache, and of which the Hub
+    cannot be asked: loading it would try for a minute.
+    """
+    ask_hub(ask_for_model, model_id, f"model {model_id!r} is no folder")
+
+
+def ask_hub(ask: Callable[[str], None], name: str, nowhere: str) -> None:
+    """Calls `ask` with a name. Raises an error that begins with `nowhere` if it is no id, or there is no answer."""
+    try:
+        ask(name)
+    except httpx2.TransportError as error:
+        raise ConnectionError(f"{nowhere}, and the Hub cannot be reached to look for it: {error}") from error
+    except HFValidationError:
+        raise ValueError(f"{nowhere}, and cannot be an id of the Hub") from None
+    except (OSError, ValueError):
+        # what loads it says what the Hub answers
+        return
+
+
+def ask_for_model(model_id: str) -> None:
+    """Asks the Hub for a model or tokenizer that is neither a folder nor in the cache."""
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json")
+    if not os.path.isdir(model_id) and not any(isinstance(try_to_load_from_cache(model_id, f), str) for f in files):
+        HfApi().model_info(model_id, timeout=10)
 
 
 def side(model: PreTrainedModel, length: int) -> int:
