@@ -249,12 +249,20 @@ def plot_curves(runs: list[Run], titles: list[str]) -> Figure:
     finite = []
     colors: dict[tuple, ColorType] = defaultdict(_colors().__next__)
     seeds: dict[int, int] = {}
+    alike: dict[tuple, list[str]] = {}
+    for run in runs:
+        alike.setdefault((run.configuration, run.setting), []).append(str(run.seed))
     for run, title in zip(runs, titles, strict=True):
         color = colors[run.configuration, run.setting]
         style = ("-", "--", ":", "-.")[seeds.setdefault(run.seed, len(seeds)) % 4]
         logged = [entry for entry in read_json(run.folder / "log_history.json", list) if "loss" in entry]
         losses = [entry["loss"] for entry in logged]
-        steps, label = [entry["step"] for entry in logged], textwrap.fill(title.replace("\n", ", "), 44)
+        # one line of the legend for all seeds of a configuration
+        of_all = alike.pop((run.configuration, run.setting), [])
+        label = title.replace("\n", ", ")
+        if of_all[1:]:
+            label = label.replace(f"seed {run.seed}", f"seeds {', '.join(of_all)}")
+        steps, label = [entry["step"] for entry in logged], textwrap.fill(label, 44) if of_all else "_"
         loss_axis.plot(steps, losses, color=color, linestyle=style, label=label, linewidth=1.2)
         finite += [loss for loss in losses if np.isfinite(loss)]
     if finite:
