@@ -21,7 +21,7 @@ from ..conftest import ROOT
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "section must be one of step, bf16, optimizer, entropy, .*, got 'speed'"),
+        (["speed"], "section must be one of step, bf16, optimizer, designs, .*, got 'speed'"),
         (["step", "--sizes", "huge"], "size must be one of quick, gpt2, pythia70m, got 'huge'"),
         (["--rounds", "0"], "rounds and lengths must be at least 1, got 0"),
     ],
@@ -73,6 +73,9 @@ def test_every_section_prints_a_table_and_writes_its_figures(tmp_path):
         assert rows and all(row.keys() == rows[0].keys() for row in rows)
     adamw, muon = document["sections"]["optimizer"]
     assert adamw["of adamw"] == 1 and muon["of adamw"] > 0 and muon["peak MiB"] > 1
+    designs = document["sections"]["designs"]
+    assert {"SM+LN+G", "SM+R@Stable", "SM+Lin@AERO", "SM+LN+G@HybridNorm-star"} <= {row["design"] for row in designs}
+    assert all(row["ms"] > 0 and row["peak MiB"] > 1 for row in designs)
     for row in document["sections"]["entropy"]:
         assert row["plain ms"] > 0 and row["plain MiB"] > 1
     steps = {(row["model"], row["fast CPU"]): row for row in document["sections"]["step"]}

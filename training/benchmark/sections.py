@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model, PreTrainedModel, Trainer, TrainingArguments
 
 from modeling_lnfree import record_attention_entropy, use_fast_cpu
+from modeling_lnfree.variants import BASELINE, rename_variant
 
 from ..errors import UserError
 from ..parametrization import parametrize_weights, update_spectral_norms
 from ..quantities import BatchEntropy, Outliers, Quantity, ResidualStream, ZeroActivations
-from ..recipe import load_recipe
+from ..recipe import find_file, load_recipe, read_values
 from ..train.callbacks import MeasurementCallback
 from .gpu import TOKENS, benchmark_attention, benchmark_bf16, benchmark_passes
 from .models import (
@@ -126,6 +127,41 @@ def benchmark_optimizer(settings: Settings) -> Iterator[Row]:
             }
             for name in names
         ]
+
+
+def benchmark_designs(settings: Settings) -> Iterator[Row]:
+    """
+    Training steps by Muon of every design that the sweep `designs` compares, the fastest first: 2,048 tokens at the
+    size of `quick`.
+    """
+    device = settings.device
+    grids = read_values(find_file("designs", "sweep"), "sweep")["grids"]
+    named = [(variant, grid.get("preset")) for grid in grids for variant in _as_list(grid["variant"])]
+    # a preset that a grid names for all its variants
+    variants = list(dict.fromkeys(rename_variant(v, preset=preset) if preset else v for v, preset in named))
+    input_ids = torch.randint(SIZES["quick"]["vocab_size"], (16, 128), device=device)
+
+    def prepare(variant):
+        model = use_fast_cpu(build_lnfree(variant, "quick", 128, device))
+        step = training_step(model, input_ids, layer_optimizer="muon")
+        return step, step
+
+    mib = {variant: peak_memory(partial(prepare, variant), device) for variant in variants}
+    seconds = medians(take_turns({variant: prepare(variant)[0] for variant in variants}, settings.rounds, device))
+    yield from [
+        {
+            "design": variant,
+            "ms": 1e3 * seconds[variant],
+            "of SM+LN+G": seconds[variant] / seconds[BASELINE],
+            "peak MiB": mib[variant],
+            "peak of SM+LN+G": mib[variant] / mib[BASELINE],
+        }
+        for variant in sorted(variants, key=seconds.__getitem__)
+    ]
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def benchmark_entropy(settings: Settings) -> Iterator[Row]:
@@ -479,6 +515,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Settings], Iterable[Row]]]] = {
     "step": ("A training step", benchmark_step),
     "bf16": ("A training step in bfloat16, with batches that fill a GPU", benchmark_bf16),
     "optimizer": ("Muon for the layers' matrices", benchmark_optimizer),
+    "designs": ("A training step of every design", benchmark_designs),
     "entropy": ("What measuring attention entropy adds to a forward pass", benchmark_entropy),
     "attention": ("One attention call, and its entropy", benchmark_attention),
     "passes": ("What measuring adds to whole forward passes", benchmark_passes),
