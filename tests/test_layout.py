@@ -18,6 +18,7 @@ PACKAGES = ("modeling_lnfree", "model_cards", "training")
 FLOORS = (
     (
         "training.catalog",
+        "training.effects",
         "training.errors",
         "training.files",
         "training.methods",

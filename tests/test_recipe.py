@@ -179,7 +179,51 @@ WRONG = [
     ({"rope_theta": 5e5}, "rope_theta=500000.0 has no effect without position_embedding_type='rotary'"),
     ({"partial_rotary_factor": 1.0}, "partial_rotary_factor=1.0 has no effect without position_embedding_type"),
     ({"norm_alpha_init": 0.8}, "norm_alpha_init=0.8 has no effect without a norm of type dyt or derf"),
+    ({"variant": "SM+R-noLNf", "layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06 has no effect without a norm that"),
+    ({"norm_position": "peri"}, "norm_position=peri has no effect without norms in the layers"),
+    ({"variant": "SM+R@PostLN"}, "preset PostLN has no effect without norms in the layers, got SM\\+R@PostLN"),
+    ({"intermediate_size": 24, "mlp_type": "none"}, "intermediate_size=24 has no effect without feed-forward layers"),
+    ({"classifier_dropout": 0.1}, "classifier_dropout is not supported in a recipe: it is of a classifier"),
+    ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers=True has no effect without dataloader_n"),
+    ({"hub_strategy": "end"}, "hub_strategy is not supported in a recipe: .*'lnfree publish'"),
+    ({"do_train": True}, "do_train is not supported in a recipe: every run trains"),
+    ({"remove_unused_columns": False}, "remove_unused_columns is not supported in a recipe"),
+    ({"compile_layers": True, "torch_compile_mode": "default"}, "compile_layers=True and torch_compile_mode=default"),
 ]
+# fields that another one switches off: each with what brings it to act
+IDLE = [
+    ({"eval_steps": 2, "eval_strategy": "epoch"}, {"eval_strategy": "steps"}),
+    ({"eval_delay": 2}, {"eval_strategy": "epoch"}),
+    ({"eval_sequences": 2}, {"eval_strategy": "steps"}),
+    ({"eval_sequences": 2}, {"eval_on_start": True}),
+    ({"save_strategy": "no", "save_total_limit": 3}, {"save_strategy": "steps"}),
+    ({"save_strategy": "no", "save_only_model": True}, {"save_strategy": "steps"}),
+    ({"save_strategy": "epoch", "save_steps": 1000}, {"save_strategy": "steps"}),
+    ({"save_strategy": "no", "milestones": [1000]}, {"save_strategy": "epoch"}),
+    ({"eval_fraction": 0.2, "eval_dataset": "e.jsonl"}, {"eval_dataset": None}),
+    ({"num_train_epochs": 2.0, "max_steps": 5}, {"max_steps": -1}),
+    ({"num_train_epochs": 2.0, "train_tokens": 5000}, {"train_tokens": None}),
+    ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant_with_warmup"}),
+    ({"activation_checkpointing_kwargs": {"use_reentrant": False}}, {"activation_checkpointing": True}),
+    ({"adam_beta2": 0.9, "optim": "sgd"}, {"optim": "adamw_torch"}),
+    ({"optim_args": "momentum=0.9"}, {"optim": "sgd"}),
+    ({"dataloader_in_order": False}, {"dataloader_num_workers": 1}),
+    ({"run_name": "mine"}, {"report_to": "tensorboard"}),
+    ({"project": "mine"}, {"report_to": ["trackio"]}),
+]
+
+
+@pytest.mark.parametrize(("values", "acting"), IDLE, ids=lambda v: "-".join(v))
+def test_field_that_another_switches_off_is_told(values, acting):
+    (line,) = build_recipe({**SMALLEST, **values}).idle
+    assert re.match(rf"({'|'.join(f'{name}=' for name in values)}).* has no effect without ", line)
+    assert build_recipe({**SMALLEST, **values, **acting}).idle == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_fields_of_the_recipes_that_come_along_all_act(path):
+    start = ["init_from=openai-community/gpt2"] if path.stem == "remove_norms" else []
+    assert load_recipe(path, start).idle == []
 
 
 def test_what_has_an_effect_is_taken():

@@ -20,7 +20,7 @@ def print_fields():
     model = [
         declared.get(name) or SimpleNamespace(name=name, type=hint, default=None)
         for name, hint in MODEL_HINTS.items()
-        if name in MODEL_FIELDS
+        if name in MODEL_FIELDS and name not in REFUSED
     ]
     ours = [(field, field.metadata["help"]) for field in fields(DataArguments)]
     helps = _document_fields(LNFreeConfig)

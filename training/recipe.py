@@ -9,7 +9,7 @@ import difflib
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -27,6 +27,7 @@ from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
 from modeling_lnfree.variants import rename_variant, variant_slug
 
 from .catalog import RECIPES, SWEEPS
+from .effects import check_effects, find_idle
 from .errors import UserError, explained, one_line
 from .methods import MethodArguments, check_methods
 
@@ -210,6 +211,10 @@ TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
 # with transformers' own, in which layers differ
 MODEL_HINTS = {**LNFreeConfig.__annotations__, "per_layer_config": dict[int, dict[str, Any]] | None}
 MODEL_FIELDS = MODEL_HINTS.keys() - TRAINING_FIELDS
+# of the fields of `DataArguments` and `TrainingArguments`
+DEFAULTS = {
+    f.name: f.default for f in (*fields(TrainingArguments), *fields(DataArguments)) if f.default is not MISSING
+}
 _TO_THE_HUB = "finished runs go to the Hub by 'lnfree publish', with the token of 'hf auth login'"
 # with these of the Trainer's arguments a run would not be what its recipe and its results say
 REFUSED = {
@@ -231,8 +236,18 @@ REFUSED = {
     "use_cache": "training keeps no cache",
     "use_liger_kernel": "it has none for this family",
     # the folder of a run has local paths, and no copy of the model's code
-    "push_to_hub": _TO_THE_HUB,
-    "hub_token": _TO_THE_HUB,
+    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_revision"), _TO_THE_HUB),
+    **dict.fromkeys(("hub_strategy", "hub_always_push"), _TO_THE_HUB),
+    # without an effect on any run
+    "classifier_dropout": "it is of a classifier, which is made of the trained model",
+    "fsdp_config": "fsdp_size is what shards a model here",
+    "greater_is_better": "variants are compared at equal steps",
+    "include_for_metrics": "the evaluation is by the loss alone",
+    "liger_kernel_config": "it has none for this family",
+    "local_rank": "a launcher says it",
+    "remove_unused_columns": "blocks have one column",
+    "restore_callback_states_from_checkpoint": "no callback keeps any",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "every run trains, and is evaluated at its end"),
 }
 
 
@@ -307,6 +322,11 @@ class Recipe:
         """Arguments of `build_optimizer`; none where the matrices of the layers are trained as all else."""
         given = {name: value for name in LAYER_FIELDS if (value := getattr(self.data, name)) is not None}
         return {} if given == {"layer_optimizer": "adamw"} else given
+
+    @property
+    def idle(self) -> list[str]:
+        """A line for each field that another one switches off."""
+        return find_idle(self.to_dict(), DEFAULTS)
 
     def to_dict(self) -> dict[str, Any]:
         """The flat recipe, with every default of `DataArguments` written out."""
@@ -396,8 +416,9 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
                 raise UserError(f"recipe: {error}") from None
     recipe = Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
     data, training = recipe.data, recipe.training
+    given = recipe.to_dict()
     for name, reason in REFUSED.items():
-        if training.get(name):
+        if given.get(name) not in (None, DEFAULTS.get(name)):
             raise UserError(f"{name} is not supported in a recipe: {reason}")
     if training.get("eval_do_concat_batches") is False:
         raise UserError(
@@ -410,7 +431,6 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if recipe.model.get(name) is not None:
             raise UserError(f"{name} must be left out of a recipe: it is the tokenizer's; got {recipe.model[name]}")
-    given = recipe.to_dict()
     # a block of one token predicts nothing
     for name, least in (
         *(("block_size", 2), ("train_tokens", 1), ("eval_sequences", 1)),
@@ -437,7 +457,10 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         raise UserError(f"preset={data.preset!r} has no effect on variant={data.variant!r}, which names its own")
     _check_layer_optimizer(recipe)
     if data.compile_layers:
-        for name in ("torch_compile", "entropy_weight", "batch_entropy_weight", "remove_norms_from"):
+        for name in (
+            *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+            *("entropy_weight", "batch_entropy_weight", "remove_norms_from"),
+        ):
             # what looks into a layer in every step would have it compiled anew in every step
             if given.get(name):
                 raise UserError(f"compile_layers=True and {name}={given[name]} do not go together")
@@ -453,16 +476,17 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         raise UserError(f"output_dir must be a folder, got {training['output_dir']!r}")
     check_methods(data, {**recipe.to_dict(), "max_steps": training.get("max_steps", -1)})
     _check_start(recipe, values)
+    config = None
     if data.init_from is None:
         try:
             config = recipe.build_config()
         except (ValueError, StrictDataclassError) as error:
             raise UserError(one_line(error)) from None
-        _check_effects(recipe, config)
         if data.block_size > config.max_position_embeddings:
             raise UserError(
                 f"block_size={data.block_size} is longer than max_position_embeddings={config.max_position_embeddings}"
             )
+    check_effects(recipe.to_dict(), DEFAULTS, config)
     if not 0 < data.eval_fraction < 1:
         raise UserError(f"eval_fraction must be in (0, 1), got {data.eval_fraction}")
     if data.tokenizer is None and recipe.model.get("vocab_size", 0) < 258:
@@ -484,23 +508,6 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             raise UserError(f"milestones must be multiples of save_steps={save_steps}, got {step}")
     training.setdefault("output_dir", f"runs/{recipe.name}")
     return recipe
-
-
-def _check_effects(recipe: Recipe, config: LNFreeConfig):
-    """Refuses what was given and would change nothing."""
-    rotary = config.position_embedding_type == "rotary"
-    scaled = {"dyt", "derf"} & {config.norm_type, config.final_norm_type}
-    for name, acts, needs in (
-        ("shuffle_buffer", recipe.data.streaming, "streaming=True"),
-        ("decay_slopes", config.slope_sharing, "a learned slope (slope_sharing)"),
-        ("rope_theta", rotary, "position_embedding_type='rotary'"),
-        ("partial_rotary_factor", rotary, "position_embedding_type='rotary'"),
-        ("norm_alpha_init", scaled, "a norm of type dyt or derf"),
-    ):
-        default = getattr(DataArguments, name, None)
-        given = recipe.to_dict().get(name)
-        if not acts and given not in (None, default):
-            raise UserError(f"{name}={given} has no effect without {needs}")
 
 
 def _check_layer_optimizer(recipe: Recipe):

@@ -117,6 +117,8 @@ def train(recipe: Recipe) -> Path:
         lock = _claim(run_dir, recipe)  # noqa: F841
         # some launchers start fewer than they are asked for
         print(f"{run_dir}: {arguments.world_size} process{'es' * (arguments.world_size > 1)}, {arguments.device.type}")
+        for line in recipe.idle:
+            print(f"{run_dir}: {line}")
     # one process looks, for all: nodes may see a shared folder differently for a while
     (finished,) = broadcast_object_list([(run_dir / RESULTS).is_file()])
     if finished:
