@@ -15,7 +15,16 @@
 
 from dataclasses import fields
 
-from .configuration_lnfree import BACKBONES, NAMED_FIELDS, PAPER_VARIANTS, LNFreeConfig, read_variant, write_variant
+from .configuration_lnfree import (
+    ATTENTION_PROJECTIONS,
+    BACKBONES,
+    MLP_PROJECTIONS,
+    NAMED_FIELDS,
+    PAPER_VARIANTS,
+    LNFreeConfig,
+    read_variant,
+    write_variant,
+)
 
 
 # what changes are against
@@ -41,4 +50,7 @@ def as_variant(config: LNFreeConfig, variant: str) -> LNFreeConfig:
     """The configuration of another variant of the same sizes and backbone."""
     same = {f.name: vars(config)[f.name] for f in fields(config) if f.name not in NAMED_FIELDS}
     same |= BACKBONES.get(config.backbone, {"parallel_residual": config.parallel_residual})
+    # a matrix that the other MLP does not have has no bias there
+    there = {*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS[same.get("mlp_type", "two_layer")]}
+    same["biased_projections"] = [name for name in config.biased_projections if name in there]
     return type(config).from_variant(variant, **same)

@@ -261,6 +261,10 @@ def test_slugs_and_order_of_variants():
         LNFreeConfig.from_variant("SM+R@SAS-P", "pythia", hidden_size=64, num_attention_heads=4), BASELINE
     )
     assert (other.variant, other.backbone, other.hidden_size) == (BASELINE, "pythia", 64)
+    # what only a gated MLP has can have no bias in the baseline's
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    gated = LNFreeConfig(mlp_type="gated", biased_projections=[*attention, "gate_proj", "up_proj", "down_proj"])
+    assert as_variant(gated, BASELINE).biased_projections == [*attention, "up_proj", "down_proj"]
 
 
 def test_config_file_keeps_what_other_tools_added(caplog):
