@@ -69,7 +69,7 @@ REMOVAL = {
     **{"entropy_steps": 40, "entropy_sequences": 16},
 }
 # what a gated MLP needs more of: steps for its own norms, and after the last
-SLOWER = {"llama": {"remove_norms_from": 5, "remove_norms_gaps": [12, 1, 1, 2]}}
+SLOWER = {"llama": {"remove_norms_from": 8, "remove_norms_gaps": [8, 1, 1, 2]}}
 # of a seed's fine-tuning, which then reads other tokens than its training
 OTHER_SEED = 100
 FORMATS = {"perplexity": "{:.2f}", "nats from the control": "{:+.3f}", "95 % interval": "{:+.3f} to {:+.3f}"}

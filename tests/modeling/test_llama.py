@@ -68,5 +68,11 @@ def test_scaled_rotary_models_are_loaded_whole(rope, tmp_path):
     ours.save_pretrained(tmp_path)
     loaded, input_ids = LNFreeForCausalLM.from_pretrained(tmp_path), random_ids(2, 12)
     assert loaded(input_ids).logits.equal(ours(input_ids).logits)
+
+
+@pytest.mark.parametrize("rope", ["llama3", "yarn"])
+def test_scaled_rotary_models_compile(rope):
+    ours, _ = both({"rope_parameters": ROPE[rope]})
+    input_ids = random_ids(2, 12)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")(input_ids, use_cache=False).logits
     torch.testing.assert_close(compiled, ours(input_ids).logits, atol=1e-5, rtol=1e-5)
