@@ -85,7 +85,8 @@ def test_common_offset_of_keys_costs_no_precision(masked):
 @pytest.mark.parametrize("block_elements", [1, 2000, 2**22])
 @pytest.mark.parametrize("options", ["softcap", "sinks", "both", "bool", "bias", "bias and causal"])
 def test_blocks_match_definition(options, block_elements, monkeypatch):
-    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", block_elements)
+    for name in ("_BLOCK_ELEMENTS", "_CACHED_ELEMENTS"):
+        monkeypatch.setattr(entropy_module, name, block_elements)
     query, key = random_states(2, 4, 2, 23, 29, 16, scale=3.0)
     arguments = {"scaling": 0.25, "is_causal": "causal" in options}
     if options in ("softcap", "both"):
@@ -98,6 +99,69 @@ def test_blocks_match_definition(options, block_elements, monkeypatch):
         arguments["attention_mask"] = -0.3 * torch.arange(29.0).expand(1, 4, 1, 29)
     ours = compute_attention_entropy(query, key, **arguments)
     torch.testing.assert_close(ours.double(), naive_attention_entropy(query, key, **arguments), atol=2e-5, rtol=0)
+
+
+def masks(name):
+    """Of two sequences of 23 queries and keys, with four heads."""
+    positions = torch.arange(23)
+    if name == "packed":
+        document = torch.stack([positions // 6, positions // 9])
+        return (document[:, :, None] == document[:, None]).tril()[:, None]
+    if name == "window":
+        return ((positions[:, None] - positions).abs() < 4).tril()[None, None]
+    mask = random_mask((1 if name == "by head" else 2, 4 if "head" in name else 1, 23, 23))
+    # a query that sees nothing
+    mask[:, :, 5] = False
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("elements", "queries"), [(1, 1), (70, 3), (400, 8), (2**17, 32)])
+@pytest.mark.parametrize(
+    "mask", [None, "causal", "packed", "window", "by sequence", "by head", "by sequence and head"]
+)
+def test_blocks_of_linear_scores_match_definition(mask, elements, queries, dtype, monkeypatch):
+    monkeypatch.setattr(entropy_module, "_CACHED_ELEMENTS", elements)
+    monkeypatch.setattr(entropy_module, "_CACHED_QUERIES", queries)
+    states = [state.requires_grad_() for state in random_states(2, 4, 2, 23, 23, 8, dtype=dtype)]
+    arguments = {"scaling": 0.6, "is_causal": mask == "causal"}
+    counted = torch.ones(2, 4, 23, dtype=torch.bool)
+    if mask not in (None, "causal"):
+        arguments["attention_mask"] = masks(mask)
+        counted = arguments["attention_mask"].any(-1).expand(2, 4, 23)
+    factor = torch.randn(2, 4, 23, dtype=dtype).masked_fill(~counted, 0.0)
+    ours = compute_attention_entropy(*states, **arguments)
+    assert ours.isnan().equal(~counted)
+    found = torch.autograd.grad((ours.nan_to_num() * factor).sum(), states)
+    if not counted.all():
+        # the definition's own gradient is NaN beside a query that sees no key
+        arguments["attention_mask"] = arguments["attention_mask"] | ~counted[:, :, :, None]
+    twins = [state.detach().double().requires_grad_() for state in states]
+    theirs = naive_attention_entropy(*twins, **arguments)
+    expected = torch.autograd.grad((theirs * factor).sum(), twins)
+    atol = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(ours[counted].double(), theirs[counted], atol=atol, rtol=0)
+    torch.testing.assert_close([grad.double() for grad in found], list(expected), atol=atol, rtol=0)
+
+
+def test_heads_without_a_gradient_get_exactly_0_and_the_others_the_same(monkeypatch):
+    monkeypatch.setattr(entropy_module, "_CACHED_ELEMENTS", 200)
+    states = [state.requires_grad_() for state in random_states(2, 4, 2, 23, 23, 8)]
+    entropy = compute_attention_entropy(*states, scaling=0.6, is_causal=True)
+    only = torch.autograd.grad(entropy[:, :2].sum(), states, retain_graph=True)
+    both = torch.autograd.grad(entropy.sum(), states)
+    for states, heads in ((only[0], 2), (only[1], 1)):
+        assert not states[:, heads:].any() and states[:, :heads].any()
+    assert only[0][:, :2].equal(both[0][:, :2]) and only[1][:, :1].equal(both[1][:, :1])
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"attention_mask": masks("packed")}])
+def test_what_autocast_does_not_reach(options):
+    states = [state.requires_grad_() for state in random_states(2, 4, 2, 23, 23, 8)]
+    expected = torch.autograd.grad(compute_attention_entropy(*states, scaling=0.6, **options).sum(), states)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(compute_attention_entropy(*states, scaling=0.6, **options).sum(), states)
+    assert all(ours.equal(theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_half_precision_inputs_are_computed_in_float32():
@@ -236,7 +300,8 @@ class LargestOutput(TorchDispatchMode):
 
 
 def test_memory_grows_linearly_with_length(monkeypatch):
-    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2**14)
+    for name in ("_BLOCK_ELEMENTS", "_CACHED_ELEMENTS"):
+        monkeypatch.setattr(entropy_module, name, 2**14)
     query, key = random_states(1, 4, 2, 1024, 1024, 8)
     for options in ({"is_causal": True}, {"softcap": 3.0}, {"attention_mask": torch.ones(1, 1, 1, 1024).bool()}):
         with LargestOutput() as largest:
@@ -375,7 +440,8 @@ def test_gradient_of_the_accelerators_way_matches_definition(case):
     "options", [{"is_causal": True}, {"softcap": 2.0}, {"attention_mask": torch.ones(1, 1, 1, 512).bool()}]
 )
 def test_no_map_is_kept_for_the_gradient(options, monkeypatch):
-    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2**13)
+    for name in ("_BLOCK_ELEMENTS", "_CACHED_ELEMENTS"):
+        monkeypatch.setattr(entropy_module, name, 2**13)
     query, key = (state.requires_grad_() for state in random_states(1, 2, 2, 512, 512, 8))
     kept = {}
 
@@ -417,8 +483,8 @@ def test_the_backward_pass_waits_with_nothing_as_large_as_the_keys(scaling, kv_h
     query, key = query.requires_grad_(), key.requires_grad_()
     with Made() as made:
         entropy = compute_attention_entropy(query, key, scaling=scaling, is_causal=True)
-    # but queries and keys themselves, and with a negative factor the product of it and the queries
-    assert sum(made.held(size) for size in {query.nbytes, key.nbytes}) == 2 + (scaling < 0)
+    # but queries and keys themselves
+    assert sum(made.held(size) for size in {query.nbytes, key.nbytes}) == 2
     twins = [states.detach().double().requires_grad_() for states in (query, key)]
     expected = naive_attention_entropy(*twins, scaling=scaling, is_causal=True)
     found = torch.autograd.grad(entropy.sum(), (query, key))

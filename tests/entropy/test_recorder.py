@@ -417,7 +417,8 @@ def test_a_batch_of_one_is_broadcast():
 
 
 def test_a_sink_for_every_query(monkeypatch):
-    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2000)
+    for name in ("_BLOCK_ELEMENTS", "_CACHED_ELEMENTS"):
+        monkeypatch.setattr(entropy_module, name, 2000)
     query, key = random_states(2, 4, 2, 23, 13, 16)
     sinks = torch.randn(2, 4, 23, 1)
     attention = _Attention()

@@ -1,58 +1,54 @@
-"""Exact attention entropy at the cost of one more attention call.
+"""Exact attention entropy without attention maps.
 
-A query with the scores `s_j = scaling * q.k_j` of the keys that it sees attends with `p = softmax(s)`. The entropy of
-`p`, in nats, is
+A query with the scores `s_j = scaling * q.k_j` of the keys that it sees attends with `p = softmax(s)`. With the
+largest score m, l = sum_j exp(s_j - m) and e = sum_j exp(s_j - m) (s_j - m), the entropy of `p` in nats is
 
-    H = -sum_j p_j log p_j = logsumexp(s) - sum_j p_j s_j        because log p_j = s_j - logsumexp(s),
+    H = -sum_j p_j log p_j = log l - e / l,
 
-and the scores are linear in the keys, so the last sum is an attention output whose values are the keys:
+where neither term is negative, neither is above log n by more than rounding, and nothing cancels at any score.
 
-    sum_j p_j s_j = scaling * q . (sum_j p_j k_j) = scaling * q . Attention(q, k, v=k).
+Scores are computed for a block of queries and heads at a time, which fits a cache of the CPU, from the first to the
+last key that any of them sees, and by powers of 2, which are the cheaper ones. No (T, T) map is ever formed.
 
-A fused attention kernel computes the log-sum-exp and that output in O(T) memory: no (T, T) map is ever formed.
+Precision: the rounding of a score is what is left. H does not change when one vector is added to every key, so the
+mean of the keys is subtracted from every key first. What is left of the scores is at most `|scaling| |q| |k|`; where
+that is not small, all is computed in float64 on the CPU. Accelerators compute in float32. On a GPU with Triton, where
+no gradient is wanted, one kernel does all of it in one pass over the keys, and adds up what a record keeps
+(`kernel.py`).
 
-Precision: H does not change when one vector is added to every key, but both terms do, and their difference cancels.
-So the mean of the keys is subtracted from every key first. What is left of the terms is at most `|scaling| |q| |k|`;
-the kernel is taken where that is small, so that the rounding of the difference is too. All else takes another way:
-with the largest score m of a query, l = sum_j exp(s_j - m) and e = sum_j exp(s_j - m) (s_j - m),
-
-    H = log l - e / l,
-
-where neither term is negative, neither is above log n by more than rounding, and nothing cancels at any score. It is
-computed from the scores of one block of queries at a time: in float64 on the CPU, in float32 on an accelerator, where
-it is the usual way. It also takes scores that are not linear in the keys (additive biases, soft caps) and sinks. On a
-GPU with Triton, where no gradient is wanted, one kernel does all of it in one pass over the keys, and adds up what a
-record keeps (`kernel.py`).
+Gradient: dH/ds_j = -p_j (log p_j + H), from log-sum-exp and entropy of the query and from the scores, which the
+backward pass computes again. Scores that are not linear in the keys (additive biases, soft caps) and sinks leave it to
+autograd, in blocks that are computed again.
 
 Clipped softmax (arXiv 2306.12929), w_j = max((1 + a / n) p_j - a / n, 0) of n keys, gives no distribution. Its entropy
 is that of w_j / sum_i w_i, from the scores of a block of queries too. A query that has no weight left has none.
-
-Gradient: the log-sum-exp of a kernel carries none. But dH/ds_j = -p_j (s_j - sum_i p_i s_i) is also the gradient of
--sum_j p_j c_j with constants c_j = s_j, so H = lse.detach() - scaling * q.detach() . Attention(q, k, v=k.detach())
-has the right value and the right gradient, by the kernel's own backward. Blocks are computed again in the backward
-pass, so that no map is kept for it either.
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .visibility import HIDDEN_BIAS, Visibility, split_mask
 
 
-# elements of the scores, or of the float mask of a kernel, that are held at a time: what fits a cache of the CPU;
-# elsewhere, a few blocks
+# elements of the scores that are held at a time: what fits a cache of the CPU; elsewhere, a few blocks
 _BLOCK_ELEMENTS = 2**20
 _BLOCK_ELEMENTS_OF_ACCELERATORS = 2**24
-# bound of the two terms up to which their difference is taken: its rounding is below 2e-5 then
-_LARGE_TERM = 2**8
+# where every step works in place: what fits the nearest cache of a core, and so few queries of a head that there is
+# little among their keys that some do not see
+_CACHED_ELEMENTS = 2**17
+_CACHED_QUERIES = 32
+# bound of the scores up to which they are rounded by less than 2e-5 in float32
+_LARGE_SCORE = 2**8
+_LOG_2 = math.log(2)
 
 
 def compute_attention_entropy(
@@ -135,7 +131,7 @@ def entropy_of_visible(
         result = kernel_result(query, key, scaling, visibility, bias=bias, softcap=softcap, sinks=sinks)
         return result.entropy, None, None
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
-    query, key = query.to(dtype), key.to(dtype)
+    given, (query, key) = (query, key), (query.to(dtype), key.to(dtype))
     arguments = (scaling, visibility, bias, softcap, sinks)
     infinite = empty = None
     with torch.autocast(query.device.type, enabled=False):
@@ -152,10 +148,10 @@ def entropy_of_visible(
         else:
             linear = bias is None and softcap is None and sinks is None
             mean = visibility.mean_key(key.detach()) if linear else None
-            if not _terms_are_small(query, key if mean is None else key.detach() - mean, scaling, bias):
+            if not _scores_are_small(query, key if mean is None else key.detach() - mean, scaling, bias):
                 entropy, infinite = _streamed_entropy(query.double(), key.double(), *arguments)
             elif mean is not None:
-                entropy = _fused_entropy(query, key, mean, scaling, visibility)
+                entropy, _ = _LinearEntropy.apply(*given, mean, scaling, visibility)
             else:
                 entropy, _ = _streamed_entropy(query, key, *arguments)
     # what rounding leaves beside the range; `minimum` hands NaN on
@@ -281,13 +277,13 @@ def kernel_result(
     )
 
 
-def _terms_are_small(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None) -> bool:
-    """Whether everything is finite, and the terms of the difference are so small that float32 is enough."""
+def _scores_are_small(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None) -> bool:
+    """Whether everything is finite, and the scores are so small that float32 is enough."""
     bound = abs(scaling) * torch.linalg.vector_norm(query.detach(), dim=-1).max()
     bound = bound * torch.linalg.vector_norm(key.detach(), dim=-1).max()
     if bias is not None:
         bound = bound + bias.detach().clamp(min=HIDDEN_BIAS).where(bias > HIDDEN_BIAS, 0.0).abs().max()
-    return bool(bound <= _LARGE_TERM)
+    return bool(bound <= _LARGE_SCORE)
 
 
 def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int, *tensors: Tensor | None) -> Tensor:
@@ -306,54 +302,115 @@ def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int,
     return torch.cat(blocks, 2)
 
 
-def _fused_entropy(query: Tensor, key: Tensor, mean: Tensor, scaling: float, visibility: Visibility) -> Tensor:
-    """`lse - scaling * q . Attention(q, k, v=k)` by the kernel of the CPU, of the keys less their `mean`, with the
-    right gradient, `(batch, heads, T)`; of finite queries and keys."""
-    if scaling <= 0:
-        # the kernel hides a key by the score -inf before it multiplies
-        query, scaling = scaling * query, 1.0
-    states = key - mean
+class _Block(NamedTuple):
+    """Some queries of some heads, and the keys from the first to the last that any of them sees."""
 
-    def entropy(start: int, stop: int, query: Tensor, states: Tensor) -> Tensor:
-        query = query[:, :, start:stop]
-        mask = None if visibility.mask is None else visibility.mask[:, :, start:stop]
-        if mask is not None:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-        output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, states, states.detach(), is_causal=visibility.is_causal, attn_mask=mask, scale=scaling
-        )
-        return logsumexp.detach() - scaling * torch.linalg.vecdot(query.detach(), output)
+    query: Tensor  # (sequences x heads of keys, groups x queries, head_dim)
+    key: Tensor  # (sequences x heads of keys, keys, head_dim)
+    hidden: Tensor | None  # which of the last of these keys, bool, (sequences, heads, queries, last keys)
+    shape: tuple[int, ...]  # (sequences, heads, queries, keys)
+    queries: tuple[slice, ...]  # where they stand in (batch, kv_heads, groups, T, ...)
+    keys: tuple[slice, ...]  # where they stand in (batch, kv_heads, head_dim, S)
 
-    if visibility.mask is not None:
-        return _in_blocks(entropy, visibility.mask[..., 0, :].numel(), query.shape[2], query, states)
-    with _kept_small(query.detach(), states.detach(), key.detach(), mean):
-        return entropy(0, query.shape[2], query, states)
+    def scores(self, scaling: float, less: Tensor | None = None) -> Tensor:
+        """Scores, less a number for each query, `(sequences x heads of keys, groups x queries, keys)`."""
+        start, beta = (self.query[:1, :1, :1], 0) if less is None else (less, -1)
+        scores = torch.baddbmm(start, self.query, self.key.mT, beta=beta, alpha=scaling)
+        if self.hidden is not None:
+            last = scores.view(self.shape)[..., -self.hidden.shape[-1] :]
+            last.masked_fill_(self.hidden, -torch.inf)
+        return scores
+
+    def take(self, states: Tensor) -> Tensor:
+        return states[self.queries].reshape(*self.query.shape[:2], 1)
+
+    def put(self, values: Tensor, states: Tensor) -> None:
+        part = states[self.queries]
+        part.copy_(values.view_as(part))
 
 
-def _kept_small(query: Tensor, states: Tensor, key: Tensor, mean: Tensor) -> AbstractContextManager[Any]:
-    """Within, little waits for the backward pass beside what the model keeps anyway, its queries and keys: `states`
-    are `key - mean` again, and of the output o of the attention call, whose gradient is q times a number, the backward
-    pass needs q . o alone, which (q . o) q / |q|^2 has too."""
-    if torch._C._are_functorch_transforms_active():
-        return nullcontext()  # torch.func knows no such hooks, and torch has no public function that tells
-    at_query, at_states = query.data_ptr(), states.data_ptr()
+def _blocks(query: Tensor, key: Tensor, visibility: Visibility) -> Iterator[_Block]:
+    """All queries, `(batch, kv_heads, groups, T, head_dim)`, with keys `(batch, kv_heads, S, head_dim)`, in whose
+    dtype they come."""
+    batch, kv_heads, groups, num_queries, _ = query.shape
+    elements = _BLOCK_ELEMENTS_OF_ACCELERATORS
+    step = elements // (batch * kv_heads * groups * key.shape[2])
+    if key.is_cpu:
+        elements = _CACHED_ELEMENTS * torch.get_num_threads()
+        step = min(_CACHED_QUERIES // groups, elements // (groups * key.shape[2]))
+    step = max(1, step)
+    for start in range(0, num_queries, step):
+        stop = min(start + step, num_queries)
+        keys, hidden = visibility.part(start, stop)
+        number = max(1, elements // (groups * (stop - start) * (keys.stop - keys.start)))
+        # neighbors in memory: some heads of one sequence, or whole sequences
+        heads, sequences = min(number, kv_heads), max(1, number // kv_heads)
+        for row, head in itertools.product(range(0, batch, sequences), range(0, kv_heads, heads)):
+            where = (slice(row, row + sequences), slice(head, head + heads))
+            queries = (*where, slice(None), slice(start, stop))
+            states = query[queries].to(key.dtype)
+            shape = (len(states), states.shape[1] * groups, stop - start, keys.stop - keys.start)
+            if hidden is not None:
+                here = hidden.expand(batch, kv_heads * groups, -1, -1)
+                here = here[where[0], head * groups : (head + heads) * groups]
+            yield _Block(
+                states.flatten(0, 1).flatten(1, 2),
+                key[(*where, keys)].flatten(0, 1),
+                None if hidden is None else here,
+                shape,
+                queries,
+                (*where, slice(None), keys),
+            )
 
-    def keep(tensor: Tensor) -> Tensor | tuple[Tensor, ...]:
-        if tensor.data_ptr() == at_states:
-            return ()
-        is_output = tensor.shape == query.shape and tensor.data_ptr() != at_query
-        return (torch.linalg.vecdot(query, tensor),) if is_output else tensor
 
-    def again(kept: Tensor | tuple[Tensor, ...]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        if not kept:
-            return key - mean
-        share = kept[0] / query.square().sum(-1)
-        return share.where(share.isfinite(), 0.0)[..., None] * query
+class _LinearEntropy(torch.autograd.Function):
+    """Entropy of scores that are linear in finite keys, in nats, and their log-sum-exp to the base 2, `(batch, heads,
+    T)` in the dtype of `mean`, `(batch, kv_heads, 1, head_dim)`, which is subtracted from the keys. Nothing waits for
+    the backward pass but the inputs and these two."""
 
-    del states  # what only a closure holds would be kept too
-    return saved_tensors_hooks(keep, again)
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, mean: Tensor, scaling: float, visibility: Visibility
+    ) -> tuple[Tensor, Tensor]:
+        entropy, logsumexp = (mean.new_empty(query.shape[:3]) for _ in range(2))
+        by_head = (1, (key.shape[1], -1))
+        for block in _blocks(query.unflatten(*by_head), key - mean, visibility):
+            scores = block.scores(scaling / _LOG_2)
+            largest = scores.amax(-1, keepdim=True)
+            # far from the largest, weights are 0 and so are their products with what is not infinite
+            weights = scores.sub_(largest).clamp_(min=HIDDEN_BIAS).exp2()
+            total = weights.sum(-1)
+            bits = total.log2()
+            block.put(bits + largest[..., 0], logsumexp.unflatten(*by_head))
+            block.put(_LOG_2 * (bits - torch.linalg.vecdot(weights, scores) / total), entropy.unflatten(*by_head))
+        return entropy, logsumexp
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        query, key, mean, ctx.scaling, ctx.visibility = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(query, key, mean, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, _) -> tuple[Tensor | None, ...]:
+        query, key, mean, *of_queries = ctx.saved_tensors
+        by_head = (1, (key.shape[1], -1))
+        of_queries.append(-_LOG_2 * ctx.scaling * gradient)
+        entropy, logsumexp, gradient = (tensor.unflatten(*by_head) for tensor in of_queries)
+        to_query, to_key = mean.new_zeros(query.shape), mean.new_zeros(key.mT.shape)
+        with torch.autocast(query.device.type, enabled=False):
+            for block in _blocks(query.unflatten(*by_head), key - mean, ctx.visibility):
+                factor = block.take(gradient)
+                # as of the heads inside a margin
+                if not factor.any():
+                    continue
+                bits = block.scores(ctx.scaling / _LOG_2, block.take(logsumexp)).clamp_(min=HIDDEN_BIAS)
+                slope = bits.exp2().mul_(bits.add_(block.take(entropy) / _LOG_2))
+                block.put(torch.bmm(slope, block.key).mul_(factor), to_query.unflatten(*by_head))
+                part = to_key[block.keys]
+                part.add_(torch.bmm((factor * block.query).mT, slope).view_as(part))
+        return to_query.to(query.dtype), to_key.mT.to(key.dtype), None, None, None
 
 
 def _streamed_entropy(
@@ -374,6 +431,7 @@ def _streamed_entropy(
     query, key = (
         states.masked_fill(~size.isfinite()[..., None], 0.0) for states, size in ((query, query_size), (key, key_size))
     )
+    linear = bias is None and softcap is None and sinks is None and clipping is None
     bias, sinks = (
         None if tensor is None else tensor.to(query.dtype).expand(-1, -1, num_queries, -1) for tensor in (bias, sinks)
     )
@@ -407,8 +465,10 @@ def _streamed_entropy(
         terms = weights * torch.where(weights == 0, 1.0, weights).log()
         return (-terms.sum(-1)).masked_fill(total[..., 0] == 0, torch.inf)
 
-    elements = batch * heads * visibility.num_keys
-    result = _in_blocks(entropy, elements, num_queries, query, key, bias, sinks)
+    if linear:
+        result, _ = _LinearEntropy.apply(query, key, query.new_zeros(1), scaling, visibility)
+    else:
+        result = _in_blocks(entropy, batch * heads * visibility.num_keys, num_queries, query, key, bias, sinks)
     number = visibility.number()
     broken = (number == 0) | ~query_size.isfinite() | (visibility.count(~key_size.isfinite(), heads) > 0)
     infinite = torch.where(query_size.isinf(), number, visibility.count(key_size.isinf(), heads))
@@ -447,7 +507,7 @@ def logits_of_visible(
     least. Weights are clipped, where they are, and not divided by their sum."""
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
-    if query.is_cpu and query.numel() and key.numel() and not _terms_are_small(query, key, scaling, bias):
+    if query.is_cpu and query.numel() and key.numel() and not _scores_are_small(query, key, scaling, bias):
         dtype, query, key = torch.float64, query.double(), key.double()
     batch, heads, num_queries, _ = query.shape
     is_triangular = num_queries == visibility.num_keys and (

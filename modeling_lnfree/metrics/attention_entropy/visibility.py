@@ -40,6 +40,22 @@ class Visibility:
             mask = torch.ones(1, 1, stop - start, num_keys, dtype=torch.bool, device=self.device).tril(start)
         return Visibility(mask, False, stop - start, num_keys, self.device)
 
+    def part(self, start: int, stop: int) -> tuple[slice, Tensor | None]:
+        """The keys from the first to the last that any query from `start` to `stop` sees, and which of the last of
+        these each does not see, bool, `(batch | 1, heads | 1, queries, last keys)`; a query without a key sees all."""
+        keys = slice(0, stop if self.is_causal else self.num_keys)
+        if self.is_causal:
+            shape = (1, 1, stop - start, stop - start)
+            return keys, torch.ones(shape, dtype=torch.bool, device=self.device).triu(1)
+        if self.mask is None:
+            return keys, None
+        mask = self.mask[:, :, start:stop]
+        # elsewhere the numbers would have to be waited for
+        if mask.is_cpu and len(seen := mask.any(0).any(0).any(0).nonzero()):
+            keys = slice(int(seen[0]), int(seen[-1]) + 1)
+        hidden = ~mask[..., keys]
+        return keys, hidden & ~hidden.all(-1, keepdim=True)
+
     def number(self) -> Tensor:
         """Number of keys that each query sees, `(batch | 1, heads | 1, T)`."""
         if self._number is None:
