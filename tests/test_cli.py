@@ -54,7 +54,8 @@ def test_users_error_is_one_line_and_no_traceback():
     )
 
 
-def test_interrupted_training_says_that_it_may_go_on(recipe_values, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_says_that_it_may_go_on(number, recipe_values, tmp_path):
     path = tmp_path / "recipe.yaml"
     values = {**recipe_values, "max_steps": 100_000, "save_steps": 10, "output_dir": str(tmp_path / "run")}
     path.write_text(yaml.safe_dump(values))
@@ -72,7 +73,7 @@ def test_interrupted_training_says_that_it_may_go_on(recipe_values, tmp_path):
     # as a person would: again, if the first falls into a place where Python cannot raise it; not so soon that it falls
     # into the process's end
     while process.poll() is None and time.monotonic() < deadline:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)
     _, stderr = process.communicate(timeout=60)

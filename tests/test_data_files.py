@@ -13,6 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from training import data
 from training.errors import UserError
 from training.recipe import DataArguments
+from training.texts import Texts
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +138,19 @@ def test_values_among_texts_in_a_later_file_are_written_as_json(later, wanted, s
     write("parts/a.jsonl", "a text", "two\n lines")
     write("parts/b.jsonl", *later)
     assert texts("parts", streaming) == ["a text", "two\n lines", *(wanted or later)]
+
+
+def test_columns_are_known_by_the_whole_file_and_rows_by_its_first_part():
+    """A part is ten megabytes; datasets itself stops at a text behind a part without any, and at a new field."""
+    rows = [{"content": "x" * 11_000_000, "late": None, "never": None}]
+    rows += [{"content": "a text", "late": "another", "never": None, "new": {"a": 1}}, {"content": "b", "late": 3}]
+    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert texts("d.jsonl", column="late") == [None, "another", "3"]
+    assert texts("d.jsonl")[1:] == ["a text", "b"]
+    Path("d.jsonl").write_text(
+        "".join(json.dumps({key: row[key] for key in ("content", "never")}) + "\n" for row in rows[:2])
+    )
+    assert Texts("d.jsonl").column == "content"
 
 
 @both_ways

@@ -8,7 +8,11 @@ import importlib
 import importlib.metadata
 import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lnfree {verb}: error: the working folder is gone: go to another", file=sys.stderr)
         return 1
     try:
-        return _run(verb, module, function, options)
+        with _ending_cleanly():
+            return _run(verb, module, function, options)
     except KeyboardInterrupt:
         goes_on = "; the same command goes on" if verb in ("train", "sweep", "remove-norms", "publish") else ""
         print(f"lnfree {verb}: interrupted{goes_on}", file=sys.stderr)
@@ -41,6 +46,20 @@ def main(argv: list[str] | None = None) -> int:
             # what is left of it goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """Within, SIGTERM, by which schedulers end a process, is what Ctrl-C is: nothing half-written is left."""
+    # only the main thread may
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(verb: str, module: str, function: str, options: dict) -> int:

@@ -164,7 +164,9 @@ def load_splits(
             # logs of assistants are columns too
             source["parse_agent_traces"] = False
             features = _json_features(source, streaming)
-            if texts := [column for column, feature in features.items() if _is_text_or_date(feature)]:
+            # nor is a column without texts in the first part known to have none; which it has, a stream finds out late
+            more = () if streaming else ("null",)
+            if texts := [column for column, feature in features.items() if _may_be_text(feature, more)]:
                 strings = datasets.Features({**features, **dict.fromkeys(texts, datasets.Value("string"))})
                 as_texts = JsonTexts.like(builder, strings)
                 if streaming:
@@ -194,9 +196,10 @@ def _json_features(source: dict[str, Any], streaming: bool) -> datasets.Features
     return features or datasets.Features()
 
 
-def _is_text_or_date(feature: Any) -> bool:
+def _may_be_text(feature: Any, more: tuple[str, ...] = ()) -> bool:
     """JSON has no dates: what was read as one is a text."""
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("string", "timestamp", "date", "time"))
+    kinds = ("string", "timestamp", "date", "time", *more)
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
 
 
 @contextmanager

@@ -51,7 +51,9 @@ class JsonTexts(Json):
                         # neither objects, one a line, nor a list of them; and errors are told as ever
                         yield from super()._generate_tables([base_files[shard]], [[file]], [original_files[shard]])
                         break
-                    yield Key(shard, number), self._cast_table(table)
+                    # a field that the first part has not is none of the dataset's
+                    known = [name for name in table.column_names if name in self.info.features]
+                    yield Key(shard, number), self._cast_table(table.select(known))
 
     def _read_parts(self, file: str) -> Iterator[bytes]:
         """Objects, one a line, some lines at a time."""

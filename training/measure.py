@@ -73,8 +73,8 @@ def measure(
     """
     Measures models on the texts of a dataset, with a progress bar: `modeling_lnfree.measure`, and what is around it.
 
-    Ctrl-C ends behind the batch that is read, and a second one at once; what was measured is shown and written then,
-    as it is where a later model cannot be measured.
+    Ctrl-C or SIGTERM ends behind the batch that is read, and a second one at once; what was measured is shown and
+    written then, as it is where a later model cannot be measured.
 
     Args:
         model_id: Hub ids or folders of causal language models with their tokenizers.
@@ -297,11 +297,12 @@ def _until_interrupted() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(signals)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _FiguresFile:

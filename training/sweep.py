@@ -76,8 +76,6 @@ def sweep(path: str | Path, jobs: int = 1) -> Path:
     """
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
-    # as Ctrl-C: the runs end with the sweep
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs_dir, all_jobs = load_sweep(path)
     print(f"{len(all_jobs)} runs in {runs_dir}, {jobs} at a time", flush=True)
     progress = _Progress(all_jobs)

@@ -83,6 +83,10 @@ class Texts:
             for name in names
             if features.get(name) in (Value("string"), Value("large_string")) or isinstance(row.get(name), str)
         ]
+        if isinstance(self.rows, Dataset):
+            # a column of JSON that is empty may have been one of texts
+            tables = {name: self.rows.data.column(name) for name in texts}
+            texts = [name for name, column in tables.items() if column.null_count < len(column)]
         if len(texts) == 1:
             return texts[0]
         if not texts:

@@ -87,6 +87,18 @@ def test_report_names_a_file_of_a_run_that_cannot_be_read(variant_runs, tmp_path
         assert f"lnfree compare: error: {run_dir / name} cannot be read: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("in_the_way", ["out", "out/curves.png/x"])
+def test_report_that_cannot_be_written_is_printed(in_the_way, variant_runs, tmp_path, capsys):
+    (tmp_path / in_the_way).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / in_the_way).write_text("")
+    assert cli.main(["compare", str(variant_runs), "--output", str(tmp_path / "out")]) == 1
+    output = capsys.readouterr()
+    assert "| SM+LN+G | 1337 |" in output.out
+    assert re.fullmatch(r"lnfree compare: error: output=.*out cannot be written: .*\n", output.err)
+    # and nothing half-written
+    assert not list(tmp_path.rglob("*.aside"))
+
+
 def test_report_over_seeds_is_one_page_without_a_network(recipe_values, tmp_path, capsys, monkeypatch):
     variants = ["SM+G", "SM+R"]
     settings = [{"variant": variant, "seed": seed} for seed in (1, 2, 3) for variant in variants]

@@ -169,23 +169,24 @@ def test_names_tell_models_apart():
     assert find_steps(results(("x", "step1000"), ("x", "v2-step-4"))) == [1000, 4]
 
 
-def interrupt_after(number, monkeypatch):
+def interrupt_after(number, monkeypatch, by=signal.SIGINT):
     """An interruption while the model reads its `number`-th batch of texts, behind the check that it is causal."""
     forward, passes = GPT2LMHeadModel.forward, []
 
     def watched(self, *args, **kwargs):
         passes.append(self)
         if len(passes) == number + 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(by)
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(GPT2LMHeadModel, "forward", watched)
     return passes
 
 
-def test_interruption_keeps_what_was_read(tmp_path, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGINT)
-    passes = interrupt_after(2, monkeypatch)
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_keeps_what_was_read(by, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(by)
+    passes = interrupt_after(2, monkeypatch, by)
     outputs = ["--json", tmp_path / "m.json", "--parquet", tmp_path / "m.parquet", "--heat-map", tmp_path / "m.png"]
     assert run("one", "--batch-size", 2, "--int8", *outputs) == 130
     assert len(passes) == 3
@@ -197,7 +198,7 @@ def test_interruption_keeps_what_was_read(tmp_path, monkeypatch, capsys):
     assert output.err.endswith("lnfree measure: interrupted\n")
     assert sorted(path.name for path in tmp_path.glob("m.*")) == ["m.json", "m.parquet", "m.png"]
     # and it is as ever afterwards
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(by) is before
 
 
 def test_int8_of_some_texts_is_not_kept(tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..errors import UserError
-from ..files import write_atomically
+from ..errors import explained
+from ..files import whole, write_atomically
 from ..pages import check_docs, find_marks, machine, write_table
 from ..plots import plot_curves, plot_heat_maps, plot_overview, plot_seconds
 from ..runs import Run, find_runs
@@ -58,22 +58,26 @@ def _compare(runs_dir: Path, name: str, given: Path, output: Path, docs: str | P
     groups = [
         compare_group(group, differing) for group, differing in zip(by_setting, _differing(by_setting), strict=True)
     ]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={output} cannot be written: {error.strerror}") from None
     titles = [title for group in groups for title in group.run_titles]
-    plot_heat_maps([run.attention_entropy for run in runs], titles).savefig(output / "heat_maps.png")
-    plot_curves(runs, titles).savefig(output / "curves.png")
-    plot_seconds([group.seconds() for group in groups], [group.seconds_title for group in groups]).savefig(
-        output / "seconds.png"
-    )
-    _plot_overview(groups[0]).savefig(output / "overview.png")
+    figures = {
+        "heat_maps.png": plot_heat_maps([run.attention_entropy for run in runs], titles),
+        "curves.png": plot_curves(runs, titles),
+        "seconds.png": plot_seconds([group.seconds() for group in groups], [group.seconds_title for group in groups]),
+        "overview.png": _plot_overview(groups[0]),
+    }
     document = {"groups": [group.to_dict() for group in groups], "unfinished": unfinished}
-    write_atomically(output / "comparison.json", json.dumps(document, indent=1))
     report = to_markdown(build_report(groups, unfinished)) + "\n"
-    write_atomically(output / "report.md", report)
-    write_atomically(output / "report.html", build_html(groups, unfinished))
+    page = build_html(groups, unfinished)
+    # also where it cannot be written
+    print(report)
+    with explained(f"output={output} cannot be written"):
+        output.mkdir(parents=True, exist_ok=True)
+        for picture, figure in figures.items():
+            with whole(output / picture) as aside:
+                figure.savefig(aside, format="png")
+        write_atomically(output / "comparison.json", json.dumps(document, indent=1))
+        write_atomically(output / "report.md", report)
+        write_atomically(output / "report.html", page)
     if docs is not None:
         results = runs[0].results
         origin = {
@@ -85,7 +89,6 @@ def _compare(runs_dir: Path, name: str, given: Path, output: Path, docs: str | P
         for table, (rows, formats) in tables_for_docs(groups).items():
             if f"{name}-{table}" in marks:
                 write_table(docs, f"{name}-{table}", rows, f"lnfree compare {given}", formats, **origin)
-    print(report)
     print(f"report: {output / 'report.md'}, and for a browser {output / 'report.html'}")
     return output / "report.md"
 

@@ -89,7 +89,7 @@ from .start import load_parent, start_model
 from .trainer import DATA_DIGEST, LNFreeTrainer
 
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def train(recipe: Recipe) -> Path:
