@@ -142,7 +142,7 @@ def plot(folders: dict[str, Path]) -> Figure:
     for axes, (backbone, folder) in zip(
         figure.subplots(1, len(folders), squeeze=False)[0], folders.items(), strict=True
     ):
-        for name, label, first in (
+        ways = (
             ("original", "with norms", 0),
             ("control", "with norms, trained on", STEPS),
             ("removed", "norms taken out", STEPS),
@@ -150,11 +150,15 @@ def plot(folders: dict[str, Path]) -> Figure:
             ("SM+R", "SM+R@Stable from random weights", 0),
             ("SM+G", "SM+G@Stable from random weights", 0),
             (BACKBONES[backbone]["variant"], "with norms, @Stable from random weights", 0),
-        ):
+        )
+        # a way has one color in all panels
+        for index, (name, label, first) in enumerate(ways):
             if _is_finished(folder / name):
                 log = [entry for entry in read_json(folder / name / "log_history.json", list) if "loss" in entry]
                 tokens = [(first + entry["step"]) * 2048 / 1e6 for entry in log]
-                axes.plot(tokens, [float(entry["loss"]) for entry in log], label=label, linewidth=1.2)
+                axes.plot(
+                    tokens, [float(entry["loss"]) for entry in log], label=label, linewidth=1.2, color=f"C{index}"
+                )
         axes.set(xlabel="training tokens (M)", ylabel="training loss (nats)", title=backbone, ylim=(3.6, 6))
         axes.legend(fontsize=7)
     return figure
