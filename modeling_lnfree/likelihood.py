@@ -183,12 +183,31 @@ class Reading:
         ends = [] if spans is None else list(accumulate((end for _, end in spans), max))
 
         def bytes_until(number: int) -> int:
-            part = text
-            if number < len(token_ids):
-                part = text[: ends[number - 1]] if ends else self.tokenizer.decode(token_ids[:number])
-            return len(part.encode("utf-8", errors="surrogatepass"))
+            if number >= len(token_ids):
+                return _size(text)
+            if spans is None:
+                return _size(self.tokenizer.decode(token_ids[:number]))
+            begin, end = spans[number]
+            before, after = _alike(spans, number)
+            if begin == end or not before:
+                return _size(text[: ends[number - 1]])
+            # in the middle of what several tokens make together, as an emoji
+            return _size(text[:begin]) + _size(text[begin:end]) * before // (before + after)
 
         return bytes_until
+
+
+def _size(text: str) -> int:
+    """In bytes."""
+    return len(text.encode("utf-8", errors="surrogatepass"))
+
+
+def _alike(spans: list[tuple[int, int]], number: int) -> tuple[int, int]:
+    """How many tokens right before this one, and from it on, have the characters that it has."""
+    before = next((i for i in range(number) if spans[number - 1 - i] != spans[number]), number)
+    return before, next(
+        (i for i in range(len(spans) - number) if spans[number + i] != spans[number]), len(spans) - number
+    )
 
 
 @dataclass

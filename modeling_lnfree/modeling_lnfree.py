@@ -325,8 +325,8 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
             input_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`): tokens; or `inputs_embeds`, not both.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_len + seq_len)`): 1 for tokens, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`): counted from the cache's length by
-                default. Positions that start again, with no mask and no cache, mark packed sequences that do not see
-                each other.
+                default. Positions that start again, with neither a mask nor a cache given, mark packed sequences that
+                do not see each other.
             cache (`Cache`): keys and values of earlier tokens; `past_key_values` is its name before transformers 5.24.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, seq_len, hidden_size)`): in place of tokens.
 
@@ -340,8 +340,6 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
 
         cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
         # of those alone it is asked whether they start again, which reads a number from the device
         given_position_ids = position_ids
         if position_ids is None:
@@ -356,6 +354,9 @@ class LNFreeModel(LNFreePreTrainedModel):  # trf-ignore: TRF057
             position_ids=given_position_ids,
             **{CACHE_NAME: cache},
         )
+        # behind the mask, for which a cache means that sequences are not packed
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         hidden_states, position_embeddings = self.add_positions(self, inputs_embeds, position_ids)
         hidden_states = self.embedding_dropout(self.embedding_scale(hidden_states))

@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from modeling_lnfree import measure, record_residual_stream
+from modeling_lnfree.likelihood import Reading
 from modeling_lnfree.measurement import QUANTITIES
 from modeling_lnfree.residual_stream import find_outlier_gains
 
@@ -58,6 +62,16 @@ def test_bits_per_byte_are_by_the_bytes_of_the_text_whatever_the_tokenizer(token
     # of a text that is cut, the part that was read
     cut = measure(model, TEXTS, tokenizer=tokenizer, max_length=4)
     assert cut.num_bytes == sum(min(len(text), 4) for text in TEXTS) and cut.truncated_texts == 3
+
+
+def test_bytes_of_a_text_that_is_cut_within_a_character_are_those_that_were_read():
+    text = "é€ 😀😀a" * 3
+    backend = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    ((token_ids, bytes_until),) = Reading(PreTrainedTokenizerFast(tokenizer_object=backend), 8).encode([text])
+    # one token a byte
+    assert len(token_ids) == len(text.encode())
+    assert [bytes_until(number) for number in range(1, len(token_ids) + 1)] == list(range(1, len(token_ids) + 1))
 
 
 def test_special_tokens_have_no_bytes(tokenizer):

@@ -142,9 +142,11 @@ def test_packed_sequences_do_not_see_each_other(backbone, implementation):
     first, second = random_ids(1, 7), random_ids(1, 10)
     position_ids = torch.cat([torch.arange(7), torch.arange(10)])[None]
     with torch.no_grad():
-        packed = model(torch.cat([first, second], dim=1), position_ids=position_ids, use_cache=False).logits
-        torch.testing.assert_close(packed[:, :7], model(first).logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(packed[:, 7:], model(second).logits, atol=1e-5, rtol=1e-5)
+        # by default a model keeps a cache
+        for cached in ({}, {"use_cache": False}):
+            packed = model(torch.cat([first, second], dim=1), position_ids=position_ids, **cached).logits
+            torch.testing.assert_close(packed[:, :7], model(first).logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(packed[:, 7:], model(second).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_kwargs_reach_the_attention_function():
