@@ -54,6 +54,13 @@ def test_users_error_is_one_line_and_no_traceback():
     )
 
 
+def test_docstrings_that_are_stripped_are_one_line():
+    command = [sys.executable, "-OO", "-m", "training.cli", "cost", "SM+R"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr == "lnfree cost: error: python -OO strips the docstrings that transformers reads: use -O\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_training_says_that_it_may_go_on(number, recipe_values, tmp_path):
     path = tmp_path / "recipe.yaml"

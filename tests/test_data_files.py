@@ -273,6 +273,13 @@ def test_broken_file_is_one_line_with_its_cause(name, content, cause, streaming)
     assert "\n" not in str(error.value) and "generating the dataset" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["\n\n", "[]"])
+def test_json_without_a_row_is_empty(content):
+    Path("d.json").write_text(content)
+    with pytest.raises(UserError, match="^dataset 'd.json' cannot be loaded: it is empty$"):
+        data.load_splits("d.json")
+
+
 @pytest.mark.parametrize("prepare", ["script", "configurations", "nothing"])
 def test_folder_that_is_no_dataset_is_one_line(prepare):
     if prepare == "script":

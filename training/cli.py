@@ -23,6 +23,11 @@ def main(argv: list[str] | None = None) -> int:
         # names and texts may hold what a terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if sys.flags.optimize > 1:
+        print(
+            f"lnfree {verb}: error: python -OO strips the docstrings that transformers reads: use -O", file=sys.stderr
+        )
+        return 1
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -211,8 +211,12 @@ def reading(what: str) -> Iterator[None]:
         except datasets.exceptions.DatasetGenerationError as error:
             # "an error occurred while generating the dataset" is all that it says itself
             raise error.__cause__ or error from None
-        # how datasets says that JSON files are empty
+        # the ways of datasets to say that there is no row
         except StopIteration:
+            raise UserError(f"{what}: it is empty") from None
+        except ValueError as error:
+            if "corresponds to no data" not in str(error):
+                raise
             raise UserError(f"{what}: it is empty") from None
 
 
