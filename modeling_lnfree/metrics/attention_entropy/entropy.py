@@ -25,7 +25,6 @@ is that of w_j / sum_i w_i, from the scores of a block of queries too. A query t
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -303,64 +302,50 @@ def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int,
 
 
 class _Block(NamedTuple):
-    """Some queries of some heads, and the keys from the first to the last that any of them sees."""
+    """Some queries of all heads, and the keys from the first to the last that any of them sees."""
 
-    query: Tensor  # (sequences x heads of keys, groups x queries, head_dim)
-    key: Tensor  # (sequences x heads of keys, keys, head_dim)
-    hidden: Tensor | None  # which of the last of these keys, bool, (sequences, heads, queries, last keys)
-    shape: tuple[int, ...]  # (sequences, heads, queries, keys)
-    queries: tuple[slice, ...]  # where they stand in (batch, kv_heads, groups, T, ...)
-    keys: tuple[slice, ...]  # where they stand in (batch, kv_heads, head_dim, S)
+    queries: slice
+    query: Tensor  # (heads of keys, groups x queries, head_dim)
+    keys: slice
+    key: Tensor  # (heads of keys, keys, head_dim)
+    hidden: Tensor | None  # which of the last of these keys, bool, (heads of keys, groups, queries, last keys)
+    parts: list[slice]  # some heads of keys, whose scores are few enough
 
-    def scores(self, scaling: float, less: Tensor | None = None) -> Tensor:
-        """Scores, less a number for each query, `(sequences x heads of keys, groups x queries, keys)`."""
-        start, beta = (self.query[:1, :1, :1], 0) if less is None else (less, -1)
-        scores = torch.baddbmm(start, self.query, self.key.mT, beta=beta, alpha=scaling)
+    def scores(self, part: slice, scaling: float, less: Tensor | None = None) -> Tensor:
+        """Scores of a part, less a number for each query, `(heads of keys, groups x queries, keys)`."""
+        query, key = self.query[part], self.key[part]
+        start, beta = (query[:1, :1, :1], 0) if less is None else (less[part], -1)
+        scores = torch.baddbmm(start, query, key.mT, beta=beta, alpha=scaling)
         if self.hidden is not None:
-            last = scores.view(self.shape)[..., -self.hidden.shape[-1] :]
-            last.masked_fill_(self.hidden, -torch.inf)
+            hidden = self.hidden[part]
+            scores.view(*hidden.shape[:3], -1)[..., -hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
         return scores
 
-    def take(self, states: Tensor) -> Tensor:
-        return states[self.queries].reshape(*self.query.shape[:2], 1)
-
-    def put(self, values: Tensor, states: Tensor) -> None:
-        part = states[self.queries]
-        part.copy_(values.view_as(part))
+    def rows(self, states: Tensor) -> Tensor:
+        """Of `(heads of keys, groups, T)` what is of the queries, `(heads of keys, groups x queries, 1)`."""
+        return states[:, :, self.queries].reshape(len(states), -1, 1)
 
 
-def _blocks(query: Tensor, key: Tensor, visibility: Visibility) -> Iterator[_Block]:
-    """All queries, `(batch, kv_heads, groups, T, head_dim)`, with keys `(batch, kv_heads, S, head_dim)`, in whose
-    dtype they come."""
-    batch, kv_heads, groups, num_queries, _ = query.shape
+def _blocks(query: Tensor, key: Tensor, mean: Tensor, visibility: Visibility) -> Iterator[_Block]:
+    """All queries, of every sequence and head of keys; in the dtype of `mean`, which is subtracted from the keys."""
+    (batch, kv_heads, num_keys, _), groups = key.shape, query.shape[1] // key.shape[1]
+    query = query.reshape(batch * kv_heads, groups, *query.shape[2:])
+    key = (key - mean).flatten(0, 1)
     elements = _BLOCK_ELEMENTS_OF_ACCELERATORS
-    step = elements // (batch * kv_heads * groups * key.shape[2])
+    step = elements // (query[:, :, 0, 0].numel() * num_keys)
     if key.is_cpu:
         elements = _CACHED_ELEMENTS * torch.get_num_threads()
-        step = min(_CACHED_QUERIES // groups, elements // (groups * key.shape[2]))
+        step = min(_CACHED_QUERIES // groups, elements // (groups * num_keys))
     step = max(1, step)
-    for start in range(0, num_queries, step):
-        stop = min(start + step, num_queries)
-        keys, hidden = visibility.part(start, stop)
-        number = max(1, elements // (groups * (stop - start) * (keys.stop - keys.start)))
-        # neighbors in memory: some heads of one sequence, or whole sequences
-        heads, sequences = min(number, kv_heads), max(1, number // kv_heads)
-        for row, head in itertools.product(range(0, batch, sequences), range(0, kv_heads, heads)):
-            where = (slice(row, row + sequences), slice(head, head + heads))
-            queries = (*where, slice(None), slice(start, stop))
-            states = query[queries].to(key.dtype)
-            shape = (len(states), states.shape[1] * groups, stop - start, keys.stop - keys.start)
-            if hidden is not None:
-                here = hidden.expand(batch, kv_heads * groups, -1, -1)
-                here = here[where[0], head * groups : (head + heads) * groups]
-            yield _Block(
-                states.flatten(0, 1).flatten(1, 2),
-                key[(*where, keys)].flatten(0, 1),
-                None if hidden is None else here,
-                shape,
-                queries,
-                (*where, slice(None), keys),
-            )
+    for start in range(0, query.shape[2], step):
+        queries = slice(start, min(start + step, query.shape[2]))
+        keys, hidden = visibility.part(queries.start, queries.stop)
+        if hidden is not None:
+            hidden = hidden.expand(batch, kv_heads * groups, -1, -1).reshape(*query.shape[:2], *hidden.shape[2:])
+        rows = query[:, :, queries].flatten(1, 2).to(mean.dtype)
+        heads = max(1, elements // (rows.shape[1] * (keys.stop - keys.start)))
+        parts = [slice(head, head + heads) for head in range(0, len(rows), heads)]
+        yield _Block(queries, rows, keys, key[:, keys], hidden, parts)
 
 
 class _LinearEntropy(torch.autograd.Function):
@@ -372,18 +357,23 @@ class _LinearEntropy(torch.autograd.Function):
     def forward(
         query: Tensor, key: Tensor, mean: Tensor, scaling: float, visibility: Visibility
     ) -> tuple[Tensor, Tensor]:
-        entropy, logsumexp = (mean.new_empty(query.shape[:3]) for _ in range(2))
-        by_head = (1, (key.shape[1], -1))
-        for block in _blocks(query.unflatten(*by_head), key - mean, visibility):
-            scores = block.scores(scaling / _LOG_2)
-            largest = scores.amax(-1, keepdim=True)
-            # far from the largest, weights are 0 and so are their products with what is not infinite
-            weights = scores.sub_(largest).clamp_(min=HIDDEN_BIAS).exp2()
-            total = weights.sum(-1)
-            bits = total.log2()
-            block.put(bits + largest[..., 0], logsumexp.unflatten(*by_head))
-            block.put(_LOG_2 * (bits - torch.linalg.vecdot(weights, scores) / total), entropy.unflatten(*by_head))
-        return entropy, logsumexp
+        by_head = (len(query) * key.shape[1], -1, query.shape[2])
+        sums = mean.new_empty(3, *query.shape[:3])
+        for block in _blocks(query, key, mean, visibility):
+            found = mean.new_empty(3, *block.query.shape[:2])
+            for part in block.parts:
+                scores = block.scores(part, scaling / _LOG_2)
+                largest, total, product = found[:, part]
+                torch.amax(scores, -1, out=largest)
+                # far from the largest, weights are 0 and so are their products with what is not infinite
+                weights = scores.sub_(largest[..., None]).clamp_(min=HIDDEN_BIAS).exp2()
+                torch.sum(weights, -1, out=total)
+                torch.linalg.vecdot(weights, scores, out=product)
+            rows = sums.view(3, *by_head)[..., block.queries]
+            rows.copy_(found.view(rows.shape))
+        largest, total, product = sums
+        bits = total.log2()
+        return _LOG_2 * (bits - product / total), largest + bits
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -394,23 +384,29 @@ class _LinearEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor, _) -> tuple[Tensor | None, ...]:
-        query, key, mean, *of_queries = ctx.saved_tensors
-        by_head = (1, (key.shape[1], -1))
-        of_queries.append(-_LOG_2 * ctx.scaling * gradient)
-        entropy, logsumexp, gradient = (tensor.unflatten(*by_head) for tensor in of_queries)
-        to_query, to_key = mean.new_zeros(query.shape), mean.new_zeros(key.mT.shape)
+        query, key, mean, entropy, logsumexp = ctx.saved_tensors
+        by_head = (len(query) * key.shape[1], -1, query.shape[2])
+        factor, bits, logsumexp = (
+            states.reshape(by_head) for states in (-_LOG_2 * ctx.scaling * gradient, entropy / _LOG_2, logsumexp)
+        )
+        to_query = mean.new_zeros(*factor.shape, query.shape[-1])
+        to_key = mean.new_zeros(len(factor), *key.mT.shape[2:])
         with torch.autocast(query.device.type, enabled=False):
-            for block in _blocks(query.unflatten(*by_head), key - mean, ctx.visibility):
-                factor = block.take(gradient)
-                # as of the heads inside a margin
-                if not factor.any():
-                    continue
-                bits = block.scores(ctx.scaling / _LOG_2, block.take(logsumexp)).clamp_(min=HIDDEN_BIAS)
-                slope = bits.exp2().mul_(bits.add_(block.take(entropy) / _LOG_2))
-                block.put(torch.bmm(slope, block.key).mul_(factor), to_query.unflatten(*by_head))
-                part = to_key[block.keys]
-                part.add_(torch.bmm((factor * block.query).mT, slope).view_as(part))
-        return to_query.to(query.dtype), to_key.mT.to(key.dtype), None, None, None
+            for block in _blocks(query, key, mean, ctx.visibility):
+                factors, entropies, less = (block.rows(states) for states in (factor, bits, logsumexp))
+                rows, to_rows = factors * block.query, torch.zeros_like(block.query)
+                for part in block.parts:
+                    # as of heads inside a margin
+                    if not factors[part].any():
+                        continue
+                    scores = block.scores(part, ctx.scaling / _LOG_2, less).clamp_(min=HIDDEN_BIAS)
+                    slope = scores.exp2().mul_(scores.add_(entropies[part]))
+                    torch.bmm(slope, block.key[part], out=to_rows[part])
+                    to_key[part, :, block.keys] += torch.bmm(rows[part].mT, slope)
+                to_queries = to_query[:, :, block.queries]
+                to_queries.copy_((factors * to_rows).view(to_queries.shape))
+        to_query, to_key = to_query.view(query.shape), to_key.mT.reshape(key.shape)
+        return to_query.to(query.dtype), to_key.to(key.dtype), None, None, None
 
 
 def _streamed_entropy(
