@@ -76,8 +76,6 @@ ACTIVATION_WORDS: dict[str, dict[str, tuple]] = {
     "LR": {"hidden_act": ("leaky_relu",), "slope_sharing": (None,)},
 }
 NO_FINAL_NORM = "-noLNf"
-# The paper's four in its order. The first is the baseline; ReLU is compared with GELU where the norms are alike.
-PAPER_VARIANTS = tuple("+".join([ATTENTION_WORD, *norm, act]) for norm in (["LN"], []) for act in ("G", "R"))
 
 # What makes a backbone; what else its models have; and the final norm where the blocks have none.
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -93,6 +91,7 @@ _FINAL_NORMS = {"llama": "rmsnorm"}
 
 # The designs of the field: what each sets, values at the start as in its paper, or a function of the configuration.
 # Those above PostLN are without a norm and with ReLU there where they set nothing else.
+_QK_NORM = {"normalized_projections": ["q_proj", "k_proj"]}
 _SKIPLESS = {"residual_gains": lambda c: [0.0, 1.0, 1.0, 0.1 * (18 / c.num_hidden_layers) ** 0.5]}
 _SHAPED = {"attention_gains": [1.0, 1.0, 1.0]}
 _SAS = {"identity_projections": ["v_proj", "o_proj"], "zero_init_projections": ["q_proj"], **_SHAPED, **_SKIPLESS}
@@ -104,11 +103,8 @@ _PRUNED = {"per_layer_config": lambda c: dict.fromkeys(range(c.num_hidden_layers
 _HYBRID = {"norm_position": "hybrid", "normalized_projections": ["q_proj", "k_proj", "v_proj"]}
 PRESETS: dict[str, dict[str, Any]] = {
     # He et al. 2024 (arXiv 2405.19279): the outlier-protected block, and its normalized queries and keys alone
-    "QKNorm": {"normalized_projections": ["q_proj", "k_proj"]},
-    "OP": {
-        "normalized_projections": ["q_proj", "k_proj"],
-        **{"residual_gains": lambda c: [1.0, c.num_hidden_layers**-0.5] * 2, **_FIXED},
-    },
+    "QKNorm": _QK_NORM,
+    "OP": {**_QK_NORM, "residual_gains": lambda c: [1.0, c.num_hidden_layers**-0.5] * 2, **_FIXED},
     "Stable": {"residual_gains": lambda c: [1.0, (2 * c.num_hidden_layers) ** -0.5] * 2, **_FIXED},
     # He & Hofmann 2023 (2311.01906); theirs trains the values of the first block
     "SAS": {**_SAS, "parallel_residual": False},
@@ -138,13 +134,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 CUSTOM = "custom"
 # what a preset may set beside norm and activation; at its neutral value in every model without one
-_DESIGN_FIELDS = {
+DESIGN_FIELDS = {
     *("norm_position", "normalized_projections", "identity_projections", "zero_init_projections", "attention_gains"),
     *("attention_gate_init", "softmax_temperature", "attn_logit_softcapping", "softmax_clipping", "residual_gains"),
     *("residual_gains_trainable", "embedding_multiplier", "attention_multiplier", "logits_multiplier", "mlp_type"),
 }
-NAMED_FIELDS = _DESIGN_FIELDS | {"norm_type", "final_norm_type", "norm_alpha_init", "hidden_act"}
-NAMED_FIELDS |= {"negative_slope", "slope_sharing", "parallel_residual"}
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "intermediate_size")
 # what layers may differ in, by `per_layer_config`
 _PER_LAYER = {"norm_position", "identity_projections", "zero_init_projections", "mlp_type", "residual_gains"}
@@ -378,7 +372,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
 
     def _refuse_unknown_fields(self, kwargs):
         # PreTrainedConfig accepts any keyword in silence, so a misspelled field would leave its default in place.
-        declared = [name for name in (f.name for f in fields(self)) if name != "transformers_version"]
+        declared = [f.name for f in fields(self) if f.name != "transformers_version"]
         generation = transformers.GenerationConfig._get_default_generation_params()
         for key in kwargs:
             if key.startswith("_") or key in _UNDECLARED_KEYS or key in generation:
@@ -395,8 +389,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
     def validate_sizes(self):
         """Sizes are positive; the heads divide the width, and those of keys and values the heads."""
         width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "max_position_embeddings", "head_dim", "num_key_value_heads"):
+        for name in (*_SIZES, "vocab_size", "max_position_embeddings", "num_key_value_heads"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         fits = width % heads == 0 or self.head_dim != width // heads
         _require(fits, f"num_attention_heads must divide hidden_size={width}, got {heads}")
@@ -430,11 +423,9 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         sloped = self.negative_slope is not None and math.isfinite(self.negative_slope)
         _require(not leaky or sloped, f"negative_slope of a leaky ReLU must be finite, got {self.negative_slope}")
         for name in ("negative_slope", "slope_sharing"):
-            _require(
-                leaky or getattr(self, name) is None,
-                f"{name} is an option of hidden_act='leaky_relu', got hidden_act={self.hidden_act!r} and "
-                f"{name}={getattr(self, name)!r}",
-            )
+            given = f"hidden_act={self.hidden_act!r} and {name}={getattr(self, name)!r}"
+            message = f"{name} is an option of hidden_act='leaky_relu', got {given}"
+            _require(leaky or getattr(self, name) is None, message)
         for layer in self._layers:
             fits = self.slope_sharing is None or layer.mlp_type not in ("fused", "none")
             _require(fits, f"slope_sharing={self.slope_sharing!r} needs activations, got mlp_type={layer.mlp_type!r}")
@@ -516,7 +507,7 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
     @property
     def preset(self) -> str | None:
         """The row of `PRESETS` whose fields these are, None for a model without any, `"custom"` for others."""
-        neutral = {f.name: [] if f.default is MISSING else f.default for f in fields(self) if f.name in _DESIGN_FIELDS}
+        neutral = {f.name: [] if f.default is MISSING else f.default for f in fields(self) if f.name in DESIGN_FIELDS}
         layers = list(self._layers) if self.is_heterogeneous else [self] * self.num_hidden_layers
         for name, values in ((None, {}), *PRESETS.items()):
             expected = {**neutral, **{key: _value_at(self, value) for key, value in values.items()}}

@@ -18,17 +18,23 @@ from dataclasses import fields
 from .configuration_lnfree import (
     ATTENTION_PROJECTIONS,
     BACKBONES,
+    DESIGN_FIELDS,
     MLP_PROJECTIONS,
-    NAMED_FIELDS,
-    PAPER_VARIANTS,
     LNFreeConfig,
     read_variant,
     write_variant,
 )
 
 
+# the paper's four in its order; ReLU is compared with GELU where the norms are alike
+PAPER_VARIANTS = tuple(write_variant(norm, act, "", "", "") for norm in ("LN", "") for act in ("G", "R"))
 # what changes are against
 BASELINE = PAPER_VARIANTS[0]
+# what a name says of a configuration
+NAMED_FIELDS = DESIGN_FIELDS | {
+    *("norm_type", "final_norm_type", "norm_alpha_init", "hidden_act", "negative_slope", "slope_sharing"),
+    "parallel_residual",
+}
 
 
 def variant_order(variant: str) -> tuple[int, str]:

@@ -10,8 +10,7 @@ and then `lnfree compare runs/quickstart`. A run that is finished is left as it 
 import sys
 from pathlib import Path
 
-from modeling_lnfree.configuration_lnfree import PAPER_VARIANTS
-from modeling_lnfree.variants import variant_slug
+from modeling_lnfree.variants import PAPER_VARIANTS, variant_slug
 from training.compare.comparison import compare
 from training.errors import UserError
 from training.hub.export import export

@@ -121,8 +121,8 @@ def measure(
     json_file, markdown_file, heat_map_file, parquet_file = check_outputs(outputs, inputs=[dataset, *ids])
     if heat_map_file is not None and heat_map_file.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"{heat_map_file} must end in .png, .pdf or .svg")
-    for name in ids:
-        check_model_id(name)
+    for name, each in sources:
+        check_model_id(name, each)
     harness_tasks = check_tasks(tasks)
     stdout = sys.stdout
     results: list[dict[str, Any]] = []
