@@ -246,7 +246,7 @@ def test_every_option_of_the_layers_acts(train):
 # ------------------------------------------------------------------------------------------ fields of the Trainer
 
 
-# of the Trainer's arguments those that are refused, each with a value that would change the run
+# the fields that are refused, each with a value that would change the run, or that a run would keep without an effect
 NOT_TAKEN = {
     **dict.fromkeys(("auto_find_batch_size", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"), True),
     **dict.fromkeys(("dataloader_drop_last", "ignore_data_skip", "load_best_model_at_end", "push_to_hub"), True),
@@ -254,6 +254,11 @@ NOT_TAKEN = {
     **{"deepspeed": "zero.json", "fsdp": "full_shard", "hub_token": "hf_x", "label_names": ["labels"]},
     **{"metric_for_best_model": "loss"},
     **{"parallelism_config": {"dp": 2}, "resume_from_checkpoint": "checkpoint-4"},
+    **dict.fromkeys(("hub_private_repo", "hub_always_push", "greater_is_better", "do_train", "do_eval"), True),
+    **dict.fromkeys(("do_predict", "restore_callback_states_from_checkpoint"), True),
+    **{"hub_model_id": "me/x", "hub_revision": "v1", "hub_strategy": "end", "classifier_dropout": 0.1},
+    **{"fsdp_config": {"min_num_params": 1}, "include_for_metrics": ["loss"], "liger_kernel_config": {"rope": False}},
+    **{"local_rank": 0, "remove_unused_columns": False},
 }
 
 
