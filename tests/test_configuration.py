@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
-from modeling_lnfree.configuration_lnfree import PRESETS
+from modeling_lnfree.configuration_lnfree import ACTIVATION_WORDS, NORM_WORDS, PRESETS
 from modeling_lnfree.variants import BASELINE, as_variant, variant_order, variant_slug
 
 from .conftest import BACKBONES, VARIANTS, every_backbone, every_variant, tiny_config
@@ -22,9 +22,9 @@ def test_variant_and_backbone_follow_from_the_fields(variant, backbone):
 
 @settings(deadline=None)
 @given(
-    norm=st.sampled_from(["", "+LN", "+RMS", "+DyT", "+Derf"]),
+    norm=st.sampled_from([word and f"+{word}" for word in NORM_WORDS]),
     # a subnormal slope does not have three digits
-    activation=st.sampled_from(["G", "R", "S", "Lin", "LR-layer", "LR-global"])
+    activation=st.sampled_from([word for word in ACTIVATION_WORDS if word != "LR"])
     | st.floats(0, 1, allow_subnormal=False).map(lambda slope: f"LR{slope:.3g}"),
     final=st.sampled_from(["", "-noLNf"]),
 )

@@ -4,19 +4,27 @@ from collections.abc import Callable
 from typing import Any
 
 from modeling_lnfree import LNFreeConfig
+from modeling_lnfree.configuration_lnfree import PRESETS
+from modeling_lnfree.parts_lnfree import NORMS
 
 from .errors import UserError
 
 
+_NORMS = {name: build(1, 1.0, 1.0) for name, build in NORMS.items()}
+_WITH_ALPHA = [name for name, norm in _NORMS.items() if hasattr(norm, "alpha")]
+_WITH_EPS = [name for name, norm in _NORMS.items() if hasattr(norm, "eps")]
 # of the model: where it acts, and what that is called
 _OF_THE_MODEL: dict[str, tuple[Callable[[LNFreeConfig], bool], str]] = {
     **dict.fromkeys(
         ("rope_theta", "partial_rotary_factor"),
         (lambda config: config.position_embedding_type == "rotary", "position_embedding_type='rotary'"),
     ),
-    "norm_alpha_init": (lambda config: bool(_norms(config) & {"dyt", "derf"}), "a norm of type dyt or derf"),
+    "norm_alpha_init": (
+        lambda config: bool(_norms(config).intersection(_WITH_ALPHA)),
+        f"a norm of type {' or '.join(_WITH_ALPHA)}",
+    ),
     "layer_norm_eps": (
-        lambda config: bool(_norms(config) & {"layernorm", "rmsnorm"} or config.normalized_projections),
+        lambda config: bool(_norms(config).intersection(_WITH_EPS) or config.normalized_projections),
         "a norm that divides",
     ),
     "norm_position": (lambda config: config.norm_type != "none", "norms in the layers (norm_type)"),
@@ -86,7 +94,7 @@ def check_effects(given: dict[str, Any], defaults: dict[str, Any], config: LNFre
     if config is not None:
         lines += _idle(given, defaults, _OF_THE_MODEL, config)
         # the preset's own field
-        if config.preset in ("PostLN", "PeriLN") and config.norm_type == "none":
+        if PRESETS.get(config.preset or "", {}).keys() == {"norm_position"} and config.norm_type == "none":
             lines.append(f"preset {config.preset} has no effect without norms in the layers, got {config.variant}")
     if lines:
         raise UserError(lines[0])
