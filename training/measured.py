@@ -1,5 +1,6 @@
 """What models were measured to be, side by side: as a table, and as pictures."""
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -42,7 +43,9 @@ def tabulate_measured(results: list[dict[str, Any]]) -> Table:
 def _cell(value: float | None, first: float | None, digits: int) -> str:
     if value is None:
         return ""
-    return f"{value:,.{digits}f}" + (f" ({value - first:+,.{digits}f})" if first is not None else "")
+    # NaN is what one of two does not have
+    difference = math.nan if first is None else value - first
+    return f"{value:,.{digits}f}" + ("" if math.isnan(difference) else f" ({difference:+,.{digits}f})")
 
 
 def list_figures(result: dict[str, Any]) -> dict[str, tuple[float, int]]:

@@ -1,6 +1,7 @@
 """`lnfree measure` of several models and revisions: tables, pictures, standard output, and what Ctrl-C keeps."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from huggingface_hub import HfApi, constants
 from transformers import GPT2LMHeadModel
 
 from modeling_lnfree import measure
+from modeling_lnfree.measurement import QUANTITIES
 from training import cli, harness
 from training.errors import UserError
 from training.measured import find_steps, name_models, report, tabulate_measured
@@ -70,6 +72,22 @@ def test_models_stand_side_by_side_with_differences_to_the_first(tmp_path, capsy
     )
     assert told.count(left) == 2 and page.count(left) == 2 and page.count("1 of 7 texts are without a token") == 2
     assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_model_does_not_have_has_no_difference():
+    summary = {"perplexity": 3.0, "outlier_gains": 1}
+    results = [
+        {
+            "model": name,
+            "revision": None,
+            "parameters": 10,
+            "summary": {quantity.name: 2.0 for quantity in QUANTITIES} | given,
+        }
+        for name, given in (("one", summary), ("two", {**summary, "outlier_gains": math.nan}))
+    ]
+    rows = {row[0]: row[1:] for row in tabulate_measured(results).rows}
+    assert rows["outlier gains in most norms (3 sigma)"] == ["1", "nan"]
+    assert rows["perplexity"] == ["3.000", "3.000 (+0.000)"]
 
 
 @pytest.mark.parametrize("option", ["--json", "--markdown"])
