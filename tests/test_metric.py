@@ -482,6 +482,14 @@ def test_measure_of_some_rows_of_a_split(model, folder, tokenizer, corpus):
     assert (results["num_texts"], results["split"], results["dtype"]) == (1, "train", "float64")
 
 
+def test_a_build_for_gpus_measures_where_there_is_none(folder, monkeypatch):
+    def current_accelerator(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert measure(folder, dataset="stdlib", max_samples=2)["device"] == "cpu"
+
+
 def test_measure_of_the_embedded_corpus(folder, monkeypatch):
     parts = {"train": Dataset.from_dict({"content": ["no"]}), "eval": Dataset.from_dict({"content": TEXTS})}
     monkeypatch.setattr("training.texts.load_documents", lambda arguments, seed: parts)

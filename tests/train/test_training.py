@@ -171,7 +171,7 @@ def test_data_that_changed_since_the_checkpoint_is_an_error(recipe_values, corpu
     ("rows", "more", "message"),
     [
         (slice(80, None), "", "stopped at step 0 of 8: the dataset has no more blocks to train on"),
-        (slice(0, 80), "{", "the data of step 1 cannot be read: Expected object or value"),
+        (slice(0, 80), "{", "the data of step 1 cannot be read: JSON parse error"),
     ],
     ids=["all in the evaluation", "broken"],
 )

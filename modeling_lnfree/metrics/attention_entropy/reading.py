@@ -33,7 +33,7 @@ def load_model(
         OSError, ValueError: if it cannot be loaded, or lacks weights, in whose place random ones would be measured.
     """
     if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype or "auto"}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
