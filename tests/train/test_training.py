@@ -324,10 +324,9 @@ def test_wrong_training_argument_claims_no_folder(recipe_values, tmp_path):
 
 def test_folder_in_use_and_folder_that_cannot_be_written(recipe_values, tmp_path):
     values = {**recipe_values, "output_dir": str(tmp_path / "run")}
-    lock = loop._claim(tmp_path / "run", build_recipe(values))
-    with pytest.raises(UserError, match="another process is training in"):
-        loop.train(build_recipe(values))
-    lock.release()
+    with loop._claim(tmp_path / "run", build_recipe(values)):
+        with pytest.raises(UserError, match="another process is training in"):
+            loop.train(build_recipe(values))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="output_dir=.* cannot be written"):
         loop.train(build_recipe({**values, "output_dir": str(tmp_path / "file" / "run")}))

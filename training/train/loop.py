@@ -12,7 +12,8 @@ import functools
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -112,9 +113,13 @@ def train(recipe: Recipe) -> Path:
         )
     _check_optimization(arguments)
     run_dir = Path(arguments.output_dir)
-    # Held until the process ends, however it ends. The other processes of a launcher share the first one's claim.
-    if int(os.environ.get("RANK", 0)) == 0:
-        lock = _claim(run_dir, recipe)  # noqa: F841
+    # the other processes of a launcher share the first one's claim
+    with _claim(run_dir, recipe) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+        return _train(recipe, arguments, run_dir)
+
+
+def _train(recipe: Recipe, arguments: TrainingArguments, run_dir: Path) -> Path:
+    if arguments.process_index == 0:
         # some launchers start fewer than they are asked for
         print(f"{run_dir}: {arguments.world_size} process{'es' * (arguments.world_size > 1)}, {arguments.device.type}")
         for line in recipe.idle:
@@ -346,8 +351,12 @@ def _prepare_to_resume(trainer: LNFreeTrainer, checkpoint: str):
         trainer.stream_states = checkpoint
 
 
-def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
-    """Locks the run's folder and writes the recipe into it, or checks that the folder is of this very recipe."""
+@contextmanager
+def _claim(run_dir: Path, recipe: Recipe) -> Iterator[None]:
+    """
+    Locks the run's folder and writes the recipe into it, or checks that the folder is of this very recipe. The lock
+    ends with the block, or with a process that is killed.
+    """
     lock = FileLock(run_dir / LOCK)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -357,12 +366,15 @@ def _claim(run_dir: Path, recipe: Recipe) -> FileLock:
         raise UserError(f"another process is training in {run_dir}") from None
     except OSError as error:
         raise UserError(f"output_dir={run_dir} cannot be written: {error.strerror}") from None
-    check_same_recipe(run_dir, recipe)
-    with _disk_errors_explained(run_dir):
-        shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
-        (run_dir / REPORT).unlink(missing_ok=True)
-        write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-    return lock
+    try:
+        check_same_recipe(run_dir, recipe)
+        with _disk_errors_explained(run_dir):
+            shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
+            (run_dir / REPORT).unlink(missing_ok=True)
+            write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
