@@ -6,7 +6,8 @@ counter: the figures are those of this very model with its activation checkpoint
 The loss is a GPU's, by blocks of tokens, unless the recipe says `fused_loss: false`.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,6 +37,18 @@ ATTENTION_FLOPS = {
 }
 
 
+class _Step(NamedTuple):
+    """A training step in one process that holds the whole model; sizes in bytes."""
+
+    parameters: int
+    weights: int
+    layer: int  # weights of one layer
+    num_layers: int
+    states: int  # of the optimizer, as a checkpoint has them
+    peak: dict[str, int]  # by what the memory is for, as the tracker calls it
+    flops_per_token: float
+
+
 def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict[str, Any]:
     """
     What training by the recipe needs.
@@ -54,7 +67,7 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
     Raises:
         UserError: for a number of processes that the recipe cannot use, and for an optimizer other than AdamW.
     """
-    training, block_size, fsdp_size = recipe.training, recipe.data.block_size, recipe.data.fsdp_size
+    training, fsdp_size = recipe.training, recipe.data.fsdp_size
     if processes < 1 or processes % fsdp_size:
         raise UserError(f"processes must be a multiple of fsdp_size={fsdp_size}, got {processes}")
     if flops is not None and not flops > 0:
@@ -64,6 +77,32 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
     sequences = training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
     accumulation = training.get("gradient_accumulation_steps", 1)
 
+    step = _simulate_step(recipe, sequences, accumulation)
+    memory = _memory(step, processes, fsdp_size, accumulation)
+    tokens_per_step = sequences * accumulation * recipe.data.block_size * processes
+    steps = training.get("max_steps", -1)
+    if recipe.data.train_tokens is not None:
+        # the recipe's own max_steps is that of as many processes as run now
+        steps = -(-recipe.data.train_tokens // tokens_per_step)
+    steps = steps if steps > 0 else None
+    tokens = None if steps is None else steps * tokens_per_step
+    return {
+        "parameters": step.parameters,
+        "tokens_per_step": tokens_per_step,
+        "steps": steps,
+        "tokens": tokens,
+        "flops_per_token": step.flops_per_token,
+        "traffic": _traffic(step.weights, processes, fsdp_size, accumulation),
+        "checkpoint": step.weights + (0 if training.get("save_only_model") else step.states),
+        "seconds": None if flops is None or tokens is None else tokens * step.flops_per_token / (flops * processes),
+        **memory,
+        "memory": sum(memory.values()),
+    }
+
+
+def _simulate_step(recipe: Recipe, sequences: int, accumulation: int) -> _Step:
+    """One step on fake tensors, of micro-batches of so many sequences."""
+    training = recipe.training
     with FakeTensorMode():
         model = LNFreeForCausalLM(_config(recipe)).train()
         if training.get("activation_checkpointing") or training.get("gradient_checkpointing"):
@@ -71,7 +110,7 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
         if recipe.data.fused_loss is not False:
             use_fused_loss(model)
         optimizer = build_optimizer(model, **{"layer_optimizer": "adamw", **recipe.layer_options}, fused=True)
-        input_ids = torch.zeros(sequences, block_size, dtype=torch.long)
+        input_ids = torch.zeros(sequences, recipe.data.block_size, dtype=torch.long)
 
         tracker = MemTracker()
 
@@ -100,52 +139,55 @@ def plan(recipe: Recipe, processes: int = 1, flops: float | None = None) -> dict
             optimizer.step()
         states = [state for states in optimizer.state.values() for state in states.values() if state.ndim]
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    peak = {getattr(part, "value", part): size for part, size in peak.items()}
+    flops = counter.get_total_flops() + update_counter.get_total_flops() / accumulation
+    return _Step(
+        parameters=model.num_parameters(),
+        weights=_bytes(model.parameters()),
+        layer=_bytes(model.model.layers[0].parameters()),
+        num_layers=len(model.model.layers),
+        states=_bytes(states),
+        peak={getattr(part, "value", part): size for part, size in peak.items()},
+        flops_per_token=flops / input_ids.numel(),
+    )
 
-    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
-    sent, communication = 0.0, 0
-    replicas = processes // fsdp_size
-    gradients = peak["Gradient"] / fsdp_size
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """In float32."""
+    return 4 * sum(tensor.numel() for tensor in tensors)
+
+
+def _memory(step: _Step, processes: int, fsdp_size: int, accumulation: int) -> dict[str, float]:
+    """Bytes in a process at the peak of a step, by what they are for."""
+    gradients, communication = step.peak["Gradient"] / fsdp_size, 0
     if fsdp_size > 1:
         # whole at a time: embedding and head, a layer and the one fetched ahead, and a layer's gradient
-        layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters()) * 4
-        communication = weights - layer * len(model.model.layers) + 3 * layer
-        # In every micro-batch the weights are gathered forward and backward. With replicas the gradients are scattered
-        # in every one too; without, in the last one only, and until then they stay whole.
-        scattered = accumulation if replicas > 1 else 1
-        sent = weights * (fsdp_size - 1) / fsdp_size * (2 * accumulation + scattered)
-        if scattered < accumulation:
-            gradients = peak["Gradient"]
+        communication = step.weights - step.layer * step.num_layers + 3 * step.layer
+        if _scatters(processes, fsdp_size, accumulation) < accumulation:
+            gradients = step.peak["Gradient"]  # until the last micro-batch they stay whole
     elif processes > 1:
-        communication = weights  # the buckets in which gradients are summed
-    sent += 2 * weights / fsdp_size * (replicas - 1) / replicas
-    memory = {
-        "weights": weights / fsdp_size,
+        communication = step.weights  # the buckets in which gradients are summed
+    return {
+        "weights": step.weights / fsdp_size,
         "gradients": gradients,
-        "optimizer": peak["Optstate"] / fsdp_size,
-        "activations": peak["Activation"] + peak["Temp"] + peak["Other"],
+        "optimizer": step.peak["Optstate"] / fsdp_size,
+        "activations": step.peak["Activation"] + step.peak["Temp"] + step.peak["Other"],
         "communication": communication,
     }
-    tokens_per_step = sequences * accumulation * block_size * processes
-    flops_per_token = (counter.get_total_flops() + update_counter.get_total_flops() / accumulation) / input_ids.numel()
-    steps = training.get("max_steps", -1)
-    if recipe.data.train_tokens is not None:
-        # the recipe's own max_steps is that of as many processes as run now
-        steps = -(-recipe.data.train_tokens // tokens_per_step)
-    steps = steps if steps > 0 else None
-    tokens = None if steps is None else steps * tokens_per_step
-    return {
-        "parameters": model.num_parameters(),
-        "tokens_per_step": tokens_per_step,
-        "steps": steps,
-        "tokens": tokens,
-        "flops_per_token": flops_per_token,
-        "traffic": sent,
-        "checkpoint": weights + (0 if training.get("save_only_model") else 4 * sum(state.numel() for state in states)),
-        "seconds": None if flops is None or tokens is None else tokens * flops_per_token / (flops * processes),
-        **memory,
-        "memory": sum(memory.values()),
-    }
+
+
+def _traffic(weights: int, processes: int, fsdp_size: int, accumulation: int) -> float:
+    """Bytes that a process sends in a step."""
+    sent, replicas = 0.0, processes // fsdp_size
+    if fsdp_size > 1:
+        # in every micro-batch the weights are gathered forward and backward
+        times = 2 * accumulation + _scatters(processes, fsdp_size, accumulation)
+        sent = weights * (fsdp_size - 1) / fsdp_size * times
+    return sent + 2 * weights / fsdp_size * (replicas - 1) / replicas
+
+
+def _scatters(processes: int, fsdp_size: int, accumulation: int) -> int:
+    """How often FSDP2 scatters gradients in a step: in every micro-batch with replicas, in the last one without."""
+    return accumulation if processes > fsdp_size else 1
 
 
 def _config(recipe: Recipe) -> LNFreeConfig:
