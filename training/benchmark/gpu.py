@@ -81,11 +81,8 @@ def benchmark_passes(settings: Settings) -> Iterator[Row]:
     on a GPU: of stock models, and there also of the shape of a Llama of 1 B.
     """
     device = settings.device
-    builds = {
-        (size, length): partial(_stock, size, length, device)
-        for size in settings.sizes
-        for length in ((1024,) if device == "cuda" else (128,))
-    }
+    length = 1024 if device == "cuda" else 128
+    builds = {(size, length): partial(_stock, size, length, device) for size in settings.sizes}
     if device == "cuda":
         builds |= {("Llama 1B", length): partial(_llama, length, device) for length in (1024, 8192)}
     for (name, length), build in builds.items():
@@ -139,11 +136,11 @@ def benchmark_bf16(settings: Settings) -> Iterator[Row]:
             compiled = settings.compiled and (length == 1024 or not on_gpu)
             for mode in ("eager", "compiled") if compiled else ("eager",):
                 torch.compiler.reset()
-                steps, first, gib = {}, {}, {}
+                steps, first, gib, flops = {}, {}, {}, {}
                 for name, build in builds.items():
                     before = torch.cuda.memory_allocated() if on_gpu else 0
                     model = build()
-                    flops = token_flops(model, length) * input_ids.numel()
+                    flops[name] = token_flops(model, length) * input_ids.numel()
                     if mode == "compiled":
                         (compile_layers if isinstance(model, LNFreeForCausalLM) else _compile_stock_layers)(model)
                     steps[name] = training_step(model, input_ids, dtype=torch.bfloat16)
@@ -164,7 +161,7 @@ def benchmark_bf16(settings: Settings) -> Iterator[Row]:
                         "model": name,
                         "ms": 1e3 * seconds[name],
                         "tokens/s": input_ids.numel() / seconds[name],
-                        "MFU": flops / seconds[name] / peak,
+                        "MFU": flops[name] / seconds[name] / peak,
                         "of stock": seconds[name] / seconds["stock"],
                         "of stock, ReLU": seconds[name] / seconds["stock, ReLU"],
                         "share of GELU": _share(seconds, name, WITHOUT_GELU),

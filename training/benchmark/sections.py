@@ -37,9 +37,6 @@ from .models import (
 from .timing import Action, Row, Settings, growth_exponent, medians, peak_memory, take_turns
 
 
-QUICK = Path(__file__).parents[1] / "recipes" / "quick.yaml"
-
-
 def _fast(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return use_fast_cpu(build())
 
@@ -62,7 +59,7 @@ def benchmark_step(settings: Settings) -> Iterator[Row]:
                 "stock, ReLU": partial(build_stock, size, length, device, relu=True),
             }
             builds: dict[tuple[str, bool], Callable[[], PreTrainedModel]] = {
-                (name, fast): (partial(_fast, build)) if fast else build
+                (name, fast): partial(_fast, build) if fast else build
                 for fast in ways
                 for name, build in plain.items()
             }
@@ -292,7 +289,7 @@ def benchmark_methods(settings: Settings) -> Iterator[Row]:
 def benchmark_callback(settings: Settings) -> list[Row]:
     """The share of training time that the measurements of `lnfree train` take by the recipe `quick`, SM+R."""
     device, rounds = settings.device, settings.rounds
-    recipe = load_recipe(QUICK)
+    recipe = load_recipe("quick")
     data, batch_size = recipe.data, recipe.training["per_device_train_batch_size"]
     model = use_fast_cpu(build_lnfree("SM+R", "quick", data.block_size, device))
     input_ids = torch.randint(model.config.vocab_size, (batch_size, data.block_size), device=device)
@@ -385,7 +382,7 @@ def benchmark_command(settings: Settings, steps: int = 60) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         for index in range(settings.rounds):
             base = [f"max_steps={steps}", f"save_steps={steps}", "disable_tqdm=true", "variant=SM+R"]
-            recipe = load_recipe(QUICK, [*base, f"output_dir={folder}/{index}"])
+            recipe = load_recipe("quick", [*base, f"output_dir={folder}/{index}"])
             result = json.loads((train(recipe) / "results.json").read_text(encoding="utf-8"))
             rows["lnfree train"].append(result["train_tokens"] / result["train_seconds"])
             waiting.append(result["data_seconds"] / result["train_seconds"])
@@ -461,7 +458,7 @@ def benchmark_start(settings: Settings) -> list[Row]:
 def _first_step(home: str) -> float:
     """Seconds from the command to the measurement before the first step of a run of the recipe `quick`."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-P", "-m", "training.cli", "train", str(QUICK), f"output_dir={folder}/run"]
+        command = [sys.executable, "-P", "-m", "training.cli", "train", "quick", f"output_dir={folder}/run"]
         start = time.perf_counter()
         with subprocess.Popen(
             command, env={**os.environ, "HF_HOME": home}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

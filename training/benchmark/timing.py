@@ -23,8 +23,6 @@ import torch
 
 
 MIB = 2**20
-
-
 Action = Callable[[], Any]
 Row = dict[str, Any]
 Key = TypeVar("Key")

@@ -21,7 +21,6 @@ shaped attention are public too.
 - `truncation`: elements of products, which have twice the fractional bits: matrix products, products by element and
   with constants, and the leaky ReLU's slope. Those inside a softmax, a norm or a GELU depend on how a protocol
   approximates them, and are not counted.
-
 - `embedding`: elements of the one-hot rows, tokens by vocabulary, whose product with the table looks tokens up;
   `sampling`: logits from which the next token is chosen.
 
@@ -52,7 +51,6 @@ from .semi2k import SEMI2K
 PROTOCOLS = (SEMI2K, CRYPTEN)
 PHASES = ("forward", "token", "generation")
 OUTSIDE = "outside"  # of the blocks: embeddings, final norm, head
-
 
 # modules that may compute by several operations of torch what counts as one here
 _MODULES = {"GELU": "gelu", "RMSNorm": "rms_norm"}

@@ -16,30 +16,22 @@ from .published import Total
 
 Rows = list[dict[str, Any]]
 BOTH = tuple(NETWORKS.values())
+# columns: what is counted in rows, what stands first and last in a table
 _ROWS = ("softmax", "layer_norm", "rms_norm")
-
-
 _FIRST = (*_ROWS, "gelu", "relu", "leaky_relu")
-
-
 _LAST = ("comparison", "opening", "truncation")
-
-
 # as the field writes them; an operation that is not here is called what torch calls it
 _TITLES = {
     **{"layer_norm": "LayerNorm", "rms_norm": "RMSNorm", "gelu": "GELU", "relu": "ReLU", "leaky_relu": "leaky ReLU"},
-    **{
-        "silu": "SiLU",
-        "clamp": "clipping",
-        "comparison": "comparisons",
-        "opening": "openings",
-        "truncation": "truncations",
-        "clamp_min": "clipping below",
-        "clamp_max": "clipping above",
-    },
+    **{"silu": "SiLU", "clamp": "clipping", "clamp_min": "clipping below", "clamp_max": "clipping above"},
+    **{"comparison": "comparisons", "opening": "openings", "truncation": "truncations"},
 }
-_PARTS = {"opening": "products (openings)", "embedding": "token embedding (one-hot product)"}
-_PARTS |= {"sampling": "sampling (by the client)"}
+# and where an operation has a row of its own
+_PARTS = {
+    "opening": "products (openings)",
+    "embedding": "token embedding (one-hot product)",
+    "sampling": "sampling (by the client)",
+}
 # the same in every variant, and rows of their own where costs are shown
 _ENDS = {"embedding", "sampling"}
 

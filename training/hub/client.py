@@ -14,8 +14,6 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 
 # seconds before a request is tried again that the client itself does not repeat; what a server asks for goes first
 WAITS, LONGEST_WAIT = (1, 2, 4, 8, 16), 600
-
-
 _Result = TypeVar("_Result")
 
 

@@ -20,18 +20,12 @@ from .publication import Publication, format_size
 
 # https://huggingface.co/docs/hub/storage-limits
 MAX_FILE_SIZE, MAX_FOLDER_ENTRIES = 50 * 10**9, 10_000
-
-
 _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
-
-
 _TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml")
 
 
 # a vocabulary holds whatever its corpus held
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
-
-
 _LOCAL_PATH = re.compile(
     r"(?<![\w.:/~-])(/(home|Users|root|tmp|private|var|mnt|media|scratch|workspace|work|opt|srv)/[\w.-]+|~/[\w.-]+"
     r"|[A-Za-z]:\\\\?[\w.-]+)"

@@ -21,15 +21,11 @@ from .publication import Kind, Publication, format_size
 
 
 COLLECTION = "LNFree: GPT models without LayerNorm"
-
-
 PAPER = "2410.09637"
 
 
 # of these, what a release does not have would be loaded beside what it has; results of other runs stay
 STALE = (".py", ".safetensors")
-
-
 _MARKS = {"new": "+", "changed": "~", "removed": "-", "same": "="}
 
 

@@ -73,7 +73,7 @@ class RemovableNorm(nn.Module):
             wide = wide - wide.mean(-1, keepdim=True)
         deviation = (wide.square().mean(-1, keepdim=True) + self.eps).sqrt()  # (B, T, 1)
         if self.training:
-            self._see(deviation)
+            self._collect(deviation)
         # nothing has been seen before the first step: the part is the whole norm then
         constant = self.deviation[part].nan_to_num(1.0)
         scale = self.share[part] / deviation + (1 - self.share[part]) / constant
@@ -83,7 +83,8 @@ class RemovableNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.normalize(hidden_states)
 
-    def _see(self, deviation: Tensor):
+    def _collect(self, deviation: Tensor):
+        """Adds what tokens show in this step to the sums of the running mean, and keeps how far they spread."""
         counted = deviation[:, 1:] if self.skip_first else deviation
         self.spread = (counted - counted.detach().mean()).square().mean()
         with torch.no_grad():

@@ -138,7 +138,7 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
 
     def create_optimizer(self, *args, **kwargs):
         is_new = self.optimizer is None
-        if self.layer_options and self.optimizer is None:
+        if self.layer_options and is_new:
             _, adamw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = build_optimizer(
                 self.model,
