@@ -580,7 +580,8 @@ class LNFreeConfig(transformers.PreTrainedConfig):  # trf-ignore: TRF057 (see mo
         # a slope is written as 0.1, and may be read as 0.10; fields of no preset may be added to a plain name
         plain = write_variant(**{**words, "slope": words["slope"] and f"{float(words['slope']):g}"})
         fits = plain in (config.variant, config.variant.partition("@")[0])
-        _require(fits, f"these fields make {config.variant}, not variant={variant!r}: {kwargs}")
+        given = {name: named[name] for name in kwargs}
+        _require(fits, f"these fields make {config.variant}, not variant={variant!r}: {given}")
         return config
 
 
