@@ -11,10 +11,9 @@ import os
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
-import yaml
 from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
@@ -26,7 +25,7 @@ from modeling_lnfree.configuration_lnfree import read_variant
 from modeling_lnfree.optimization import LayerOptimizer, MuonAdjustment
 from modeling_lnfree.variants import rename_variant, variant_slug
 
-from .catalog import RECIPES, SWEEPS
+from .catalog import find_file, read_values, read_yaml
 from .effects import check_effects, find_idle
 from .errors import UserError, explained, one_line
 from .methods import MethodArguments, check_methods
@@ -55,24 +54,6 @@ def parent_name(init_from: str) -> str:
         return init_from
     folder = folder.resolve()
     return folder.parent.name if folder.name == "model" and (folder.parent / "recipe.yaml").is_file() else folder.name
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, and a key given twice an error, not the last one silently the winner."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML reads, wants a point and a sign in it
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+"), list("+-.0123456789")
-)
 
 
 @dataclass
@@ -351,40 +332,48 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         if not separator:
             raise UserError(f"an override must be key=value, got {override!r}")
         with explained(f"the value of {override!r} is not YAML"):
-            values[key] = yaml.load(value, _Loader)
+            values[key] = read_yaml(value)
     return build_recipe(values)
-
-
-def find_file(name: str | Path, kind: Literal["recipe", "sweep"], base: Path = Path()) -> Path:
-    """
-    The file of a recipe or a sweep: what has a folder or an ending in it, or exists, is a path from `base`; all else
-    is the name of one that comes with the project. Raises UserError for a name that is none of theirs.
-    """
-    path = base / name
-    if path.is_file() or Path(name).name != str(name) or path.suffix:
-        return path
-    folder = RECIPES if kind == "recipe" else SWEEPS
-    names = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-    if str(name) not in names:
-        nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
-        raise UserError(
-            f"{kind} {str(name)!r} is neither a file nor one that 'lnfree recipes' lists; the nearest: "
-            f"{', '.join(nearest)}"
-        )
-    return names[str(name)]
-
-
-def read_values(path: str | Path, kind: str) -> dict[str, Any]:
-    """The `key: value` lines of a YAML file; raises UserError, which calls it a `kind`, for any other file."""
-    with explained(f"the {kind} {path} cannot be read"):
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    if not isinstance(values, dict):
-        raise UserError(f"the {kind} {path} must be lines of 'key: value', got {type(values).__name__}")
-    return values
 
 
 def build_recipe(values: dict[str, Any]) -> Recipe:
     """Checks a flat recipe given as a dictionary; see `load_recipe`."""
+    recipe = _sort_values(values)
+    data, training = recipe.data, recipe.training
+    _check_refused(recipe)
+    _check_numbers(recipe)
+    _check_preset(recipe)
+    _check_layer_optimizer(recipe)
+    _check_compile(recipe)
+    if data.train_tokens is not None:
+        training["max_steps"] = -(-data.train_tokens // recipe.tokens_per_step)
+    if training.get("max_steps", -1) == 0 or training.get("max_steps", -1) < -1:
+        raise UserError(
+            f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {training['max_steps']}"
+        )
+    if not training.get("output_dir", "runs"):
+        raise UserError(f"output_dir must be a folder, got {training['output_dir']!r}")
+    check_methods(data, {**recipe.to_dict(), "max_steps": training.get("max_steps", -1)})
+    _check_start(recipe, values)
+    config = None
+    if data.init_from is None:
+        try:
+            config = recipe.build_config()
+        except (ValueError, StrictDataclassError) as error:
+            raise UserError(one_line(error)) from None
+        if data.block_size > config.max_position_embeddings:
+            raise UserError(
+                f"block_size={data.block_size} is longer than max_position_embeddings={config.max_position_embeddings}"
+            )
+    check_effects(recipe.to_dict(), DEFAULTS, config)
+    _check_data(recipe)
+    _check_checkpoints(recipe)
+    training.setdefault("output_dir", f"runs/{recipe.name}")
+    return recipe
+
+
+def _sort_values(values: dict[str, Any]) -> Recipe:
+    """The recipe of these values, each of the type of its field. Raises UserError for what is no field."""
     parts: dict[str, dict[str, Any]] = {"data": {}, "model": {}, "training": {"seed": 1337}}
     for key, value in values.items():
         # YAML 1.1 reads no as False
@@ -414,9 +403,12 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
                 type_validator(key, checked, hints[key])
             except TypeError as error:
                 raise UserError(f"recipe: {error}") from None
-    recipe = Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
-    data, training = recipe.data, recipe.training
-    given = recipe.to_dict()
+    return Recipe(DataArguments(**parts["data"]), parts["model"], parts["training"])
+
+
+def _check_refused(recipe: Recipe):
+    """Raises UserError for values with which a run would not be what its recipe and its results say."""
+    training, given = recipe.training, recipe.to_dict()
     for name, reason in REFUSED.items():
         if given.get(name) not in (None, DEFAULTS.get(name)):
             raise UserError(f"{name} is not supported in a recipe: {reason}")
@@ -431,6 +423,11 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if recipe.model.get(name) is not None:
             raise UserError(f"{name} must be left out of a recipe: it is the tokenizer's; got {recipe.model[name]}")
+
+
+def _check_numbers(recipe: Recipe):
+    """Raises UserError for numbers out of range."""
+    given = recipe.to_dict()
     # a block of one token predicts nothing
     for name, least in (
         *(("block_size", 2), ("train_tokens", 1), ("eval_sequences", 1)),
@@ -442,11 +439,20 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     ):
         if given.get(name) is not None and not given[name] >= least:
             raise UserError(f"{name} must be at least {least}, got {given[name]}")
-    if not 0 <= training.get("label_smoothing_factor", 0) < 1:
-        raise UserError(f"label_smoothing_factor must be in [0, 1), got {training['label_smoothing_factor']}")
+    if given["seed"] >= 2**32:
+        raise UserError(f"seed must be less than 2**32, got {given['seed']}")
+    if not 0 <= given.get("label_smoothing_factor", 0) < 1:
+        raise UserError(f"label_smoothing_factor must be in [0, 1), got {given['label_smoothing_factor']}")
+    if not 0 < given["eval_fraction"] < 1:
+        raise UserError(f"eval_fraction must be in (0, 1), got {given['eval_fraction']}")
     for name in ("learning_rate", "layer_learning_rate", "num_train_epochs"):
         if given.get(name) is not None and not 0 < given[name] < math.inf:
             raise UserError(f"{name} must be finite and more than 0, got {given[name]}")
+
+
+def _check_preset(recipe: Recipe):
+    """Raises UserError for a variant that is no name, and a preset beside what names its own."""
+    data = recipe.data
     if data.preset is not None and data.init_from is not None:
         raise UserError(f"preset={data.preset!r} has no effect with init_from={data.init_from!r}, a model as it is")
     try:
@@ -455,40 +461,22 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         raise UserError(str(error)) from None
     if data.preset not in (None, preset):
         raise UserError(f"preset={data.preset!r} has no effect on variant={data.variant!r}, which names its own")
-    _check_layer_optimizer(recipe)
-    if data.compile_layers:
-        for name in (
-            *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-            *("entropy_weight", "batch_entropy_weight", "remove_norms_from"),
-        ):
-            # what looks into a layer in every step would have it compiled anew in every step
-            if given.get(name):
-                raise UserError(f"compile_layers=True and {name}={given[name]} do not go together")
-    if training["seed"] >= 2**32:
-        raise UserError(f"seed must be less than 2**32, got {training['seed']}")
-    if data.train_tokens is not None:
-        training["max_steps"] = -(-data.train_tokens // recipe.tokens_per_step)
-    if training.get("max_steps", -1) == 0 or training.get("max_steps", -1) < -1:
-        raise UserError(
-            f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {training['max_steps']}"
-        )
-    if not training.get("output_dir", "runs"):
-        raise UserError(f"output_dir must be a folder, got {training['output_dir']!r}")
-    check_methods(data, {**recipe.to_dict(), "max_steps": training.get("max_steps", -1)})
-    _check_start(recipe, values)
-    config = None
-    if data.init_from is None:
-        try:
-            config = recipe.build_config()
-        except (ValueError, StrictDataclassError) as error:
-            raise UserError(one_line(error)) from None
-        if data.block_size > config.max_position_embeddings:
-            raise UserError(
-                f"block_size={data.block_size} is longer than max_position_embeddings={config.max_position_embeddings}"
-            )
-    check_effects(recipe.to_dict(), DEFAULTS, config)
-    if not 0 < data.eval_fraction < 1:
-        raise UserError(f"eval_fraction must be in (0, 1), got {data.eval_fraction}")
+
+
+def _check_compile(recipe: Recipe):
+    given = recipe.to_dict()
+    for name in (
+        *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        *("entropy_weight", "batch_entropy_weight", "remove_norms_from"),
+    ):
+        # what looks into a layer in every step would have it compiled anew in every step
+        if given["compile_layers"] and given.get(name):
+            raise UserError(f"compile_layers=True and {name}={given[name]} do not go together")
+
+
+def _check_data(recipe: Recipe):
+    """Raises UserError for data without a tokenizer or an end."""
+    data, training = recipe.data, recipe.training
     if data.tokenizer is None and recipe.model.get("vocab_size", 0) < 258:
         raise UserError(
             "a recipe without a tokenizer trains one, and needs a vocab_size of at least 258 (256 bytes and 2 special "
@@ -496,6 +484,11 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         )
     if data.streaming and (data.tokenizer is None or training.get("max_steps", -1) < 0):
         raise UserError("streaming=True needs a tokenizer and max_steps: a stream's end is not known beforehand")
+
+
+def _check_checkpoints(recipe: Recipe):
+    """Raises UserError for checkpoints that could not be resumed exactly, or would not be there."""
+    training = recipe.training
     save_steps, logging_steps = training.get("save_steps", 500), training.get("logging_steps", 500)
     if training.get("save_strategy", "steps") == "steps" and save_steps % logging_steps:
         # the loss summed since the last log is not part of a checkpoint
@@ -503,11 +496,9 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             f"save_steps must be a multiple of logging_steps, got save_steps={save_steps} and "
             f"logging_steps={logging_steps}"
         )
-    for step in data.milestones or []:
+    for step in recipe.data.milestones or []:
         if step < 1 or step % save_steps:
             raise UserError(f"milestones must be multiples of save_steps={save_steps}, got {step}")
-    training.setdefault("output_dir", f"runs/{recipe.name}")
-    return recipe
 
 
 def _check_layer_optimizer(recipe: Recipe):

@@ -18,6 +18,7 @@ import torch
 from modeling_lnfree import LNFreeConfig
 from modeling_lnfree.variants import BASELINE, variant_order, variant_slug
 
+from .catalog import read_values
 from .errors import UserError, one_line
 from .files import read_json
 from .methods import METHOD_FIELDS
@@ -28,7 +29,6 @@ from .recipe import (
     START_FIELDS,
     DataArguments,
     Recipe,
-    read_values,
 )
 
 

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from .catalog import find_file, read_values
 from .errors import UserError
 from .files import read_records
-from .recipe import Recipe, find_file, load_recipe, read_values
+from .recipe import Recipe, load_recipe
 from .runs import LOCK, RESULTS, check_same_recipe, read_results
 
 

@@ -19,10 +19,11 @@ from transformers import GPT2Config, GPT2Model, PreTrainedModel, Trainer, Traini
 from modeling_lnfree import record_attention_entropy, use_fast_cpu
 from modeling_lnfree.variants import BASELINE, rename_variant
 
+from ..catalog import find_file, read_values
 from ..errors import UserError
 from ..parametrization import parametrize_weights, update_spectral_norms
 from ..quantities import BatchEntropy, Outliers, Quantity, ResidualStream, ZeroActivations
-from ..recipe import find_file, load_recipe, read_values
+from ..recipe import load_recipe
 from ..train.callbacks import MeasurementCallback
 from .gpu import TOKENS, benchmark_attention, benchmark_bf16, benchmark_passes
 from .models import (

@@ -7,9 +7,9 @@ import pyarrow
 import pyarrow.parquet
 import yaml
 
+from ..catalog import read_values
 from ..errors import UserError, one_line
 from ..files import read_json, whole
-from ..recipe import read_values
 from ..runs import MEASURED, REPORT, RESULTS
 
 
