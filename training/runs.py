@@ -306,6 +306,9 @@ def find_runs(runs_dir: str | Path) -> tuple[list[Run], dict[str, str]]:
         elif (folder / "model").is_dir():
             finished.append(Run.load(folder))
     if not finished:
-        raise UserError(f"no finished run in {runs_dir}: none of its subfolders has a model and a {RESULTS}")
+        why = f"none of its subfolders has a model and a {RESULTS}"
+        if (runs_dir / "recipe.yaml").is_file():
+            why = f"it is a run itself; the folder of runs is {runs_dir.parent}"
+        raise UserError(f"no finished run in {runs_dir}: {why}")
     finished.sort(key=lambda run: (run.setting, variant_order(run.variant), run.configuration, run.seed))
     return finished, unfinished

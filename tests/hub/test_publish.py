@@ -269,10 +269,18 @@ def test_who_may_not_publish_is_told_before_any_work(server, runs_dir, token, na
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("missing", "missing is not a folder"), (".", "no finished run in .*: none of its subfolders has a model and a")],
+    [
+        ("missing", "missing is not a folder"),
+        (".", "no finished run in .*: none of its subfolders has a model and a"),
+        ("run", "no finished run in .*/run: it is a run itself; the folder of runs is "),
+    ],
 )
-def test_folder_without_runs_is_told_before_a_token_is_asked_for(server, tmp_path, name, message, monkeypatch, capsys):
+def test_folder_without_runs_is_told_before_a_token_is_asked_for(
+    server, runs_dir, tmp_path, name, message, monkeypatch, capsys
+):
     monkeypatch.delenv("HF_TOKEN")
+    if name == "run":
+        shutil.copytree(runs_dir / "SM+R-5", tmp_path / "run")
     assert cli.main(["publish", str(tmp_path / name), "--namespace", "me"]) == 1
     assert re.fullmatch(f"lnfree publish: error: .*{message}.*\n", capsys.readouterr().err)
     assert server.requests == []
