@@ -1,4 +1,4 @@
-"""Heat maps of attention entropy, and curves over training."""
+"""The pictures of reports: entropies by layer and head, curves over training, costs, and what makes a logit."""
 
 import itertools
 import textwrap

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_lnfree import LNFreeForCausalLM
+from modeling_lnfree.parts_lnfree import NORMS
 from training import cli
 from training.encryption.counting import count_operations
 from training.encryption.fixed_point import measure_fixed_point
@@ -94,6 +95,35 @@ def test_a_design_costs_what_its_formula_says(name, size):
     if name == "normalized":
         head = size["hidden_size"] // size["num_attention_heads"]
         assert found["rms_norm"]["rows"] == {str(head): 2 * B * T * size["num_attention_heads"]}
+
+
+class MeanAbsoluteNorm(torch.nn.Module):
+    """A norm that no cost model knows: x / mean |x| * weight."""
+
+    def __init__(self, size, eps, alpha):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(size))
+
+    def forward(self, states):
+        return self.weight * (states / states.abs().mean(-1, keepdim=True))
+
+
+def test_dividing_by_private_data_costs_a_reciprocal(monkeypatch):
+    monkeypatch.setitem(NORMS, "dyt", MeanAbsoluteNorm)
+    config = tiny_config("SM+DyT+R", final_norm_type="layernorm")
+    plain, found = (
+        count_operations(LNFreeForCausalLM, each, length=T, batch_size=B)["forward"]
+        for each in (tiny_config("SM+R"), config)
+    )
+    layer, states = found["layers"][0], B * T * config.hidden_size
+    assert layer["reciprocal"] == {"calls": 2, "elements": 2 * B * T}
+    # the quotient and the weight
+    more = layer["opening"]["elements"] - plain["layers"][0]["opening"]["elements"]
+    assert more == 2 * (states + B * T + states + config.hidden_size)
+    for estimate in found["estimates"].values():
+        assert estimate["by_operation"]["reciprocal"]["rounds"] > 0
+        assert list(estimate["without_figure"]) == ["abs"]
+    assert "reciprocal" not in plain["total"]
 
 
 @every_preset

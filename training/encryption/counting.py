@@ -13,7 +13,8 @@ shaped attention are public too.
 
 - `softmax`, `layer_norm`, `rms_norm`: rows by their length. Hidden keys are part of a row, since eager attention
   computes them; a protocol may leave them out, since the causal mask is public.
-- `gelu`, `relu`, `leaky_relu` and whatever else is not linear, under its name in torch: elements.
+- `gelu`, `relu`, `leaky_relu` and whatever else is not linear, under its name in torch: elements; `reciprocal`: those
+  of private data that something is divided by, beside the product with it.
 - `comparison`: one for every element of a ReLU or leaky ReLU, and for every element and bound of a clipping; n - 1 for
   the maximum of a softmax row of n.
 - `matmul`: elements of the products; `opening`: elements of both factors of a product of two private tensors, which a
@@ -295,6 +296,8 @@ class _OperationCounter(PrivateDispatchMode):
                 weights = sum(factor.numel() for factor in factors if factor not in self.private)
                 self.add("opening", Shape(elements, None, size, multiply_adds, weights))
             self.add("truncation", Shape(size))
+            if name == "div" and isinstance(args[1], Tensor) and args[1] in self.private:
+                self.add("reciprocal", Shape(args[1].numel()))
         elif name == "_softmax":
             length = output.shape[args[1]]
             self.add("softmax", Shape(size, row=length))

@@ -143,6 +143,16 @@ def _sigmoid(shape: Shape) -> list[Step]:
     ]
 
 
+def _divisor(shape: Shape) -> list[Step]:
+    """The reciprocal of what may have any sign."""
+    elements = shape.elements
+    return [
+        Step("sign, absolute value", "functions", _relu_cost(elements)),
+        Step("reciprocal: exponential, 10 Newton steps", "functions", _reciprocal(elements)),
+        Step("product with the sign", "functions", _product(elements, elements)),
+    ]
+
+
 def _silu(shape: Shape) -> list[Step]:
     return [*_sigmoid(shape), Step("product with x", "products", _product(shape.elements, shape.elements))]
 
@@ -186,7 +196,7 @@ CRYPTEN = Protocol(
     operations={
         **{"opening": _opening, "truncation": _local, "softmax": _softmax},
         **{"layer_norm": _layer_norm, "rms_norm": _layer_norm, "gelu": _gelu, "relu": _relu, "leaky_relu": _relu},
-        **{"silu": _silu, "sigmoid": _sigmoid, "tanh": _sigmoid},
+        **{"silu": _silu, "sigmoid": _sigmoid, "tanh": _sigmoid, "reciprocal": _divisor},
         **{"clamp": _clamp, "clamp_min": _relu, "clamp_max": _relu},
         **{"embedding": _one_hot, "sampling": _revealed},
     },

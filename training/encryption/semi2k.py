@@ -217,6 +217,7 @@ SEMI2K = Protocol(
         **{"opening": _opening, "truncation": _truncation, "softmax": _softmax},
         **{"layer_norm": _layer_norm, "rms_norm": _rms_norm, "gelu": _gelu, "relu": _relu, "leaky_relu": _relu},
         **{"silu": _silu, "sigmoid": _sigmoid, "tanh": _tanh},
+        "reciprocal": lambda shape: _reciprocal(shape.elements),
         **{"clamp": _clamp, "clamp_min": _bound, "clamp_max": _bound},
         **{"embedding": _one_hot, "sampling": _revealed},
     },

@@ -24,7 +24,7 @@ _LAST = ("comparison", "opening", "truncation")
 _TITLES = {
     **{"layer_norm": "LayerNorm", "rms_norm": "RMSNorm", "gelu": "GELU", "relu": "ReLU", "leaky_relu": "leaky ReLU"},
     **{"silu": "SiLU", "clamp": "clipping", "clamp_min": "clipping below", "clamp_max": "clipping above"},
-    **{"comparison": "comparisons", "opening": "openings", "truncation": "truncations"},
+    **{"reciprocal": "reciprocals", "comparison": "comparisons", "opening": "openings", "truncation": "truncations"},
 }
 # and where an operation has a row of its own
 _PARTS = {

@@ -230,9 +230,8 @@ class _Recorder:
             return
         try:
             self._masks[mask] = describe_mask(mask, **arguments)
-        except (
-            Exception
-        ):  # an instrument does not stop the model; a mask of unknown origin is dealt with where it is used
+        # an instrument does not stop the model; a mask of unknown origin is dealt with where it is used
+        except Exception:
             pass
 
     def _origin(self, attention_mask: Tensor | BlockMask | None) -> MaskOrigin | None:
