@@ -61,6 +61,61 @@ def test_name_of_a_folder_is_neither_a_pattern_nor_a_builder(streaming):
     assert texts("json", streaming) == ["a folder"]
 
 
+@both_ways
+@pytest.mark.parametrize(
+    "name",
+    ["hf://datasets/x/d.jsonl", "hf://datasets/x", "s3://x/d.jsonl", "file://x/d.jsonl", "memory://x", "https://x"],
+)
+def test_name_of_what_is_here_is_no_address(name, streaming):
+    write(name if name.endswith(".jsonl") else f"{name}/d.jsonl", "this file")
+    assert texts(name, streaming) == ["this file"]
+
+
+@both_ways
+@pytest.mark.parametrize(("folder", "taken_for"), [("w[1]", "w1"), ("w?", "ww"), ("w*", "w12")])
+def test_name_of_the_working_folder_is_no_pattern(folder, taken_for, streaming, monkeypatch):
+    write(f"{taken_for}/d.jsonl", "another file")
+    write(f"{folder}/d.jsonl", "this file")
+    monkeypatch.chdir(folder)
+    for name in ("d.jsonl", "./d.jsonl", f"../{folder}/d.jsonl", "."):
+        assert texts(name, streaming) == ["this file"]
+
+
+def test_two_colons_are_told_of_the_working_folder_too(monkeypatch):
+    write("a::b/d.jsonl", "this file")
+    monkeypatch.chdir("a::b")
+    for name in ("d.jsonl", "."):
+        with pytest.raises(UserError, match="must not have '::' in its path.*/a::b"):
+            texts(name)
+
+
+def test_name_of_a_link_is_that_of_the_file():
+    """Its own suffix says how it is read, as in the cache of the Hub, whose files are links to files without one."""
+    write("blobs/1234", "this file")
+    Path("d.jsonl").symlink_to("blobs/1234")
+    assert texts("d.jsonl") == ["this file"]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["a.jsonl", "b/c.jsonl"], ""),
+        # by their names, some files are of no split
+        (["train.jsonl", "more.jsonl"], "dataset 'd': 1 of 2 files are not read: more.jsonl\n"),
+        (["train/a.jsonl", "b.jsonl", "c.jsonl"], "dataset 'd': 2 of 3 files are not read: b.jsonl, c.jsonl\n"),
+        # those of one kind alone are read
+        (["a.jsonl", "b.jsonl", "c.txt"], "dataset 'd': 1 of 3 files are not read: c.txt\n"),
+        # by convention no data
+        (["a.jsonl", ".b.jsonl", ".c/d.jsonl", "config.json"], ""),
+    ],
+)
+def test_files_of_a_folder_that_are_not_read_are_told(files, told, capsys):
+    for name in files:
+        write(f"d/{name}", "text")
+    data.load_splits("d")
+    assert capsys.readouterr().out == told
+
+
 CELLS = ["NA", "None", "null", "nan", "N/A", "0012", "1e5", "True", "a, b", "12"]
 
 

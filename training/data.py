@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, IterableDataset
-from datasets.data_files import get_data_patterns
+from datasets.data_files import FILES_TO_IGNORE, get_data_patterns
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
@@ -129,8 +129,12 @@ def load_splits(
     is_file, is_folder = os.path.isfile(name), os.path.isdir(name)
     if os.path.lexists(name) and not is_file and not is_folder:
         raise UserError(f"dataset {name!r} must be a file or a folder, got a {kind_of(Path(name))}")
-    if (is_file or is_folder) and "::" in name:
-        raise UserError(f"dataset {name!r} must not have '::' in its path, which datasets takes for a file in a file")
+    # as a relative path hf://x is of the Hub, json a builder, and the name of the working folder a pattern
+    path = str(Path(name).resolve() if is_folder else Path(name).parent.resolve() / Path(name).name)
+    if "::" in path and (is_file or is_folder):
+        raise UserError(
+            f"dataset {name!r} must not have '::' in its path, which datasets takes for a file in a file: {path}"
+        )
     if is_file:
         kind = BUILDERS.get(Path(name).suffix.lower())
         if kind is None:
@@ -139,9 +143,9 @@ def load_splits(
             raise UserError(f"dataset {name} is a file and has no configurations, got config={config!r}")
         if Path(name).stat().st_size == 0:
             raise UserError(f"dataset {name!r} cannot be loaded: it is empty")
-        source: dict[str, Any] = {"path": kind, "data_files": glob.escape(name)}
+        source: dict[str, Any] = {"path": kind, "data_files": glob.escape(path)}
     elif is_folder:
-        source = _folder(Path(name), config)
+        source = _folder(name, path, config)
     elif name in BUILDERS.values():
         raise UserError(f"dataset {name!r} is no file or folder")
     else:
@@ -155,6 +159,8 @@ def load_splits(
                 raise UserError(
                     f"dataset {name!r} must not have a variable in a path, which would be replaced: {file}"
                 )
+        if is_folder and config is None:
+            _report_left_out(name, Path(path), [file for part in files for file in part])
         if isinstance(builder.config, CsvConfig):
             source |= _cells_as_texts(name, builder.config, [part[0] for part in files])
         elif isinstance(builder.config, TextConfig):
@@ -220,19 +226,31 @@ def reading(what: str) -> Iterator[None]:
             raise UserError(f"{what}: it is empty") from None
 
 
-def _folder(folder: Path, config: str | None) -> dict[str, Any]:
+def _folder(name: str, path: str, config: str | None) -> dict[str, Any]:
     """What names a folder to `datasets`, which takes * ? and [ in its path for a pattern."""
-    # by a relative path, a folder of the name json would be the builder of this name
-    path = str(folder.resolve())
     escaped = glob.escape(path)
     if escaped == path:
         return {"path": path, "name": config}
-    card = folder / "README.md"
+    card = Path(path, "README.md")
     if config is not None or card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"dataset {str(folder)!r} has configurations and one of *?[ in its path: rename the folder")
-    with explained(f"dataset {str(folder)!r} cannot be loaded"):
+        raise UserError(f"dataset {name!r} has configurations and one of *?[ in its path: rename the folder")
+    with explained(f"dataset {name!r} cannot be loaded"):
         splits = get_data_patterns(escaped)
     return {"path": path, "data_files": {split: [f"{escaped}/{p}" for p in splits[split]] for split in splits}}
+
+
+def _report_left_out(name: str, folder: Path, read: list[str]):
+    """Says which files of a folder belong to no split, or are of another kind than the others."""
+    found = {
+        str(path)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in BUILDERS
+        and path.name not in (*FILES_TO_IGNORE, "state.json")
+        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    }
+    if left := sorted(os.path.relpath(path, folder) for path in found.difference(read)):
+        names = f"{', '.join(left[:3])}{' ...' * (len(left) > 3)}"
+        _report(f"dataset {name!r}: {len(left)} of {len(found)} files are not read: {names}")
 
 
 def evaluation_split(splits: dict[str, Dataset | IterableDataset]) -> Dataset | IterableDataset:
