@@ -91,6 +91,7 @@ WRONG = {
     "broken tokenizer": (with_file("tokenizer.json", "{"), "the tokenizer of .* cannot be loaded: "),
     "other tokenizer": (with_file("tokenizer.json", '{"a": 1}'), "the tokenizer of .* cannot be loaded: "),
     "spiece": (with_file("spiece.model", ""), "the tokenizer of .* has no tokens when .* spiece.model"),
+    "tekken": (with_file("tekken.json", "{}"), "the tokenizer of .* cannot be loaded: "),
     "sampling": (with_file("generation_config.json", '{"temperature": 0.5}'), "cannot be written: .*temperature"),
 }
 

@@ -12,7 +12,7 @@ from training.hub.client import _pause, describe_error, retry
 
 
 def pause(asked: str | None) -> float | None:
-    headers = {} if asked is None else {"Retry-After": asked}
+    headers = {} if asked is None else {"Retry-After": asked.encode("latin-1")}
     response = httpx2.Response(429, headers=headers, request=httpx2.Request("GET", "http://hub"))
     return _pause(HfHubHTTPError("too many requests", response=response), wait=3.0)
 
@@ -24,7 +24,23 @@ def after(seconds: int) -> str:
 @pytest.mark.parametrize(
     ("asked", "seconds"),
     # ten minutes at most
-    [("7", 7), ("0", 0), (None, 3), ("soon", 3), ("Thu, 01 Jan 2026 00:00:00 GMT", 0), ("600", 600), ("601", None)],
+    [
+        *[("7", 7), ("0", 0), ("2.5", 2.5), (None, 3), ("600", 600), ("601", None), ("9" * 5000, None)],
+        # all three formats of RFC 9110
+        *[
+            ("Thu, 01 Jan 2026 00:00:00 GMT", 0),
+            ("Thursday, 01-Jan-26 00:00:00 GMT", 0),
+            ("Thu Jan  1 00:00:00 2026", 0),
+        ],
+        *[
+            ("soon", 3),
+            ("-3", 3),
+            ("\u00b2", 3),
+            ("inf", 3),
+            ("1, 2", 3),
+            ("Tue, 01 Dec 9999999999999999 00:00:00 GMT", 3),
+        ],
+    ],
 )
 def test_pause_is_the_one_asked_for(asked, seconds):
     assert pause(asked) == seconds
@@ -34,6 +50,14 @@ def test_pause_may_be_asked_for_by_a_date():
     assert 25 < pause(after(30)) <= 30
     # nobody waits for a day
     assert pause(after(86_400)) is None
+
+
+def test_wait_that_is_asked_for_is_told():
+    asked = {"7": "and asks to wait 7 s", "Thu, 01 Jan 2099 00:00:00 GMT": "wait until Thu, 01 Jan 2099 00:00:00 GMT"}
+    for header, told in asked.items():
+        request = httpx2.Request("GET", "http://hub/api")
+        response = httpx2.Response(503, headers={"Retry-After": header}, request=request)
+        assert describe_error(HfHubHTTPError("busy", response=response)).endswith(told)
 
 
 def answered(status: int, said: str | None = None) -> HfHubHTTPError:

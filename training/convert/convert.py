@@ -26,7 +26,7 @@ _PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p 
 # one of them comes with every tokenizer, those that are written in Python too
 _TOKENIZER_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"),
-    "sentencepiece.bpe.model",
+    *("sentencepiece.bpe.model", "sentencepiece.model", "tekken.json", "tokenizer.tiktoken", "merges.txt"),
 )
 # An epsilon that no variance of a residual stream reaches: the published models without LayerNorm have 1e12.
 _LN_FREE_EPS = 1e9

@@ -1,5 +1,6 @@
 """Requests to the Hub that are repeated where its client does not, and its answers in one line, without the token."""
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 
 # seconds before a request is tried again that the client itself does not repeat; what a server asks for goes first
 WAITS, LONGEST_WAIT = (1, 2, 4, 8, 16), 600
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
 _Result = TypeVar("_Result")
 
 
@@ -30,7 +32,7 @@ def retry(request: Callable[[], _Result]) -> _Result:
             pause = _pause(cause, wait)
             if pause is None:
                 raise
-            print(f"{describe_error(cause or error)}; trying again in {pause} s", file=sys.stderr)
+            print(f"{describe_error(cause or error)}; trying again in {pause:.3g} s", file=sys.stderr)
             time.sleep(pause)
     return request()
 
@@ -52,11 +54,13 @@ def _pause(error: BaseException | None, wait: float) -> float | None:
 
 def _seconds_asked(asked: str, otherwise: float) -> float:
     """The seconds of a Retry-After header, which holds a number of them or a date (RFC 9110, section 10.2.3)."""
-    if asked.isdigit():
-        return int(asked)
+    if _NUMBER.fullmatch(asked):
+        return float(asked)
     try:
-        return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+        date = parsedate_to_datetime(asked)
+        # the oldest of the three formats names no zone
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
         return otherwise
 
 
@@ -73,8 +77,8 @@ def describe_error(error: BaseException) -> str:
         text = f"the Hub answered {response.status_code} to {asked} {said}"
         if response.status_code == 401:
             text = "the Hub does not know the token; log in by 'hf auth login', or set HF_TOKEN"
-        if response.status_code == 429 and (wait := response.headers.get("Retry-After")):
-            text += f", and asks to wait {wait} s"
+        if wait := response.headers.get("Retry-After"):
+            text += f", and asks to wait {f'{wait} s' if _NUMBER.fullmatch(wait) else f'until {wait}'}"
     elif isinstance(error, httpx2.TransportError):
         text = f"the Hub at {constants.ENDPOINT} cannot be reached: {error}"
     else:
