@@ -130,9 +130,7 @@ def main():
         sys.exit(f"update_rank: {error}")
     if arguments.docs is not None:
         command = " ".join(["python scripts/update_rank.py", arguments.recipe, *arguments.overrides])
-        write_table(
-            arguments.docs, "update-rank", found, command, {"stable rank": "{:.2f}", "spectral norm": "{:.4f}"}
-        )
+        write_table(arguments.docs, "update-rank", found, command, FORMATS)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,6 @@ def cost(
             raise UserError(f"{name} must be at least {least}, got {number}")
     inputs = [*model_ids, *([dataset] if dataset is not None else [])]
     (json_path,) = check_outputs({"json_path": json_path}, inputs)
-    found: dict[str, Any]
     loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     if fixed_point:
         if dataset is None:
@@ -110,46 +109,60 @@ def cost(
         reader = load_reader(model_ids[0], max_length=length, device=device, dtype="float32", **loading)
         found = {"dataset": dataset, "fixed_point": _find_bits(model_ids[0], texts, *reader, batch_size or 8)}
         _print_bits(found["fixed_point"])
+    elif dataset is not None:
+        raise UserError(f"--dataset {dataset} has no effect without --fixed-point: operations do not depend on texts")
     else:
-        if dataset is not None:
-            raise UserError(
-                f"--dataset {dataset} has no effect without --fixed-point: operations do not depend on texts"
-            )
-        docs = None if docs_path is None else check_docs(Path(docs_path).parent.parent)
-        lines = [find_network(name) for name in networks or NETWORKS]
-        models = _load(model_ids, loading)
-        if length is None:
-            length = min(_positions(model.config) for model in models)
-        sizes = {"length": length, "batch_size": batch_size or 1, "new_tokens": new_tokens}
-        counted = []
-        for name, model in zip(model_ids, models, strict=True):
-            with explained(f"model {name!r} cannot be counted"):
-                counted.append(count_operations(type(model), model.config, **sizes))
-        others = [{"model": name, "private_cost": counts} for name, counts in zip(model_ids, counted, strict=True)][1:]
-        found = {"private_cost": counted[0], **({"others": others} if others else {})}
-        names = _name(model_ids, counted)
-        _print_counts(names, counted, lines, steps)
-        published = [
-            (name, counts["forward"], find_published(model.config, counts["variant"], length, batch_size or 1))
-            for name, counts, model in zip(names, counted, models, strict=True)
-        ]
-        if beside := published_rows(published):
-            print("totals that papers have, of all parties together, beside ours:\n")
-            print(to_markdown([to_table(beside)]), end="\n\n")
-        if docs is not None:
-            first = counted[0]["forward"]
-            tables = {"-steps": step_rows(first)}
-            for phase, suffix in (("forward", ""), ("token", "-token")):
-                named = [(name, counts[phase]) for name, counts in zip(names, counted, strict=True)]
-                tables[suffix] = cost_rows(named, lines, named[0][1] if others else None)
-            tables |= {"-operations": operation_rows(first, lines), "-published": beside}
-            command = shlex.join(["lnfree", "cost", *model_ids, "--tokens", str(length)])
-            _write_tables(docs, Path(str(docs_path)).stem, tables, command)
+        found = _count(
+            model_ids, loading, length, batch_size or 1, new_tokens, networks or list(NETWORKS), steps, docs_path
+        )
     results = {"model": model_ids[0], "revision": revision, **found, "versions": library_versions()}
     if json_path is not None:
         with explained(f"{json_path} cannot be written"):
             write_atomically(json_path, to_json(results))
     return results
+
+
+def _count(
+    model_ids: Sequence[str],
+    loading: dict[str, Any],
+    length: int | None,
+    batch_size: int,
+    new_tokens: int,
+    networks: Sequence[str],
+    steps: bool,
+    docs_path: str | Path | None,
+) -> dict[str, Any]:
+    """`private_cost` and `others` of `cost`, printed, and written into the docs where there is a path."""
+    docs = None if docs_path is None else check_docs(Path(docs_path).parent.parent)
+    lines = [find_network(name) for name in networks]
+    models = _load(model_ids, loading)
+    if length is None:
+        length = min(_positions(model.config) for model in models)
+    counted = []
+    for name, model in zip(model_ids, models, strict=True):
+        with explained(f"model {name!r} cannot be counted"):
+            sizes = {"length": length, "batch_size": batch_size, "new_tokens": new_tokens}
+            counted.append(count_operations(type(model), model.config, **sizes))
+    names = _name(model_ids, counted)
+    _print_counts(names, counted, lines, steps)
+    published = [
+        (name, counts["forward"], find_published(model.config, counts["variant"], length, batch_size))
+        for name, counts, model in zip(names, counted, models, strict=True)
+    ]
+    if beside := published_rows(published):
+        print("totals that papers have, of all parties together, beside ours:\n")
+        print(to_markdown([to_table(beside)]), end="\n\n")
+    others = [{"model": name, "private_cost": counts} for name, counts in zip(model_ids, counted, strict=True)][1:]
+    if docs is not None:
+        first = counted[0]["forward"]
+        tables = {"-steps": step_rows(first)}
+        for phase, suffix in (("forward", ""), ("token", "-token")):
+            named = [(name, counts[phase]) for name, counts in zip(names, counted, strict=True)]
+            tables[suffix] = cost_rows(named, lines, named[0][1] if others else None)
+        tables |= {"-operations": operation_rows(first, lines), "-published": beside}
+        command = shlex.join(["lnfree", "cost", *model_ids, "--tokens", str(length)])
+        _write_tables(docs, Path(str(docs_path)).stem, tables, command)
+    return {"private_cost": counted[0], **({"others": others} if others else {})}
 
 
 def _write_tables(docs: Path, name: str, tables: dict[str, list[dict[str, Any]]], command: str):
