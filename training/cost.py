@@ -107,8 +107,9 @@ def cost(
         texts = Texts(dataset, config=config, split=split, text_column=text_column, max_samples=max_samples)
         # which is what fixed point is simulated in
         reader = load_reader(model_ids[0], max_length=length, device=device, dtype="float32", **loading)
-        found = {"dataset": dataset, "fixed_point": _find_bits(model_ids[0], texts, *reader, batch_size or 8)}
-        _print_bits(found["fixed_point"])
+        bits = _find_bits(model_ids[0], texts, *reader, batch_size or 8)
+        _print_bits(bits)
+        found: dict[str, Any] = {"dataset": dataset, "fixed_point": bits}
     elif dataset is not None:
         raise UserError(f"--dataset {dataset} has no effect without --fixed-point: operations do not depend on texts")
     else:
