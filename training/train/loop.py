@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -147,6 +148,43 @@ def _train(recipe: Recipe, arguments: TrainingArguments, run_dir: Path) -> Path:
     del parent
     if recipe.data.fsdp_size > 1:
         model = _shard(model.to(arguments.device), recipe.data.fsdp_size, arguments.world_size)
+    trainer = _build_trainer(recipe, arguments, run_dir, model, tokenizer, blocks)
+
+    # one process reads and hashes, removes what is damaged, and says where all go on
+    found = last_whole_checkpoint(run_dir) if trainer.is_world_process_zero() else None
+    (checkpoint,) = broadcast_object_list([found])
+    if checkpoint is not None:
+        _prepare_to_resume(trainer, checkpoint)
+    with _disk_errors_explained(run_dir):
+        runtime = _train_to_the_end(trainer, checkpoint, run_dir)
+        fold_weights(model)
+        if recipe.data.remove_norms_from is not None:
+            model = trainer.model = trainer.model_wrapped = fold(model)
+        with torch.no_grad(), record_attention_entropy(model) as record:
+            metrics = trainer.evaluate(blocks["eval"])
+        model.config.use_cache = True  # the Trainer switches it off for training
+        # a sharded model is gathered by all together
+        if trainer.is_world_process_zero() or recipe.data.fsdp_size > 1:
+            model.save_pretrained(run_dir / INCOMPLETE / "model", is_main_process=trainer.is_world_process_zero())
+        if trainer.is_world_process_zero():
+            # a resumed run has forgotten how long it took before
+            metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
+            metrics["train_tokens"] = count_tokens(recipe, trainer.state.global_step, blocks["train"])
+            _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None, origin)
+    # torch may abort a process that ends while its group is open
+    PartialState().destroy_process_group()
+    return run_dir
+
+
+def _build_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    run_dir: Path,
+    model: LNFreeForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: dict[str, Dataset | IterableDataset],
+) -> LNFreeTrainer:
+    """The Trainer, with all that the recipe asks to be done and measured on the way."""
     collate = functools.partial(_collate, boundary=tokenizer.eos_token_id if recipe.data.separate_documents else None)
     trainer = LNFreeTrainer(
         model=model,
@@ -176,43 +214,24 @@ def _train(recipe: Recipe, arguments: TrainingArguments, run_dir: Path) -> Path:
     }
     quantities = _choose_quantities(model, recipe)
     trainer.add_callback(MeasurementCallback(trainer, quantities, probe, recipe.data.entropy_steps, run_dir))
+    return trainer
 
-    # one process reads and hashes, removes what is damaged, and says where all go on
-    found = last_whole_checkpoint(run_dir) if trainer.is_world_process_zero() else None
-    (checkpoint,) = broadcast_object_list([found])
-    if checkpoint is not None:
-        _prepare_to_resume(trainer, checkpoint)
-    with _disk_errors_explained(run_dir):
-        runtime = None
-        if checkpoint is not None and _is_trained(checkpoint):
-            # the Trainer would make one step more
-            trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-            trainer._load_from_checkpoint(checkpoint)
-        else:
-            runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-            if trainer.state.global_step < trainer.state.max_steps:
-                # of a stream without a row, the Trainer only warns
-                raise UserError(
-                    f"{run_dir} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: the dataset "
-                    "has no more blocks to train on"
-                )
-        fold_weights(model)
-        if recipe.data.remove_norms_from is not None:
-            model = trainer.model = trainer.model_wrapped = fold(model)
-        with torch.no_grad(), record_attention_entropy(model) as record:
-            metrics = trainer.evaluate(blocks["eval"])
-        model.config.use_cache = True  # the Trainer switches it off for training
-        # a sharded model is gathered by all together
-        if trainer.is_world_process_zero() or recipe.data.fsdp_size > 1:
-            model.save_pretrained(run_dir / INCOMPLETE / "model", is_main_process=trainer.is_world_process_zero())
-        if trainer.is_world_process_zero():
-            # a resumed run has forgotten how long it took before
-            metrics["eval_tokens"] = len(blocks["eval"]) * (recipe.data.block_size - 1)
-            metrics["train_tokens"] = count_tokens(recipe, trainer.state.global_step, blocks["train"])
-            _finish(run_dir, recipe, trainer, metrics, record, runtime if checkpoint is None else None, origin)
-    # torch may abort a process that ends while its group is open
-    PartialState().destroy_process_group()
-    return run_dir
+
+def _train_to_the_end(trainer: LNFreeTrainer, checkpoint: str | None, run_dir: Path) -> float | None:
+    """Trains from the start or a checkpoint on; seconds of the training, None where the checkpoint was the last."""
+    if checkpoint is not None and _is_trained(checkpoint):
+        # the Trainer would make one step more
+        trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        trainer._load_from_checkpoint(checkpoint)
+        return None
+    runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    if trainer.state.global_step < trainer.state.max_steps:
+        # of a stream without a row, the Trainer only warns
+        raise UserError(
+            f"{run_dir} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: the dataset has no "
+            "more blocks to train on"
+        )
+    return runtime
 
 
 def _add_methods(trainer: LNFreeTrainer, recipe: Recipe, run_dir: Path):
