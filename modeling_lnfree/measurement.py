@@ -186,7 +186,7 @@ class Meter:
         try:
             found.stream = stack.enter_context(record_residual_stream(self.model))
         except ValueError as error:
-            found.notes.append(str(error))
+            found.notes.append(f"the residual stream, as {error}")
         return found.attention
 
     def _keep(self, measured: LayerEntropy) -> None:

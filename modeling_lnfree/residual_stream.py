@@ -146,7 +146,7 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return module
-    raise ValueError(f"{type(inner).__name__} has no list of its {number} layers, behind which to look at the stream")
+    raise ValueError(f"{type(inner).__name__} has no list of its {number} layers")
 
 
 @contextmanager

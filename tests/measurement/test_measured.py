@@ -128,7 +128,7 @@ def test_a_model_without_a_list_of_its_layers_is_measured_but_for_the_stream():
     found = measure(model, TEXTS, tokenizer=make_tokenizer())
     assert found.stream is None and math.isnan(found.summary["stream_norm"]) and math.isfinite(found.nll)
     [note] = found.to_dict()["unmeasured"]
-    assert note == "GPT2LMHeadModel has no list of its 3 layers, behind which to look at the stream"
+    assert note == "the residual stream, as GPT2LMHeadModel has no list of its 3 layers"
 
 
 def test_loss_of_a_model_in_bfloat16_is_of_float32_logits():

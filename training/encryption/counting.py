@@ -42,6 +42,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
+from modeling_lnfree.residual_stream import find_layers
 from modeling_lnfree.variants import BASELINE, as_variant
 
 from .crypten import CRYPTEN
@@ -191,16 +192,6 @@ def _run(
     }
 
 
-def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's layers. Raises ValueError where they are not in one list."""
-    number = model.config.get_text_config().num_hidden_layers
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    blocks = next((blocks for blocks in lists if len(blocks) == number), None)
-    if blocks is None:
-        raise ValueError(f"{type(model).__name__} has no list of {number} blocks")
-    return blocks
-
-
 class PrivateDispatchMode(TorchDispatchMode):
     """Follows private data, from the looked-up embeddings, through every operation of torch."""
 
@@ -243,8 +234,8 @@ class _OperationCounter(PrivateDispatchMode):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.num_layers = model.config.get_text_config().num_hidden_layers
-        blocks = find_blocks(model)
+        blocks = find_layers(model)
+        self.num_layers = len(blocks)
         self.table = model.get_input_embeddings().weight
         self.counts: dict[str, dict[str, Tally]] = {OUTSIDE: {}, **{str(i): {} for i in range(self.num_layers)}}
         self.place = OUTSIDE

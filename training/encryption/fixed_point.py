@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from modeling_lnfree.residual_stream import find_layers
+
 from ..texts import perplexity
-from .counting import PrivateDispatchMode, find_blocks
+from .counting import PrivateDispatchMode
 
 
 TOLERANCE = 0.01
@@ -32,7 +34,7 @@ def check_model(model: PreTrainedModel):
     """Raises ValueError for a model that is not in float32, or whose layers are not found."""
     if model.dtype != torch.float32:
         raise ValueError(f"fixed point is simulated in float32, the model is in {str(model.dtype)[6:]}")
-    find_blocks(model)
+    find_layers(model)
 
 
 def measure_fixed_point(model: PreTrainedModel, evaluate: Callable[[], float]) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class _RangeRecorder(_HookedMode):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.largest = {"residual": 0.0, "score": 0.0, "value": 0.0}
-        self.blocks = find_blocks(model)
+        self.blocks = find_layers(model)
 
     @contextmanager
     def hooked(self, model: PreTrainedModel) -> Iterator[None]:
