@@ -98,16 +98,16 @@ def build_card(
             config, lambda layer: ", ".join(f"{gain:.3g}" for gain in layer.residual_gains or ())
         ),
     }
-    is_code = results["dataset"] in PYTHON_SOURCE
+    is_code, parent = results["dataset"] in PYTHON_SOURCE, results.get("base_model") or ""
     card_data = ModelCardData(
         language="code" if is_code else None,  # of other data it is not known
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["lnfree", *["code"] * is_code, norm_tag, results["variant"], "arxiv:2410.09637", "custom_code"],
-        # what is no id of the Hub was local
+        # what is no id of the Hub was local: a folder named gpt2 is not the gpt2 of the Hub
         datasets=[results["dataset"]] if "/" in results["dataset"] else None,
-        base_model=results.get("base_model"),
+        base_model=parent if "/" in parent else None,
         model_name=name,
         eval_results=[
             EvalResult(**evaluated, metric_type="perplexity", metric_value=float(results["perplexity"])),

@@ -113,7 +113,7 @@ def attribute_logits(
         neurons: whether to split the feed-forward layers too.
         linearize: holds a final norm at the scale that it has on these tokens (for DyT and Derf, entry by entry), and
             measures by `effects` what that gets wrong.
-        attention_mask (`torch.Tensor` of shape `(B, T)`): 0 for padding.
+        attention_mask (`torch.Tensor` of shape `(B, T)`): 0 for padding, on either side.
 
     Raises:
         ValueError: for a model in training mode or of another family; where a norm stands between the parts and the
@@ -126,7 +126,7 @@ def attribute_logits(
     if neurons and any(layer.mlp_type == "fused" for layer in config.per_layer_config):
         raise ValueError("neurons=True needs feed-forward layers with an activation; mlp_type='fused' has none")
     with _recording(lm) as seen:
-        logits = lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits = lm(input_ids, use_cache=False, **_padded(attention_mask)).logits
     targets = logits.argmax(-1) if targets is None else _tokens("targets", targets, logits)
     read = _wide(lm.lm_head.weight[targets])  # (B, T, D), the direction of the logit
     picked = _wide(logits.gather(-1, targets[..., None])[..., 0])
@@ -213,7 +213,7 @@ def logit_lens(model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor | 
     Args:
         model: an `LNFreeForCausalLM` in evaluation mode. Residual gains of the skips behind a place are applied.
         input_ids (`torch.LongTensor` of shape `(B, T)`): the tokens.
-        attention_mask (`torch.Tensor` of shape `(B, T)`): 0 for padding.
+        attention_mask (`torch.Tensor` of shape `(B, T)`): 0 for padding, on either side.
 
     Raises:
         ValueError: for a model in training mode or of another family.
@@ -221,7 +221,7 @@ def logit_lens(model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor | 
     lm = family_model(model)
     body = lm.model
     with _recording(lm) as seen:
-        last = lm(input_ids, attention_mask=attention_mask, use_cache=False).logits.float().log_softmax(-1)
+        last = lm(input_ids, use_cache=False, **_padded(attention_mask)).logits.float().log_softmax(-1)
     streams = [seen[module].output for module in (body.embedding_dropout, *body.layers)]
     tokens, probabilities, divergences = [], [], []
     for stream, skips in zip(streams, _scales(lm).skips, strict=True):
@@ -273,6 +273,14 @@ def family_model(model: nn.Module) -> Any:
     if inner.training:
         raise ValueError("model must be in evaluation mode, without dropout: call model.eval() first")
     return inner
+
+
+def _padded(attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """What a forward pass is told of padding: as in generation, the first token of a text is at position 0."""
+    if attention_mask is None:
+        return {}
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {"attention_mask": attention_mask, "position_ids": position_ids}
 
 
 def _check_norms(config, linearize: bool):

@@ -18,6 +18,7 @@ part at a time, and by one backward pass for all parts at once. Not on the Hub.
 Shapes: B batch, T positions, L layers, H heads, d head dimension, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,11 @@ class PatchingScores:
         """The sum of |score - real score| over all parts and positions, as a share of the sum of |real score|."""
         pairs = ((self.heads, real.heads), (self.mlps, real.mlps))
         wrong = sum((ours - theirs).abs().sum().item() for ours, theirs in pairs)
-        return wrong / sum(theirs.abs().sum().item() for _, theirs in pairs)
+        whole = sum(theirs.abs().sum().item() for _, theirs in pairs)
+        if not whole:
+            # as between a text and itself
+            return math.inf if wrong else 0.0
+        return wrong / whole
 
 
 # logits (B, T, V) -> (B,)

@@ -95,7 +95,7 @@ def test_float32_sums_to_1e_5_with_padding_and_batches():
     input_ids, mask = random_ids(3, 13), torch.ones(3, 13, dtype=torch.long)
     mask[0, :4] = 0
     found = attribute_logits(model, input_ids, attention_mask=mask)
-    logits = model(input_ids, attention_mask=mask).logits
+    logits = model(input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     assert found.targets.equal(logits.argmax(-1))
     torch.testing.assert_close(found.logits.float(), logits.max(-1).values, atol=0, rtol=0)
     torch.testing.assert_close(found.total, found.logits, atol=1e-5, rtol=0)
@@ -224,11 +224,22 @@ def test_lens_is_the_model_whose_later_layers_write_nothing(backbone):
     torch.testing.assert_close(lens.probabilities[1].double(), here.values, atol=1e-6, rtol=1e-5)
 
 
-def test_lens_without_padding_and_in_half_precision():
-    model, text = tiny_model("SM+R", "pythia"), random_ids(1, 6)
-    padded, mask = torch.cat([random_ids(1, 3), text], 1), torch.tensor([[0] * 3 + [1] * 6])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
+def test_padding_on_either_side_changes_nothing(backbone, side):
+    model, text, rest = tiny_model("SM+R", backbone), random_ids(1, 6), random_ids(1, 3)
+    padded = torch.cat([rest, text] if side == "left" else [text, rest], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 6 if side == "left" else [1] * 6 + [0] * 3])
     alone, beside = logit_lens(model, text), logit_lens(model, padded, attention_mask=mask)
-    torch.testing.assert_close(beside.probabilities[..., 3:], alone.probabilities, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(beside.probabilities[..., mask[0] == 1], alone.probabilities, atol=1e-5, rtol=1e-4)
+    alone = attribute_logits(model, text, 5, linearize=True)
+    beside = attribute_logits(model, padded, 5, linearize=True, attention_mask=mask)
+    for name, part in alone.parts.items():
+        torch.testing.assert_close(beside.parts[name][:, mask[0] == 1], part, atol=1e-5, rtol=1e-4)
+
+
+def test_lens_in_half_precision():
+    model, text = tiny_model("SM+R", "pythia"), random_ids(1, 6)
     half = model.bfloat16()
     expected = half(text).logits.double().softmax(-1).max(-1).values
     torch.testing.assert_close(logit_lens(half, text).probabilities[-1].double(), expected, atol=1e-6, rtol=1e-5)
@@ -328,6 +339,14 @@ def test_default_metric_is_the_clean_answer_less_the_corrupted_one():
     assert (right != wrong).all()
     torch.testing.assert_close(found.clean.float(), (clean[rows, right] - clean[rows, wrong]).detach())
     torch.testing.assert_close(found.corrupted.float(), (corrupted[rows, right] - corrupted[rows, wrong]).detach())
+
+
+def test_a_text_for_itself_changes_nothing():
+    model, input_ids = tiny_model("SM+R"), random_ids(2, 9)
+    estimate, real = (call(model, input_ids, input_ids, answer) for call in CALLS)
+    assert not real.heads.any() and not real.mlps.any() and estimate.error(real) == 0
+    other = attribution_patching(model, input_ids, input_ids.flip(1), answer)
+    assert other.error(real) == float("inf")
 
 
 def test_estimate_is_the_first_order_of_patching():

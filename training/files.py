@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .errors import UserError, one_line
 
 
@@ -35,6 +37,15 @@ def write_atomically(path: Path, text: str):
     """Writes a text file that is whole or not there."""
     with whole(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Stands around what writes a path: a disk that is full or read-only is a `UserError` of one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def check_outputs(outputs: dict[str, str | Path | None], inputs: Sequence[str | Path] = ()) -> list[Path | None]:

@@ -67,11 +67,12 @@ def test_large_scores_match_definition(scale, masked):
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("offset", [30.0, 1000.0])
 @pytest.mark.parametrize("masked", [False, True])
-def test_common_offset_of_keys_costs_no_precision(masked):
+def test_common_offset_of_keys_costs_no_precision(masked, offset):
     query, key = random_states(2, 4, 2, 61, 61, 32)
     # exactly representable, so that float32 itself loses nothing but the low bits of the keys
-    key = key.round(decimals=2) + 30.0
+    key = key.round(decimals=2) + offset
     mask = None
     if masked:
         # hidden keys, such as the empty slots of a static cache, are not part of the mean

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -305,3 +306,17 @@ def test_one_digit_that_changed_is_a_change(server, small):
     for path in digits.values():
         assert repository.files[path.relative_to(small[0].folder).as_posix()] == path.read_bytes()
     assert len(repository.commits) == 3 and re.fullmatch("v0.2.0.post1", max(repository.tags, key=len))
+
+
+@pytest.mark.parametrize("largest", [4_000, 50_000], ids=["weights", "curves"])
+def test_export_to_a_disk_that_takes_no_more_is_one_line(largest, runs_dir, tmp_path, capfd):
+    """By a limit of the size of files; a full disk fails in the same calls."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        status = cli.main(["export", str(runs_dir / "SM+R-5"), str(tmp_path / "exports" / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lnfree export: error: ")]
+    assert status == 1 and f"{tmp_path / 'exports' / 'out'} cannot be written: " in line
+    assert "too large" in line and not list((tmp_path / "exports").iterdir())

@@ -21,7 +21,7 @@ from modeling_lnfree.variants import BASELINE
 
 from ..encryption.tables import describe_forward
 from ..errors import UserError, explained
-from ..files import is_taken
+from ..files import is_taken, writing
 from ..plots import plot_curves, plot_heat_maps
 from ..runs import Run, step_of
 from .clean_process import find_failure
@@ -82,11 +82,9 @@ def export(
         tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     tokenizer.model_max_length = model.config.max_position_embeddings
     name = out_dir.resolve().name
-    try:
+    with writing(out_dir):
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out_dir} cannot be written: {error.strerror}") from None
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{name}.") as aside:
+    with writing(out_dir), tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{name}.") as aside:
         folder = Path(aside) / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -96,7 +94,8 @@ def export(
         draw_block(model.config, folder / "block.png")
         for measured in (run_dir / "log_history.json", *run_dir.glob("*.jsonl")):
             with explained(f"{run_dir}: its {measured.name} cannot be read"):
-                (folder / measured.name).write_text(measured.read_text(encoding="utf-8"), encoding="utf-8")
+                text = measured.read_text(encoding="utf-8")
+            (folder / measured.name).write_text(text, encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
         step = step_of(checkpoint) if checkpoint else None

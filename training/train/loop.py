@@ -406,11 +406,11 @@ def _disk_errors_explained(run_dir: Path):
             raise
         shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
         free = shutil.disk_usage(run_dir).free / 1e6
-        last = next((path.name for path in reversed(list_checkpoints(run_dir))), "none")
-        raise UserError(
-            f"{run_dir} cannot be written: {error} ({free:.1f} MB free); the last whole checkpoint is {last}, and the "
-            "same command goes on from it"
-        ) from error
+        last = next((path.name for path in reversed(list_checkpoints(run_dir))), None)
+        kept = f"the last whole checkpoint is {last}, and the same command goes on from it"
+        if last is None:
+            kept = "no checkpoint is whole yet, and the same command begins again"
+        raise UserError(f"{run_dir} cannot be written: {error} ({free:.1f} MB free); {kept}") from error
 
 
 def _finish(

@@ -75,9 +75,9 @@ def compute_attention_entropy(
 
     Returns:
         `torch.Tensor` of shape `(batch, heads, T)`: entropy in nats, from 0 to the logarithm of the number of keys
-        that the query sees; float64 for float64 inputs, else float32. NaN for a query that sees no key, for one that
-        is not finite or sees a key that is not, and where the scores leave the range of float64 (on an accelerator:
-        of float32). A key concerns only the queries that see it, whatever its size.
+        that the query sees; float64 for float64 inputs, else float32. NaN for a query that sees no key
+        but a sink, for one that is not finite or sees a key that is not, and where the scores leave the range of
+        float64 (on an accelerator: of float32). A key concerns only the queries that see it, whatever its size.
 
     Raises:
         ValueError: for shapes or a dtype of `attention_mask` other than these.
