@@ -427,41 +427,33 @@ def uses_attention_interface(kind: type[nn.Module]) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-@contextmanager
-def _replaced(owner: type, name: str, replacement: Callable) -> Iterator[None]:
-    inherited, original = name not in vars(owner), getattr(owner, name)
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        if inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
-
-
-# the recorders of all open blocks, of whatever thread; the interfaces are replaced from the first to the last
+# the recorders of all open blocks, of whatever thread
 _open: list[_Recorder] = []
-_interfaces = ExitStack()
 _lock = threading.Lock()
 
 
 @contextmanager
 def _opened(recorder: _Recorder) -> Iterator[None]:
     with _lock:
-        if not _open:
-            _replace_interfaces()
+        _read_interfaces()
         _open.append(recorder)
     try:
         yield
     finally:
         with _lock:
             _open.remove(recorder)
-            if not _open:
-                _interfaces.close()
 
 
-def _replace_interfaces() -> None:
+# no guard: a graph that was compiled outside of a block stays as it is
+@torch.compiler.assume_constant_result
+def _is_read() -> bool:
+    return bool(_open)
+
+
+@functools.cache
+def _read_interfaces() -> None:
+    """Has the interfaces hand out functions whose calls the open recorders read, and their own while none is open.
+    For good: Python 3.13 counts the changes of a class, and after some hundred it calls methods that were replaced."""
     get_interface, get_attention = AttentionInterface.get_interface, AttentionInterface.__getitem__
     get_mask = AttentionMaskInterface.__getitem__
 
@@ -476,17 +468,23 @@ def _replace_interfaces() -> None:
 
         return attention
 
+    @functools.wraps(get_interface)
     def measured_interface(self, attn_implementation, default):
         # what is registered comes from `measured_attention`; the model's own eager function is not
-        if attn_implementation not in self:
+        if _is_read() and attn_implementation not in self:
             default = measured(default, "eager")
         return get_interface(self, attn_implementation, default)
 
+    @functools.wraps(get_attention)
     def measured_attention(self, implementation):
-        return measured(get_attention(self, implementation), implementation)
+        function = get_attention(self, implementation)
+        return measured(function, implementation) if _is_read() else function
 
+    @functools.wraps(get_mask)
     def remembered_mask(self, implementation):
         function = get_mask(self, implementation)
+        if not _is_read():
+            return function
 
         @functools.wraps(function)
         def mask_function(*args, **kwargs):
@@ -497,12 +495,9 @@ def _replace_interfaces() -> None:
 
         return mask_function
 
-    for owner, name, replacement in (
-        (AttentionInterface, "get_interface", measured_interface),
-        (AttentionInterface, "__getitem__", measured_attention),
-        (AttentionMaskInterface, "__getitem__", remembered_mask),
-    ):
-        _interfaces.enter_context(_replaced(owner, name, replacement))
+    AttentionInterface.get_interface = measured_interface  # type: ignore[method-assign]
+    AttentionInterface.__getitem__ = measured_attention  # type: ignore[method-assign]
+    AttentionMaskInterface.__getitem__ = remembered_mask  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -525,8 +520,9 @@ def record_attention_entropy(
 
     It stands in the interfaces by which transformers looks up attention and mask functions, calls what the model would
     have called with the same arguments, and reads them: the outputs of the model do not change by one bit, whatever
-    its implementation (eager, sdpa, flex, flash). It draws no random numbers, stops no forward pass, and leaves no
-    trace, also after an exception. Several may be open at once, of the same or of other models, also in other threads.
+    its implementation (eager, sdpa, flex, flash). It draws no random numbers and stops no forward pass, and outside of
+    the block, also after an exception, the interfaces hand out what is theirs. Several may be open at once, of the
+    same or of other models, also in other threads.
 
     What is measured: the distribution before dropout, in float32 at least, also under autocast; each query once,
     also where gradient checkpointing computes it again; cached decoding as it happens, one query a step. A module that
