@@ -502,5 +502,7 @@ def test_how_a_run_ended_is_told(write_sweep):
     assert sweep._outcome(job, 0)[0] == "failed"
     (job.folder / "results.json").write_text('{"perplexity": 12.3456}')
     assert sweep._outcome(job, 0) == ("finished", "")
+    # it was kept from training by another process, which is done meanwhile
+    assert sweep._outcome(job, 1) == ("finished", "")
     job.state = "finished"
     assert job.describe() == "finished, perplexity 12.346" and job.step == 8

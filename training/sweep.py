@@ -174,7 +174,8 @@ def _advance(all_jobs: list[Job], jobs: int) -> bool:
 
 
 def _outcome(job: Job, status: int) -> tuple[str, str]:
-    if status == 0 and (job.folder / RESULTS).is_file():
+    # by this process, or by another one that kept it from training
+    if (job.folder / RESULTS).is_file():
         return "finished", ""
     if _is_claimed(job.folder):
         # another sweep was quicker

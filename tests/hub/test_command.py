@@ -308,7 +308,7 @@ def test_one_digit_that_changed_is_a_change(server, small):
     assert len(repository.commits) == 3 and re.fullmatch("v0.2.0.post1", max(repository.tags, key=len))
 
 
-@pytest.mark.parametrize("largest", [4_000, 50_000], ids=["weights", "curves"])
+@pytest.mark.parametrize("largest", [40_000, 50_000], ids=["weights", "curves"])
 def test_export_to_a_disk_that_takes_no_more_is_one_line(largest, runs_dir, tmp_path, capfd):
     """By a limit of the size of files; a full disk fails in the same calls."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
