@@ -78,7 +78,7 @@ FORMATS = {"perplexity": "{:.2f}", "nats from the control": "{:+.3f}", "95 % int
 def run(verb: str, *arguments: str, **fields: Any):
     """A verb of `lnfree` in a process of its own."""
     given = [f"{name}={json.dumps(value)}" for name, value in fields.items()]
-    if subprocess.run([sys.executable, "-m", "training.cli", verb, *arguments, *given]).returncode != 0:
+    if subprocess.run([sys.executable, "-P", "-m", "training.cli", verb, *arguments, *given]).returncode != 0:
         raise UserError(f"lnfree {verb} {' '.join(arguments)} failed; the same command goes on")
 
 

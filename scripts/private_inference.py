@@ -418,6 +418,7 @@ FUNCTIONS = {
     "relu": lambda x: x.relu(),
     "leaky_relu": lambda x: x.relu() * 0.9 + x * 0.1,
     "clamp": lambda x: x.hardtanh(0, 1),
+    "reciprocal": lambda x: (x + 1).reciprocal(),
     "softmax": lambda x: x.softmax(-1),
     "rms_norm": lambda x: (
         x * x.square().mean(-1, keepdim=True).inv_sqrt() * crypten.cryptensor(torch.ones(x.size(-1)))
