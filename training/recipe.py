@@ -189,6 +189,8 @@ START_FIELDS = ("init_from", "trainable")
 DROPOUTS = ("embedding_dropout", "attention_dropout", "hidden_dropout")
 DATA_FIELDS = {f.name for f in fields(DataArguments)}
 TRAINING_FIELDS = {f.name for f in fields(TrainingArguments) if f.init}
+# fields that older versions of transformers have under the second name alone
+OLDER_NAMES = {f"activation_checkpointing{end}": f"gradient_checkpointing{end}" for end in ("", "_kwargs")}
 # with transformers' own, in which layers differ
 MODEL_HINTS = {**LNFreeConfig.__annotations__, "per_layer_config": dict[int, dict[str, Any]] | None}
 MODEL_FIELDS = MODEL_HINTS.keys() - TRAINING_FIELDS
@@ -379,6 +381,7 @@ def _sort_values(values: dict[str, Any]) -> Recipe:
         # YAML 1.1 reads no as False
         if value is False and str(key).endswith("_strategy"):
             value = "no"
+        key = key if key in TRAINING_FIELDS else OLDER_NAMES.get(key, key)
         for part, known in (("data", DATA_FIELDS), ("training", TRAINING_FIELDS), ("model", MODEL_FIELDS)):
             if key in known:
                 parts[part][key] = value

@@ -106,7 +106,8 @@ def _simulate_step(recipe: Recipe, sequences: int, accumulation: int) -> _Step:
     with FakeTensorMode():
         model = LNFreeForCausalLM(_config(recipe)).train()
         if training.get("activation_checkpointing") or training.get("gradient_checkpointing"):
-            model.activation_checkpointing_enable()
+            # older versions of transformers have it under the second name alone
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if recipe.data.fused_loss is not False:
             use_fused_loss(model)
         optimizer = build_optimizer(model, **{"layer_optimizer": "adamw", **recipe.layer_options}, fused=True)
