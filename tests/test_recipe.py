@@ -8,7 +8,7 @@ import yaml
 from transformers import TrainingArguments
 
 from training.errors import UserError
-from training.recipe import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIELDS, build_recipe, load_recipe
+from training.recipe import DATA_FIELDS, MODEL_FIELDS, OLDER_NAMES, TRAINING_FIELDS, build_recipe, load_recipe
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
@@ -216,7 +216,8 @@ IDLE = [
 @pytest.mark.parametrize(("values", "acting"), IDLE, ids=lambda v: "-".join(v))
 def test_field_that_another_switches_off_is_told(values, acting):
     (line,) = build_recipe({**SMALLEST, **values}).idle
-    assert re.match(rf"({'|'.join(f'{name}=' for name in values)}).* has no effect without ", line)
+    names = {*values, *(OLDER_NAMES.get(name, name) for name in values)}
+    assert re.match(rf"({'|'.join(f'{name}=' for name in names)}).* has no effect without ", line)
     assert build_recipe({**SMALLEST, **values, **acting}).idle == []
 
 
