@@ -188,3 +188,21 @@ def test_a_sink_of_minus_infinity_is_no_key():
     torch.testing.assert_close(record.entropy.double(), expected, atol=2e-5, rtol=0)
     largest = mean_of_queries((maps > 0).sum(-1).log(), batch["attention_mask"])
     torch.testing.assert_close(record.max_entropy, largest.float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_of_masks_that_the_model_changes(implementation, padding):
+    model, batch = make_model("llama", implementation), make_batch(padding)
+    with torch.no_grad():
+        with record_attention_entropy(model) as expected:
+            model(**batch)
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}),
+                with_kwargs=True,
+            )
+        with record_attention_entropy(model) as record:
+            model(**batch)
+    assert record.num_queries == expected.num_queries
+    torch.testing.assert_close(record.entropy, expected.entropy, atol=2e-5, rtol=0)
