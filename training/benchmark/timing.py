@@ -77,9 +77,7 @@ def peak_memory(build: Callable[[], tuple[Action, Action]], device: str) -> floa
         return (torch.cuda.max_memory_allocated() - before) / MIB
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    # a thread has an arena of its own in malloc: what this process has freed would serve its tensors, and hide them
-    thread = threading.Thread(target=_peak_rss, args=(build, sender))
-    child = context.Process(target=_run_to_its_end, args=(thread,))
+    child = context.Process(target=_run_in_a_thread, args=(build, sender))
     child.start()
     sender.close()
     peak = receiver.recv()
@@ -87,7 +85,9 @@ def peak_memory(build: Callable[[], tuple[Action, Action]], device: str) -> floa
     return peak
 
 
-def _run_to_its_end(thread: threading.Thread):
+def _run_in_a_thread(build: Callable[[], tuple[Action, Action]], sender):
+    # a thread has an arena of its own in malloc: what this process has freed would serve its tensors, and hide them
+    thread = threading.Thread(target=_peak_rss, args=(build, sender))
     thread.start()
     thread.join()
 
