@@ -267,6 +267,14 @@ def test_stream_of_a_configuration_is_the_largest_of_its_seeds(tmp_path):
     assert (row["stream"], row["kurtosis"], row["seeds"]) == (40.0, 2.0, 2)
 
 
+def test_page_has_the_perplexity_of_each_of_three_seeds_and_the_mean_of_more(tmp_path):
+    few = {("SM+R", seed): 5.0 * seed for seed in (1, 2, 3)}
+    many = {("SM+G", seed): 5.0 * seed for seed in (1, 2, 3, 4)}
+    rows, _ = tables_for_docs([compare_group(grouped(tmp_path, {**few, **many}), [])])["perplexity"]
+    found = {row["configuration"]: row["perplexity"] for row in rows}
+    assert found == {"SM+R": [5.0, 10.0, 15.0], "SM+G": pytest.approx((5.0 * 10.0 * 15.0 * 20.0) ** (1 / 4))}
+
+
 @pytest.mark.parametrize(("text", "kind"), [("[1]", dict), ("3", dict), ("{}", list), ("[1]", list)])
 def test_json_of_another_kind_is_one_line(text, kind, tmp_path):
     (tmp_path / "file.json").write_text(text)

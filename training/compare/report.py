@@ -9,7 +9,7 @@ from ..encryption.counting import PROTOCOLS
 from ..encryption.tables import BOTH, compare_costs, explain, to_table
 from ..tables import Block, Heading, Table
 from .group import Group
-from .seeds import format_interval
+from .seeds import LEAST_SEEDS, format_interval
 
 
 # heads of the table of what was measured of finished models, and the names of the quantities
@@ -138,7 +138,9 @@ def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]]
             named = {**setting, "configuration": row["configuration"]}
             reached = [run.perplexity for run in group.runs if run.configuration == row["configuration"]]
             seeds = ", ".join(map(str, row["seeds"]))
-            results.append({**named, "seeds": seeds, "perplexity": reached, **_change(row["change"])})
+            # of many seeds the mean (exp of the mean loss), and each of them is in the small file of all runs
+            perplexity = reached if len(reached) <= LEAST_SEEDS else row["perplexity"]
+            results.append({**named, "seeds": seeds, "perplexity": perplexity, **_change(row["change"])})
             layers = enumerate(row["entropy_by_layer"])
             entropies.append({**named, **{f"layer {layer}": entropy for layer, entropy in layers}})
         seconds += [{**setting, **row} for row in seconds_rows(group)]
