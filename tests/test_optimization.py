@@ -406,6 +406,36 @@ def test_script_of_the_mechanism_writes_a_table(recipe_values, monkeypatch, tmp_
         runpy.run_path(str(ROOT / "scripts" / "update_rank.py"), run_name="__main__")
 
 
+def test_script_of_the_stalls_counts_the_steps_of_runs(recipe_values, monkeypatch, tmp_path, capsys):
+    usual = {**recipe_values, "warmup_steps": 20, "save_strategy": "no", "logging_steps": 10, "max_steps": 30}
+    losses = []
+    for seed in (1, 2):
+        run_dir = loop.train(
+            build_recipe({**usual, "variant": "SM+R", "seed": seed, "output_dir": str(tmp_path / str(seed))})
+        )
+        log = json.loads((run_dir / "log_history.json").read_text())
+        losses.append([record["loss"] for record in log if "loss" in record])
+    # a loss that seed 1 reaches with the second log, or both never
+    (tmp_path / "docs" / "data").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("<!-- table steps-to-loss -->\n<!-- end -->\n")
+    own = ("warmup_steps", "save_strategy", "logging_steps", "max_steps", "disable_tqdm")
+    given = [f"{name}={value}" for name, value in usual.items() if name not in own]
+    for loss in (losses[0][1] + 1e-4, 0.1):
+        results = tmp_path / f"{loss}.jsonl"
+        arguments = [*given, "--seeds", "2", "--results", str(results), "--docs", str(tmp_path / "docs")]
+        monkeypatch.setattr("sys.argv", ["steps_to_loss.py", *arguments])
+        for _ in range(2):  # the second time nothing is missing
+            script = runpy.run_path(str(ROOT / "scripts" / "steps_to_loss.py"))
+            script["main"].__globals__.update(LOSS=loss, STEPS=30, SETTINGS={"SM+R": ["variant=SM+R"]})
+            script["main"]()
+        found = [json.loads(line) for line in results.read_text().splitlines()]
+        reached = [[10 * i for i, value in enumerate(each, 1) if value < loss] for each in losses]
+        steps = [each[0] if each else None for each in reached]
+        assert found == [{"setting": "SM+R", "seed": seed, "steps": steps[seed - 1]} for seed in (1, 2)]
+    assert "| SM+R | 2 | 0 | > 30 | > 30 | > 30 |" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "docs" / "steps_to_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_weights_of_stock_gpt2_decay_too():
     from transformers import GPT2Config, GPT2LMHeadModel
 
