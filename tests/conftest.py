@@ -1,11 +1,15 @@
-"""Tiny models of every variant on both backbones."""
+"""Tiny models of every variant on both backbones, runs that take a second, and what tests of several packages need."""
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM
 from training.recipe import build_recipe
@@ -13,6 +17,13 @@ from training.recipe import build_recipe
 
 # compilations add up over the tests of a process, in whatever order: the compiler's limit is far from them
 torch.compiler.config.recompile_limit = 256
+# scripts/test_gpu.sh does without hypothesis
+with suppress(ImportError):
+    from hypothesis import settings
+
+    # a busy machine makes no example fail
+    settings.register_profile("lnfree", deadline=None)
+    settings.load_profile("lnfree")
 ROOT = Path(__file__).parents[1]
 PAPERS_VARIANTS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
 BACKBONES = {
@@ -107,6 +118,36 @@ def seed():
     torch.manual_seed(0)
 
 
+@contextmanager
+def one_more_callback(callback: type[TrainerCallback]):
+    """Within, training has one more callback, in the place of the one that prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.train.loop.BriefPrinterCallback", callback)
+        yield
+
+
+def interrupting(*steps: int) -> type[TrainerCallback]:
+    """A callback that ends training at the first time that it has made one of these numbers of steps."""
+    left = set(steps)
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in left:
+                left.remove(state.global_step)
+                raise KeyboardInterrupt
+
+    return Interrupt
+
+
+def byte_tokenizer(end_of_text: str | None = None) -> PreTrainedTokenizerFast:
+    """A token a byte; and where it is named, one more, which begins, ends and pads a text."""
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *([end_of_text] if end_of_text else [])]
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), end_of_text) if end_of_text else {}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
 def tiny_config(variant: str = "SM+R", backbone: str = "gpt2", **kwargs) -> LNFreeConfig:
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     named = {**sizes, "max_position_embeddings": 64, "initializer_range": 0.2, **BACKBONES[backbone], **kwargs}
@@ -132,6 +173,24 @@ def randomized(model):
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
     return model.eval()
+
+
+def checkpoint_activations(model, **kwargs):
+    # renamed in transformers 5.24
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)(kwargs or None)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.most = max(self.most, *sizes, 0)
+        return output
 
 
 def gradients(model) -> torch.Tensor:

@@ -3,16 +3,15 @@
 import json
 import re
 
+import matplotlib.image
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from modeling_lnfree import LNFreeForCausalLM, activation_patching, attribute_logits, attribution_patching, logit_lens
 from training import cli
 
-from .conftest import tiny_config
+from .conftest import byte_tokenizer, tiny_config
 
 
 TEXT, OTHER = "def main(", "def name("
@@ -22,11 +21,7 @@ TEXT, OTHER = "def main(", "def name("
 def models(tmp_path_factory):
     """Folders: a model without a norm, one with a final norm, a stock GPT-2, one with peri norms."""
     torch.manual_seed(0)
-    # a token a byte
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = byte_tokenizer()
     folder = tmp_path_factory.mktemp("attributed")
     sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     peri = {"norm_position": "peri"}
@@ -176,8 +171,6 @@ def test_default_answers_of_corrupted_are_the_likeliest_of_both(run, models):
 
 @pytest.mark.parametrize("options", [("--lens",), ("--corrupted", OTHER, "--target", "a", "--against", "x")])
 def test_picture_is_drawn_of_what_was_asked_for(options, run, tmp_path):
-    import matplotlib.image
-
     run("plain", TEXT, *options, "--picture", str(tmp_path / "both.png"))
     run("plain", TEXT, "--picture", str(tmp_path / "one.png"))
     both, one = (matplotlib.image.imread(tmp_path / name) for name in ("both.png", "one.png"))

@@ -76,7 +76,7 @@ def test_blocks_are_the_documents_again(jsonl):
         assert len(tokenizer(whole)["input_ids"]) - len(ids) < 17
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=8), st.integers(1, 9))
 def test_tokenized_blocks_hold_every_token_once_but_the_tail(texts, block_size):
     tokenizer = _byte_tokenizer()

@@ -8,12 +8,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from modeling_lnfree import LNFreeForCausalLM
 
-from .conftest import ROOT, tiny_config
+from .conftest import ROOT, byte_tokenizer, tiny_config
 
 
 LOCAL = """
@@ -39,10 +37,7 @@ assert type(model) is modeling_lnfree.LNFreeForCausalLM
 def folder(tmp_path_factory):
     """Where the processes run: one saved model, with the code files beside it and without them."""
     folder = tmp_path_factory.mktemp("models")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder / "with_code")
+    byte_tokenizer().save_pretrained(folder / "with_code")
     LNFreeForCausalLM(tiny_config(vocab_size=256)).save_pretrained(folder / "with_code")
     shutil.copytree(folder / "with_code", folder / "without_code", ignore=shutil.ignore_patterns("*.py"))
     return folder

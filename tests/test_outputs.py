@@ -12,14 +12,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from training import cli
 from training.errors import UserError
 from training.files import check_outputs, to_json
 
-from .conftest import ROOT
+from .conftest import ROOT, byte_tokenizer
 
 
 TEXTS = ["hello world", "another text", "a" * 50, ""]
@@ -29,13 +28,10 @@ TEXTS = ["hello world", "another text", "a" * 50, ""]
 def folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("outputs") / "a$\\frac$é"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     GPT2LMHeadModel(
         GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=0)
     ).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     (folder.parent / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     return folder
 
@@ -59,7 +55,7 @@ def make(kind: str, path: Path):
 
 @pytest.mark.parametrize("name", ["json_path", "heat_map_path", "parquet_path"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "device"])
-def test_what_is_no_plain_file_is_left_as_it_is(kind, name, tmp_path, monkeypatch):
+def test_what_is_no_plain_file_is_left_as_it_is(kind, name, tmp_path):
     path = Path("/dev/null") if kind == "device" else tmp_path / "out"
     make(kind, path)
     before = path.lstat().st_mode

@@ -4,10 +4,8 @@ import json
 import subprocess
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from .conftest import ROOT, tiny_model
+from .conftest import ROOT, byte_tokenizer, tiny_model
 
 
 SCRIPT = ROOT / "scripts" / "private_inference.sh"
@@ -17,14 +15,11 @@ VARIANTS = ["SM+LN+G", "SM+R"]
 @pytest.fixture
 def exports(tmp_path):
     """Two small models with a token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     folders = []
     for number, variant in enumerate(VARIANTS):
         folders.append(tmp_path / variant)
         tiny_model(variant, vocab_size=256, num_hidden_layers=2).save_pretrained(folders[-1])
-        PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folders[-1])
+        byte_tokenizer().save_pretrained(folders[-1])
         (folders[-1] / "results.json").write_text(json.dumps({"perplexity": 10.0 + number}))
     return folders
 

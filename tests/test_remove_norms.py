@@ -3,25 +3,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from modeling_lnfree import LNFreeForCausalLM
 from training import cli
 from training.plots import plot_norm_removal
 from training.runs import Run
 
-from .conftest import random_ids
+from .conftest import ROOT, byte_tokenizer, random_ids
 
 
 OVERRIDES = [
@@ -32,17 +24,12 @@ OVERRIDES = [
 ]
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "norm_removal_study.py"
+SCRIPT = ROOT / "scripts" / "norm_removal_study.py"
 
 
 def save_stock(model, folder):
     """A stock model with a byte-level tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<|endoftext|>"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), "<|endoftext|>")
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    byte_tokenizer("<|endoftext|>").save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
 
@@ -87,14 +74,15 @@ def test_from_the_command_to_the_card(stock, corpus, own_cache, tmp_path, monkey
     assert "base_model" not in card and "It was fine-tuned from gpt2." in card
     assert "7 parts from step 2 to 8 of 10" in card
     assert str(tmp_path) not in card
-    from modeling_lnfree import LNFreeForCausalLM
-
     ours = LNFreeForCausalLM.from_pretrained(folder).eval()
     assert not [module for module in ours.modules() if isinstance(module, torch.nn.LayerNorm)]
     input_ids = random_ids(2, 9)
     assert not torch.allclose(ours(input_ids).logits, model(input_ids).logits, atol=1e-3)
     # a finished one is left as it is
+    finished = [tmp_path / "out" / name / "results.json" for name in ("removed", "control")]
+    before = [path.stat().st_mtime_ns for path in finished]
     assert cli.main(command) == 0
+    assert [path.stat().st_mtime_ns for path in finished] == before
 
 
 def test_options_act(stock, corpus, own_cache, tmp_path):
