@@ -10,15 +10,22 @@ import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from modeling_lnfree import LNFreeForSequenceClassification, build_optimizer
+from modeling_lnfree import (
+    LNFreeForCausalLM,
+    LNFreeForSequenceClassification,
+    build_optimizer,
+    get_parameter_groups,
+)
+from modeling_lnfree.optimization import get_decayed_parameters
 from training import cli, runs
 from training.errors import UserError
 from training.recipe import build_recipe
 from training.train import loop, plan
 
-from .conftest import ROOT, random_ids, tiny_config, tiny_model
+from .conftest import ROOT, interrupting, one_more_callback, random_ids, tiny_config, tiny_model
+from .modeling.designs import design
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -203,7 +210,7 @@ def test_plain_trainer_trains_saves_and_resumes_bitwise(tmp_path):
 # ------------------------------------------------------------------------------------------ in a recipe
 
 
-def train_by_command(monkeypatch, tmp_path, values, *overrides):
+def train_by_command(tmp_path, values, *overrides):
     """Trains by the command; returns the run, and of every step the weights before it and the optimizer's groups."""
 
     class Watch(TrainerCallback):
@@ -216,18 +223,17 @@ def train_by_command(monkeypatch, tmp_path, values, *overrides):
     seen: list[dict] = []
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**values, "variant": "SM+R", "output_dir": str(tmp_path / "run")}))
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "BriefPrinterCallback", Watch)
+    with one_more_callback(Watch):
         assert cli.main(["train", str(path), *overrides]) == 0
     return tmp_path / "run", seen
 
 
 @needs_muon
 @pytest.mark.parametrize("adjustment", ["match_rms_adamw", "original"])
-def test_command_trains_the_layers_by_muon(recipe_values, monkeypatch, tmp_path, adjustment):
+def test_command_trains_the_layers_by_muon(recipe_values, tmp_path, adjustment):
     values = {**recipe_values, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_steps": 4}
     overrides = ["layer_optimizer=muon", "layer_learning_rate=0.02", f"muon_adjustment={adjustment}"]
-    run, seen = train_by_command(monkeypatch, tmp_path, values, *overrides, "muon_momentum=0.7")
+    run, seen = train_by_command(tmp_path, values, *overrides, "muon_momentum=0.7")
     for name, (before, group) in seen[2].items():
         step = (seen[3][name][0] - before).double()
         assert (group["lr"], group.get("momentum")) == ((0.02, 0.7) if name.endswith(MATRICES) else (0.01, None))
@@ -250,10 +256,10 @@ def test_command_trains_the_layers_by_muon(recipe_values, monkeypatch, tmp_path,
     assert (recipe["layer_optimizer"], recipe["muon_momentum"]) == ("muon", 0.7)
 
 
-def test_command_trains_the_layers_at_the_rate_of_their_width(recipe_values, monkeypatch, tmp_path):
+def test_command_trains_the_layers_at_the_rate_of_their_width(recipe_values, tmp_path):
     overrides = ["layer_learning_rate=0.04", "layer_base_width=8"]
     values = {**recipe_values, "warmup_steps": 4, "weight_decay": 0.3}
-    run, seen = train_by_command(monkeypatch, tmp_path, values, *overrides)
+    run, seen = train_by_command(tmp_path, values, *overrides)
     # the sixth of eight steps; the first four warm up, the hidden size is 16
     for name, (_, group) in seen[5].items():
         assert group["lr"] == pytest.approx((0.02 if name.endswith(MATRICES) else 0.01) * 3 / 4), name
@@ -265,9 +271,9 @@ def test_command_trains_the_layers_at_the_rate_of_their_width(recipe_values, mon
 
 
 @needs_muon
-def test_command_trains_the_preset_of_the_recipe(recipe_values, monkeypatch, tmp_path):
+def test_command_trains_the_preset_of_the_recipe(recipe_values, tmp_path):
     overrides = ["preset=Stable", "layer_optimizer=muon", "max_steps=2"]
-    run, seen = train_by_command(monkeypatch, tmp_path, recipe_values, *overrides)
+    run, seen = train_by_command(tmp_path, recipe_values, *overrides)
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["residual_gains"] == pytest.approx([1, 0.5, 1, 0.5])  # 1 / sqrt(2 * 2 layers)
     assert runs.read_results(run)["variant"] == "SM+R@Stable"
@@ -275,24 +281,18 @@ def test_command_trains_the_preset_of_the_recipe(recipe_values, monkeypatch, tmp
     assert not any("residual_gains" in name for name in seen[0])
 
 
-def test_without_options_nothing_is_changed(recipe_values, monkeypatch, tmp_path):
-    run, seen = train_by_command(monkeypatch, tmp_path, {**recipe_values, "max_steps": 2})
+def test_without_options_nothing_is_changed(recipe_values, tmp_path):
+    run, _ = train_by_command(tmp_path, {**recipe_values, "max_steps": 2})
     assert not any("layer_learning_rate" in entry for entry in json.loads((run / "log_history.json").read_text()))
     assert build_recipe({**recipe_values, "layer_optimizer": "adamw"}).layer_options == {}
 
 
 @needs_muon
-def test_run_interrupted_goes_on_bitwise(recipe_values, monkeypatch, tmp_path):
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 6:
-                raise KeyboardInterrupt
-
+def test_run_interrupted_goes_on_bitwise(recipe_values, tmp_path):
     values = {**recipe_values, "layer_optimizer": "muon", "gradient_accumulation_steps": 2}
     whole, broken = ({**values, "output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
     loop.train(build_recipe(whole))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "BriefPrinterCallback", Interrupt)
+    with one_more_callback(interrupting(6)), pytest.raises(KeyboardInterrupt):
         loop.train(build_recipe(broken))
     assert [path.name for path in runs.list_checkpoints(tmp_path / "broken")] == ["checkpoint-4"]
     loop.train(build_recipe(broken))
@@ -386,7 +386,7 @@ def test_steps_by_rule_and_the_cosine_of_tokens():
     assert script["mean_cosine"](states) == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
 
 
-def test_script_of_the_mechanism_writes_a_table(recipe_values, monkeypatch, tmp_path, capsys):
+def test_script_of_the_mechanism_writes_a_table(recipe_values, monkeypatch, tmp_path):
     (tmp_path / "docs" / "data").mkdir(parents=True)
     (tmp_path / "README.md").write_text("<!-- table update-rank -->\n<!-- end -->\n")
     values = {name: value for name, value in recipe_values.items() if name not in ("max_steps", "warmup_steps")}
@@ -436,11 +436,22 @@ def test_script_of_the_stalls_counts_the_steps_of_runs(recipe_values, monkeypatc
     assert (tmp_path / "docs" / "steps_to_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["all at once", "derf", "gated, leaky", "SAS"])
+def test_weight_decay_is_for_matrices_and_embeddings(name):
+    model = LNFreeForCausalLM(design(name))
+    groups = get_parameter_groups(model, weight_decay=0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    decayed = {id(parameter) for parameter in groups[0]["params"]}
+    assert len(decayed) + len(groups[1]["params"]) == len(list(model.parameters()))
+    for key, parameter in model.named_parameters():
+        matrix = "_proj.weight" in key or "embed_" in key or "lm_head" in key
+        assert (id(parameter) in decayed) == matrix, key
+    model.model.embed_tokens.weight.requires_grad_(False)
+    trained = [id(parameter) for group in get_parameter_groups(model, 0.1) for parameter in group["params"]]
+    assert id(model.model.embed_tokens.weight) not in trained
+
+
 def test_weights_of_stock_gpt2_decay_too():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from modeling_lnfree.optimization import get_decayed_parameters
-
     model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     decayed = set(get_decayed_parameters(model))
     for name, parameter in model.named_parameters():
@@ -463,18 +474,3 @@ def test_group_added_later_is_of_the_first_rule_and_comes_first():
     optimizer.step(), reference.step()
     # AdamW has stepped it, and nothing that has no gradient
     assert more.equal(alone) and alike.equal(before)
-
-
-@needs_muon
-def test_closure_of_a_step_has_gradients():
-    model, ids = tiny_model(), random_ids(2, 9)
-    optimizer = build_optimizer(model)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        return loss
-
-    before = model.model.layers[0].mlp.up_proj.weight.clone()
-    assert optimizer.step(closure).item() > 0 and not model.model.layers[0].mlp.up_proj.weight.equal(before)

@@ -249,6 +249,22 @@ def test_what_the_stock_class_cannot_express_is_a_clear_error(variant, backbone,
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]  # nothing half-written
 
 
+@pytest.mark.parametrize(
+    ("build", "theirs", "embedding"),
+    [
+        (tiny_gpt2, {"embd_pdrop": 0.11, "attn_pdrop": 0.22, "resid_pdrop": 0.33}, 0.11),
+        # which has one for both
+        (tiny_neox, {"attention_dropout": 0.22, "hidden_dropout": 0.33}, 0.33),
+    ],
+)
+def test_import_takes_each_dropout_to_its_place(build, theirs, embedding, tmp_path):
+    build(**theirs).save_pretrained(tmp_path / "stock")
+    config = LNFreeConfig.from_pretrained(convert(tmp_path / "stock", tmp_path / "ours"))
+    assert (config.embedding_dropout, config.attention_dropout, config.hidden_dropout) == (embedding, 0.22, 0.33)
+    back = AutoConfig.from_pretrained(convert(tmp_path / "ours", tmp_path / "back", to_stock=True))
+    assert {name: getattr(back, name) for name in theirs} == theirs
+
+
 # ------------------------------------------------------------------------------------------ published LN-free models
 
 

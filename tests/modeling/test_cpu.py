@@ -69,7 +69,7 @@ def assert_equals_float64(states, weight, bias, grad):
             torch.testing.assert_close(ours.double(), theirs, **tolerance)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.data())
 def test_products_by_onednn_and_their_gradients_equal_float64(onednn, rows, inputs, outputs, has_bias, data):
     drawn = {"states": (rows, inputs), "weight": (outputs, inputs), "grad": (rows, outputs)}

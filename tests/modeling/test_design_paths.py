@@ -11,7 +11,7 @@ from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 from modeling_lnfree.configuration_lnfree import EXACT_ATTENTION
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
-from ..conftest import gradients, greedy, random_ids
+from ..conftest import checkpoint_activations, gradients, greedy, random_ids
 from .designs import (
     design,
     design_model,
@@ -133,16 +133,19 @@ def test_saved_and_loaded_are_equal(name, tmp_path):
 
 
 def test_names_in_the_state_dict():
-    names = set(LNFreeForCausalLM(design("all at once")).state_dict())
     shapes = {
         **{f"self_attn.{p}_norm.weight": (4,) for p in "qk"},
+        **{f"self_attn.{p}_proj.weight": (16, 16) for p in "qkvo"},
+        **{f"self_attn.{p}_proj.bias": (16,) for p in "qk"},
         **{"self_attn.attention_gains": (3, 4), "self_attn.temperature": (4,), "residual_gains": (4,)},
-        **{"self_attn.head_gate.weight": (4, 4), "self_attn.head_gate.bias": (4,), "mlp.gate_proj.weight": (24, 16)},
-        **{"attention_output_norm.weight": (16,), "mlp_output_norm.weight": (16,)},
+        **{"self_attn.head_gate.weight": (4, 4), "self_attn.head_gate.bias": (4,)},
+        **{f"mlp.{p}_proj.weight": (24, 16) for p in ("gate", "up")},
+        "mlp.down_proj.weight": (16, 24),
+        **{f"{norm}_layernorm.weight": (16,) for norm in ("input", "post_attention")},
+        **{f"{branch}_output_norm.weight": (16,) for branch in ("attention", "mlp")},
     }
-    state = LNFreeForCausalLM(design("all at once")).state_dict()
-    assert {name: tuple(state[f"model.layers.1.{name}"].shape) for name in shapes} == shapes
-    assert names == set(state)
+    state, prefix = LNFreeForCausalLM(design("all at once")).state_dict(), "model.layers.1."
+    assert {k.removeprefix(prefix): tuple(v.shape) for k, v in state.items() if k.startswith(prefix)} == shapes
     derf = LNFreeForCausalLM(design("derf")).state_dict()
     for name in ("model.norm", "model.layers.0.input_layernorm"):
         assert {key.rpartition(".")[2]: derf[key].numel() for key in derf if key.startswith(f"{name}.")} == {
@@ -156,8 +159,7 @@ def test_names_in_the_state_dict():
 def test_gradient_checkpointing_gives_equal_losses_and_gradients(name, backbone):
     model, input_ids = design_model(name, backbone).train(), ids(2, 7)
     checkpointed = copy.deepcopy(model)
-    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-    getattr(checkpointed, new if hasattr(checkpointed, new) else old)()
+    checkpoint_activations(checkpointed)
     losses = [each(input_ids, labels=input_ids, use_cache=False).loss for each in (model, checkpointed)]
     for loss in losses:
         loss.backward()

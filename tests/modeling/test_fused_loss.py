@@ -8,15 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_lnfree import LNFreeForSequenceClassification, use_fused_loss
 from modeling_lnfree.fused_loss import _wide_product, has_fused_loss, head_and_loss, token_losses
 
-from ..conftest import every_backbone, gradients, greedy, random_ids, tiny_config, tiny_model
+from ..conftest import LargestTensor, every_backbone, gradients, greedy, random_ids, tiny_config, tiny_model
 
 
 def make(batch=3, length=13, width=8, vocab_size=37, dtype=torch.float32):
@@ -125,18 +123,6 @@ def test_wrong_arguments_and_second_derivatives_are_refused():
         torch.autograd.grad(head_and_loss(states, weight, labels), states, create_graph=True)
 
 
-class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation makes."""
-
-    most = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        self.most = max(self.most, *sizes, 0)
-        return output
-
-
 def test_no_tensor_is_larger_than_a_block_of_logits():
     states, weight, labels = make(batch=8, length=128, width=4, vocab_size=500)
     with LargestTensor() as made:
@@ -148,7 +134,7 @@ def test_no_tensor_is_larger_than_a_block_of_logits():
 @every_backbone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_losses_of_every_token_are_those_of_the_logits(backbone, dtype, monkeypatch):
-    model = tiny_model("SM+R", backbone, logits_multiplier=0.5)
+    model = tiny_model("SM+R", backbone, logits_multiplier=0.5, intermediate_size=32)
     input_ids = random_ids(3, 13)
     labels = input_ids.where(torch.rand(3, 13) < 0.8, -100)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -161,9 +147,9 @@ def test_losses_of_every_token_are_those_of_the_logits(backbone, dtype, monkeypa
         whole = fused(input_ids=input_ids, labels=labels, reduction="none")
         hook.remove()
     expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none").view(3, 12)
-    # the logits would be 3 * 13 * 99; the feed-forward layer's 3 * 13 * 128 are not of this test
     assert output.logits is None and output.loss.dtype == torch.float32 and not output.loss.requires_grad
-    assert made.most == 3 * 13 * 128 > 500
+    # all logits are more than anything else that is made, the weight in another dtype included
+    assert made.most < 3 * 12 * 99
     for each in (output, whole):
         torch.testing.assert_close(
             each.loss.double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0

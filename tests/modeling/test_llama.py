@@ -62,7 +62,7 @@ def test_scaled_rotary_positions_match_llama(rope, length):
         torch.testing.assert_close(ours(input_ids).logits, stock(input_ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rope", ["default", "linear", "llama3", "yarn"])
+@pytest.mark.parametrize("rope", ROPE)
 def test_scaled_rotary_models_are_loaded_whole(rope, tmp_path):
     ours, _ = both({"rope_parameters": ROPE[rope]})
     ours.save_pretrained(tmp_path)

@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from modeling_lnfree import LNFreeForCausalLM
+from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
 from modeling_lnfree.cpu import causal_lm_loss
+from modeling_lnfree.metrics.attention_entropy.record import AttentionEntropyRecord
 from modeling_lnfree.parts_lnfree import LNFreeClipping, LNFreeIdentity, LNFreeRMSNorm, LNFreeRotary
 from modeling_lnfree.parts_lnfree import eager_attention_forward as eager
+from training.train.trainer import LNFreeTrainer
 
 from ..conftest import tiny_config, tiny_model
 
@@ -58,8 +61,8 @@ def test_rotary_angles_of_far_positions_round_once(dtype):
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
 @half
 def test_softmax_of_eager_attention_rounds_once(dtype, clip):
-    module = SimpleNamespace(cap=LNFreeIdentity(), clip=LNFreeIdentity(), num_key_value_groups=1, training=False)
-    module.clip = LNFreeClipping(0.4) if clip else module.clip
+    clipping = LNFreeClipping(0.4) if clip else LNFreeIdentity()
+    module = SimpleNamespace(cap=LNFreeIdentity(), clip=clipping, num_key_value_groups=1, training=False)
     query, key = (torch.randn(1, 2, 300, 16).to(dtype) for _ in range(2))
     # one value, so that the output is the sum of the weights
     value = torch.ones(1, 2, 300, 1, dtype=dtype)
@@ -87,10 +90,6 @@ def test_loss_of_half_precision_logits_is_that_of_float64(dtype, labels):
 
 def test_evaluation_loss_of_a_model_in_bfloat16_is_of_float32_logits(tmp_path):
     """Each sequence's loss by the Trainer of this project, from logits of half precision."""
-    from transformers import TrainingArguments
-
-    from training.train.trainer import LNFreeTrainer
-
     model = tiny_model("SM+R").bfloat16()
     trainer = LNFreeTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
     input_ids = torch.randint(2, 99, (4, 64))
@@ -102,8 +101,6 @@ def test_evaluation_loss_of_a_model_in_bfloat16_is_of_float32_logits(tmp_path):
 
 
 def test_counts_of_queries_are_exact_beyond_those_of_float32():
-    from modeling_lnfree.metrics.attention_entropy.record import AttentionEntropyRecord
-
     record = AttentionEntropyRecord()
     many = 2**24
     for number in (many, 1, 2):
@@ -111,8 +108,6 @@ def test_counts_of_queries_are_exact_beyond_those_of_float32():
         record.add((0, 0), "layer", total)
     assert record.num_queries == many + 3 and record.nan_count.tolist() == [[many + 3]]
     model = LNFreeForCausalLM(tiny_config()).eval()
-    from modeling_lnfree import record_attention_entropy
-
     with torch.no_grad(), record_attention_entropy(model) as counted:
         model(torch.ones(1, 3, dtype=torch.long))
     assert counted._totals[0, 0][1].dtype == torch.float64

@@ -4,7 +4,12 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from modeling_lnfree import (
     LNFreeConfig,
@@ -80,13 +85,6 @@ def test_resized_embeddings_stay_tied_and_work():
 
 
 def test_installed_package_registers_the_type(tmp_path):
-    from transformers import (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-    )
-
     tiny_model("SM+R").save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LNFreeForCausalLM
     assert type(AutoModel.from_pretrained(tmp_path)) is LNFreeModel

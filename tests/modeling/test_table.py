@@ -123,34 +123,3 @@ def test_a_mask_of_one_batch_is_not_kept_for_the_next():
         with record_attention_entropy(model) as record:
             model(input_ids, position_ids=positions, **told)
         assert record.num_queries == sum(map(len, rows))
-
-
-# ------------------------------------------------------------------------------------------ dropout, place by place
-
-
-DROPOUTS = {"embedding_dropout": 0.11, "attention_dropout": 0.22, "hidden_dropout": 0.33}
-
-
-@pytest.mark.parametrize("stock", ["gpt2", "gpt_neox"])
-def test_import_takes_each_dropout_to_its_place(stock, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
-
-    from modeling_lnfree import LNFreeConfig
-    from training.convert.convert import convert
-
-    sizes = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "bos_token_id": 0}
-    sizes |= {"max_position_embeddings": 16, "eos_token_id": 0}
-    if stock == "gpt2":
-        theirs = {"embd_pdrop": 0.11, "attn_pdrop": 0.22, "resid_pdrop": 0.33}
-        model, expected = GPT2LMHeadModel(GPT2Config(**sizes, **theirs)), DROPOUTS
-    else:
-        theirs = {"attention_dropout": 0.22, "hidden_dropout": 0.33}
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, **theirs, intermediate_size=32))
-        expected = {**DROPOUTS, "embedding_dropout": 0.33}
-    model.save_pretrained(tmp_path / "stock")
-    convert(tmp_path / "stock", tmp_path / "ours")
-    config = LNFreeConfig.from_pretrained(tmp_path / "ours")
-    assert {name: getattr(config, name) for name in DROPOUTS} == expected
-    convert(tmp_path / "ours", tmp_path / "back", to_stock=True)
-    back = type(model.config).from_pretrained(tmp_path / "back")
-    assert {name: getattr(back, name) for name in theirs} == theirs

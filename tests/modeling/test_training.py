@@ -7,17 +7,19 @@ import sys
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
-from modeling_lnfree import LNFreeForCausalLM, get_parameter_groups, use_fast_cpu
+from modeling_lnfree import use_fast_cpu
+from training.train.trainer import LNFreeTrainer
 
 from ..conftest import (
+    checkpoint_activations,
     every_backbone,
     every_variant,
     gradients,
     random_ids,
     tiny_model,
 )
-from .designs import design
 
 
 @every_variant
@@ -25,9 +27,7 @@ from .designs import design
 def test_gradient_checkpointing_gives_equal_gradients(variant, backbone):
     model = tiny_model(variant, backbone, embedding_dropout=0.0).train()
     checkpointed = copy.deepcopy(model)
-    # renamed in transformers 5.24
-    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-    getattr(checkpointed, new if hasattr(checkpointed, new) else old)()
+    checkpoint_activations(checkpointed)
     input_ids = random_ids(2, 9)
     for each in (model, checkpointed):
         each(input_ids, labels=input_ids, use_cache=False).loss.backward()
@@ -140,70 +140,45 @@ def test_dropout_acts_in_its_place_and_in_training_alone(place, backbone):
         assert model(input_ids).logits.equal(model(input_ids).logits)
 
 
-SMOOTHED = """
-import sys
+@torch.no_grad()
+def smoothed_loss(model, input_ids) -> float:
+    """A tenth of each next token's share goes to all tokens alike."""
+    log_probs = model(input_ids).logits.double().log_softmax(-1)[:, :-1]
+    nll = -log_probs.gather(-1, input_ids[:, 1:, None]).mean()
+    return (0.9 * nll - 0.1 * log_probs.mean()).item()
+
+
+# transformers' own does not shift the labels of a model that was compiled before
+@pytest.mark.parametrize(
+    ("trainer_class", "compiles"), [(Trainer, False), (LNFreeTrainer, False), (LNFreeTrainer, True)]
+)
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_label_smoothing_of_a_trainer_predicts_the_next_token(trainer_class, compiles, tmp_path):
+    model, input_ids = tiny_model("SM+R"), random_ids(2, 9)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
+    # the class of what is compiled is torch's
+    called = torch.compile(model, backend="eager") if compiles else model
+    loss = trainer_class(model, arguments).compute_loss(called, {"input_ids": input_ids, "labels": input_ids})
+    assert loss.item() == pytest.approx(smoothed_loss(model, input_ids), abs=1e-5)
+
+
+REMOTE = """
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-def smoothed_loss(model, input_ids, folder):
-    arguments = TrainingArguments(folder, label_smoothing_factor=0.1, use_cpu=True)
-    return Trainer(model, arguments).compute_loss(model, {"input_ids": input_ids, "labels": input_ids.clone()}).item()
-
-if __name__ == "__main__":
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    print(smoothed_loss(model, torch.load(sys.argv[2]), sys.argv[3]))
+model, input_ids = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True).eval(), torch.load("ids.pt")
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+trainer = Trainer(model, TrainingArguments("run", label_smoothing_factor=0.1, use_cpu=True))
+print(trainer.compute_loss(model, {"input_ids": input_ids, "labels": input_ids.clone()}).item())
 """
 
 
-@pytest.mark.parametrize("way", ["installed", "remote code"])
-def test_label_smoothing_of_a_plain_trainer_predicts_the_next_token(way, tmp_path):
+def test_label_smoothing_of_remote_code_predicts_the_next_token(tmp_path):
     model, input_ids = tiny_model("SM+R"), random_ids(2, 9)
-    log_probs = model(input_ids).logits.double().log_softmax(-1)[:, :-1]
-    nll = -log_probs.gather(-1, input_ids[:, 1:, None]).mean()
-    expected = (0.9 * nll - 0.1 * log_probs.mean()).item()
-    if way == "installed":
-        scope = {"__name__": "smoothed"}
-        exec(SMOOTHED, scope)
-        loss = scope["smoothed_loss"](model, input_ids, str(tmp_path / "run"))
-    else:
-        model.save_pretrained(tmp_path / "model")
-        torch.save(input_ids, tmp_path / "ids.pt")
-        (tmp_path / "smoothed.py").write_text(SMOOTHED)
-        command = [sys.executable, "-I", "smoothed.py", "model", "ids.pt", "run"]
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        loss = float(run.stdout)
-    assert loss == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
-def test_label_smoothing_of_a_compiled_model_predicts_the_next_token(tmp_path):
-    """`torch_compile` of a recipe: the class of what is compiled is torch's."""
-    from transformers import TrainingArguments
-
-    from training.train.trainer import LNFreeTrainer
-
-    model, input_ids = tiny_model("SM+R"), random_ids(2, 9)
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
-    log_probs = model(input_ids).logits.double().log_softmax(-1)[:, :-1]
-    nll = -log_probs.gather(-1, input_ids[:, 1:, None]).mean()
-    compiled = torch.compile(model, backend="eager")
-    loss = LNFreeTrainer(model, arguments).compute_loss(compiled, {"input_ids": input_ids, "labels": input_ids})
-    assert loss.item() == pytest.approx((0.9 * nll - 0.1 * log_probs.mean()).item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("name", ["all at once", "derf", "gated, leaky", "SAS"])
-def test_weight_decay_is_for_matrices_and_embeddings(name):
-    model = LNFreeForCausalLM(design(name))
-    groups = get_parameter_groups(model, weight_decay=0.1)
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    decayed = {id(parameter) for parameter in groups[0]["params"]}
-    assert len(decayed) + len(groups[1]["params"]) == len(list(model.parameters()))
-    for key, parameter in model.named_parameters():
-        matrix = "_proj.weight" in key or "embed_" in key or "lm_head" in key
-        assert (id(parameter) in decayed) == matrix, key
-    model.model.embed_tokens.weight.requires_grad_(False)
-    trained = [id(parameter) for group in get_parameter_groups(model, 0.1) for parameter in group["params"]]
-    assert id(model.model.embed_tokens.weight) not in trained
+    model.save_pretrained(tmp_path / "model")
+    torch.save(input_ids, tmp_path / "ids.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-I", "-c", REMOTE]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == pytest.approx(smoothed_loss(model, input_ids), abs=1e-5)
