@@ -14,10 +14,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 from huggingface_hub.utils.sha import git_hash
 
 
@@ -120,6 +123,17 @@ class HubServer(ThreadingHTTPServer):
 
     def repository(self, id: str, kind: str = "models") -> Repository:
         return self.repositories[kind, id]
+
+
+def read_from(server: HubServer, patch: pytest.MonkeyPatch, cache: Path):
+    """Makes a server the Hub that this process reads from, into a cache of its own."""
+    for name, value in (("ENDPOINT", server.endpoint), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False)):
+        patch.setattr(constants, name, value)
+    # the client that transformers keeps has the address of the Hub that was there when it was made
+    patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
 
 class _Answer(Exception):
@@ -267,17 +281,17 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Answer(200, listed)
 
     def branch(self, kind: str, id: str, name: str):
-        self._name(self.repo(kind, id, write=True), "branches", name, json.loads(self.body or "{}"), "startingPoint")
+        start = json.loads(self.body or "{}").get("startingPoint", "main")
+        self._name(self.repo(kind, id, write=True), "branches", name, start)
 
     def tag(self, kind: str, id: str, revision: str):
-        asked = json.loads(self.body)
-        self._name(self.repo(kind, id, write=True), "tags", asked["tag"], {"startingPoint": revision}, "startingPoint")
+        self._name(self.repo(kind, id, write=True), "tags", json.loads(self.body)["tag"], revision)
 
-    def _name(self, repository: Repository, part: str, name: str, asked: dict, key: str):
+    def _name(self, repository: Repository, part: str, name: str, start: str):
         names = getattr(repository, part)
         if name in names:
             raise _Answer(409, {"error": f"{name} exists"})
-        names[name] = self.commit(repository, asked.get(key, "main")).oid
+        names[name] = self.commit(repository, start).oid
         raise _Answer(200, {})
 
     # ------------------------------------------------------------------------------------------ reading

@@ -63,6 +63,13 @@ def test_defect_that_cannot_be_planted_is_refused(tree, change, message):
     assert status == 1 and message in lines[0] and lines[-1] == "1 of 1 defects cannot be planted"
 
 
+def test_tests_that_the_defects_of_this_project_name_exist():
+    for line in (ROOT / "tests" / "defects.jsonl").read_text().splitlines():
+        named = json.loads(line).get("test", [])
+        for path, _, name in (test.partition("::") for test in ([named] if isinstance(named, str) else named)):
+            assert f"def {name.partition('[')[0]}" in (ROOT / path).read_text(), f"{path} has no {name}"
+
+
 def test_tests_that_fail_by_themselves_see_nothing(tree):
     (tree / "tests" / "test_thing.py").write_text("def test_sum():\n    assert False\n")
     status, lines = plant(tree, DEFECT)

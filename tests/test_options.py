@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import HfApi, constants
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from huggingface_hub import HfApi
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from training import cli, sweep
+from training.benchmark import benchmark
 
-from .conftest import ROOT, tiny_model
-from .hub_server import TOKEN, HubServer
+from .conftest import ROOT, byte_tokenizer, tiny_model
+from .hub_server import TOKEN, HubServer, read_from
 
 
 OPTIONS, COMMAND = "tests/test_options.py::", "tests/hub/test_command.py::"
-MEASURE, COST = "tests/test_metric.py::test_measure_matches_naive", "tests/test_cost.py::"
+MEASURE, COST = "tests/entropy/test_metric.py::test_measure_matches_naive", "tests/test_cost.py::"
 MEASURED = "tests/measurement/test_command.py::"
 ATTRIBUTE = "tests/test_attribute_command.py::"
 SWITCHES = COMMAND + "test_command_publishes_privately_with_checkpoints_and_loads_all_back"
@@ -127,11 +127,7 @@ def test_every_option_of_every_command_has_a_test():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return byte_tokenizer()
 
 
 def save_model(folder: Path, tokenizer, layers: int = 1) -> str:
@@ -175,7 +171,7 @@ def configured(tmp_path):
     return str(folder)
 
 
-def test_options_of_texts_choose_what_is_read(model, configured, results_of, capsys):
+def test_options_of_texts_choose_what_is_read(model, configured, results_of):
     given = {"--config": "two", "--split": "train", "--text-column": "second", "--max-samples": "2"}
     for changes, tokens in (
         ({}, 2 * 14),
@@ -248,13 +244,7 @@ def test_code_that_comes_with_a_model_is_run_only_when_asked(tmp_path, tokenizer
 def test_revision_is_the_one_named(tmp_path, tokenizer, configured, results_of, monkeypatch):
     """Two revisions of one repository, with another number of layers each."""
     with HubServer().running() as server:
-        for name, value in (("ENDPOINT", server.endpoint), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False)):
-            monkeypatch.setattr(constants, name, value)
-        # the client that transformers keeps has the address of the Hub that was there when it was made
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        read_from(server, monkeypatch, tmp_path / "hub")
         api = HfApi(endpoint=server.endpoint, token=TOKEN)
         api.create_repo("me/two")
         for layers, branch in ((1, "main"), (2, "other")):
@@ -341,8 +331,6 @@ def test_compare_puts_its_tables_into_the_pages(variant_runs, docs, tmp_path, ca
 
 def test_options_of_the_benchmark(docs, tmp_path, monkeypatch, capsys):
     """Sections that tell their settings stand for those that measure."""
-    from training.benchmark import benchmark
-
     told = []
 
     def section(name):

@@ -5,7 +5,6 @@ import torch
 from transformers import DynamicCache
 
 from modeling_lnfree import record_attention_entropy
-from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
 from ..conftest import tiny_model
@@ -137,10 +136,9 @@ def records_of_parts():
     return records
 
 
-def test_measurements_are_put_together_by_the_queries_that_attend(tmp_path):
+def test_measurements_are_put_together_by_the_queries_that_attend(metric):
     records = records_of_parts()
     assert (records[0].empty_count != records[0].empty_count[0, 0]).any()
-    metric = AttentionEntropy(cache_dir=str(tmp_path))
     whole, parts = metric.compute(predictions=records[:1]), metric.compute(predictions=records[1:])
     for name in ("entropy", "max_entropy", "normalized_entropy"):
         torch.testing.assert_close(torch.tensor(parts[name]), torch.tensor(whole[name]), atol=1e-6, rtol=0)
@@ -151,16 +149,16 @@ def test_measurements_are_put_together_by_the_queries_that_attend(tmp_path):
     assert metric.compute(predictions=[earlier])["entropy"] == whole["entropy"]
 
 
-def test_torchmetrics_puts_them_together_alike(tmp_path):
+def test_torchmetrics_puts_them_together_alike(metric):
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install 'lnfree[torchmetrics]'")
     from modeling_lnfree.metrics.attention_entropy import torchmetric
 
     records = records_of_parts()
-    expected = AttentionEntropy(cache_dir=str(tmp_path)).compute(predictions=records[:1])
-    metric = torchmetric.AttentionEntropy(3, 4)
+    expected = metric.compute(predictions=records[:1])
+    batchwise = torchmetric.AttentionEntropy(3, 4)
     for record in records[1:]:
-        metric.update(record)
-    found = metric.compute()
+        batchwise.update(record)
+    found = batchwise.compute()
     for name in ("entropy", "max_entropy"):
         torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(expected[name]), atol=1e-6, rtol=0)
     assert found["empty_count"] == expected["empty_count"]
@@ -168,10 +166,10 @@ def test_torchmetrics_puts_them_together_alike(tmp_path):
 
 def test_a_head_that_attends_to_nothing_at_all_is_nan_and_a_broken_one_is_not_empty():
     model = clipped(12.0)
-    with torch.no_grad(), record_attention_entropy(model) as record:
-        # both queries alike and no key of theirs alone: what an all-uniform row of a cache reads
-        cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
         model(torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]), **{CACHE_NAME: cache})
+    # a query of zeros, to which all nine keys are alike
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
         torch.nn.init.zeros_(layer.self_attn.q_proj.bias)

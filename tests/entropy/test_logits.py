@@ -7,6 +7,7 @@ from modeling_lnfree import record_attention_entropy
 from modeling_lnfree.metrics.attention_entropy.entropy import logits_of_visible
 from modeling_lnfree.metrics.attention_entropy.visibility import Visibility
 
+from ..measurement.naive import watched_softmax
 from .models import float64_maps, make_batch, make_model, mean_of_queries, random_mask, random_states
 
 
@@ -46,22 +47,14 @@ def test_spectral_gap_matches_the_eigenvalues_of_maps(model_type, padding):
 def test_scores_match_their_definition(padding, softcap):
     model = make_model("gemma2", "eager", attn_logit_softcapping=softcap, sliding_window=64)
     batch, seen = make_batch(padding), []
-    hooks = [
-        layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
-        for layer in model.model.layers
-    ]
-    with record_attention_entropy(model, logits=True) as record, torch.no_grad():
+    with record_attention_entropy(model, logits=True) as record, watched_softmax(seen), torch.no_grad():
         model(**batch)
-    for hook in hooks:
-        hook.remove()
-    # weights give scores up to a constant of each query: largest less log-sum-exp is the log of the largest weight
-    real = batch["attention_mask"].bool()[:, None].expand(-1, 4, -1)
-    for layer, weights in enumerate(seen):
-        most = weights.amax(-1).log().double()
-        for head in range(4):
-            bound = most[:, head][real[:, head]].mean() + record.logsumexp[layer, head]
-            # the mean of the largest scores is not above the largest of all
-            assert bound <= record.max_logit[layer, head] + 1e-5
+    scores = torch.stack(seen)  # (layers, batch, heads, T, T), with the mask added
+    real = batch["attention_mask"].bool()[None, :, None, :].expand(scores.shape[:-1])
+    largest = scores.amax(-1).masked_fill(~real, -torch.inf).amax((1, 3))
+    torch.testing.assert_close(record.max_logit.double(), largest, atol=1e-5, rtol=1e-6)
+    expected = mean_of_queries(scores.logsumexp(-1), batch["attention_mask"])
+    torch.testing.assert_close(record.logsumexp.double(), expected, atol=1e-5, rtol=1e-6)
     if softcap is not None:
         assert (record.max_logit <= softcap).all() and (record.max_logit > 0.5 * softcap).any()
 

@@ -13,10 +13,11 @@ from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module
 from modeling_lnfree.metrics.attention_entropy import visibility as visibility_module
 from modeling_lnfree.metrics.attention_entropy.naive import naive_attention_entropy
 
+from ..conftest import LargestTensor
 from .models import random_mask, random_states
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 3),
@@ -285,31 +286,16 @@ def test_float32_gradient_matches_definition():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-class LargestOutput(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple | list) else [output]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return output
-
-
 def test_memory_grows_linearly_with_length(monkeypatch):
     for name in ("_BLOCK_ELEMENTS", "_CACHED_ELEMENTS"):
         monkeypatch.setattr(entropy_module, name, 2**14)
     query, key = random_states(1, 4, 2, 1024, 1024, 8)
     for options in ({"is_causal": True}, {"softcap": 3.0}, {"attention_mask": torch.ones(1, 1, 1, 1024).bool()}):
-        with LargestOutput() as largest:
+        with LargestTensor() as made:
             compute_attention_entropy(query, key, scaling=1.0, **options)
         # `expand` gives the mask its queries without memory
         limit = 1024**2 if "attention_mask" in options else query.numel()
-        assert largest.elements <= limit
+        assert made.most <= limit
 
 
 # ---- values that a difference of large terms would lose

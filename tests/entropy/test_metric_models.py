@@ -7,28 +7,23 @@ import evaluate
 import pytest
 import torch
 from accelerate import cpu_offload
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from torch import nn
 
 from modeling_lnfree import record_attention_entropy
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
 from modeling_lnfree.metrics.attention_entropy.summary import summarize
 
-from ..hub_server import TOKEN, HubServer
-from ..test_metric import TEXTS, make_model, quiet, tokenizer  # noqa: F401
-
-
-@pytest.fixture
-def metric(tmp_path):
-    return AttentionEntropy(cache_dir=str(tmp_path))
+from ..hub_server import TOKEN, HubServer, read_from
+from .test_metric import TEXTS, make_model
 
 
 @pytest.fixture(scope="module")
-def expected(tokenizer):  # noqa: F811
+def expected(tokenizer):
     return AttentionEntropy().compute(predictions=TEXTS, model=make_model("llama"), tokenizer=tokenizer)
 
 
-def test_a_wrapped_model(metric, tokenizer, expected):  # noqa: F811
+def test_a_wrapped_model(metric, tokenizer, expected):
     model = nn.DataParallel(make_model("llama"))
     assert metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer) == expected
     with record_attention_entropy(model) as record, torch.no_grad():
@@ -36,14 +31,14 @@ def test_a_wrapped_model(metric, tokenizer, expected):  # noqa: F811
     assert record.num_queries == 3
 
 
-def test_an_offloaded_model(metric, tokenizer, expected):  # noqa: F811
+def test_an_offloaded_model(metric, tokenizer, expected):
     model = make_model("llama")
     cpu_offload(model)
     assert model.device.type == "meta"
     assert metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer) == expected
 
 
-def test_modes_of_frozen_parts_are_as_before(metric, tokenizer):  # noqa: F811
+def test_modes_of_frozen_parts_are_as_before(metric, tokenizer):
     model = make_model("llama").train()
     model.model.layers[1].eval()
     before = {name: module.training for name, module in model.named_modules()}
@@ -51,7 +46,7 @@ def test_modes_of_frozen_parts_are_as_before(metric, tokenizer):  # noqa: F811
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
-def test_texts_added_before_outlive_a_failed_measurement(metric, tokenizer):  # noqa: F811
+def test_texts_added_before_outlive_a_failed_measurement(metric, tokenizer):
     metric.add_batch(predictions=TEXTS[:2])
 
     class Fails(nn.Module):
@@ -72,7 +67,7 @@ def test_texts_added_before_outlive_a_failed_measurement(metric, tokenizer):  # 
     )
 
 
-def test_beside_other_metrics(metric, tokenizer, expected):  # noqa: F811
+def test_beside_other_metrics(metric, tokenizer, expected):
     both = evaluate.combine([metric, AttentionEntropy(experiment_id="second")])
     result = both.compute(predictions=TEXTS, model=make_model("llama"), tokenizer=tokenizer)
     assert result["attention_entropy_0_entropy"] == result["attention_entropy_1_entropy"] == expected["entropy"]
@@ -82,13 +77,13 @@ def test_beside_other_metrics(metric, tokenizer, expected):  # noqa: F811
     assert again["attention_entropy_1_entropy"] == expected["entropy"]
 
 
-def test_a_metric_with_texts_can_be_copied(metric, tokenizer, expected):  # noqa: F811
+def test_a_metric_with_texts_can_be_copied(metric, tokenizer, expected):
     metric.add_batch(predictions=TEXTS)
     for again in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
         assert again.compute(model=make_model("llama"), tokenizer=tokenizer) == expected
 
 
-def test_layers_with_different_numbers_of_heads(metric, tokenizer):  # noqa: F811
+def test_layers_with_different_numbers_of_heads(metric, tokenizer):
     model = make_model("llama")
     attention = model.model.layers[1].self_attn
     attention.q_proj, attention.k_proj, attention.v_proj = (nn.Linear(32, 16, bias=False) for _ in range(3))
@@ -106,7 +101,7 @@ def test_layers_with_different_numbers_of_heads(metric, tokenizer):  # noqa: F81
     assert [len(row) for row in summarize(record)["max_entropy"]] == [4, 2, 4]
 
 
-def test_what_could_not_be_seen_is_the_error(metric, tokenizer):  # noqa: F811
+def test_what_could_not_be_seen_is_the_error(metric, tokenizer):
     model = make_model("gpt2")
     model.set_attn_implementation("eager")
     for block in model.transformer.h:
@@ -122,7 +117,7 @@ def test_what_could_not_be_seen_is_the_error(metric, tokenizer):  # noqa: F811
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "lora"])
-def test_adapters_are_measured_with_what_they_add(metric, tokenizer, kind):  # noqa: F811
+def test_adapters_are_measured_with_what_they_add(metric, tokenizer, kind):
     peft = pytest.importorskip("peft", reason="adapters are PEFT's")
     configs = {
         "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
@@ -145,19 +140,13 @@ def test_adapters_are_measured_with_what_they_add(metric, tokenizer, kind):  # n
     assert abs(result["mean_entropy"] - plain["mean_entropy"]) > 1e-3
 
 
-def test_the_revision_that_is_measured_is_the_one_named(metric, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_the_revision_that_is_measured_is_the_one_named(metric, tokenizer, tmp_path, monkeypatch):
     models = {"main": make_model("llama"), "other": make_model("llama")}
     with torch.no_grad():
         for layer in models["other"].model.layers:
             layer.self_attn.q_proj.weight *= 3
     with HubServer().running() as server:
-        for name, value in (("ENDPOINT", server.endpoint), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False)):
-            monkeypatch.setattr(constants, name, value)
-        # the client that transformers keeps has the address of the Hub that was there when it was made
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        read_from(server, monkeypatch, tmp_path / "hub")
         api = HfApi(endpoint=server.endpoint, token=TOKEN)
         api.create_repo("me/two")
         for branch, model in models.items():
@@ -172,6 +161,6 @@ def test_the_revision_that_is_measured_is_the_one_named(metric, tokenizer, tmp_p
             for branch, revision in (("main", None), ("other", "other"))
         }
     for branch, model in models.items():
-        expected = metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)  # noqa: F811
-        assert sum(found[branch]["entropy"], []) == pytest.approx(sum(expected["entropy"], []))
+        alone = metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)
+        assert sum(found[branch]["entropy"], []) == pytest.approx(sum(alone["entropy"], []))
     assert abs(found["main"]["mean_entropy"] - found["other"]["mean_entropy"]) > 1e-3

@@ -1,10 +1,8 @@
 """The recorder against eager attention maps of the same models in float64."""
 
-import inspect
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +17,15 @@ from transformers import (
     StaticCache,
     T5EncoderModel,
 )
-from transformers.masking_utils import create_causal_mask, flash_attention_mask
+from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_lnfree import record_attention_entropy
 from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module
 from modeling_lnfree.metrics.attention_entropy.naive import naive_attention_entropy
+from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
+from ..conftest import ROOT, checkpoint_activations
 from .models import (
     EAGER_ONLY,
     FAMILIES,
@@ -161,9 +161,7 @@ def test_gradient_checkpointing_counts_queries_once(use_reentrant):
         model(**batch, labels=batch["input_ids"]).loss.backward()
     expected = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
     model.zero_grad()
-    # renamed in transformers 5.24
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant=use_reentrant)
     with record_attention_entropy(model) as record:
         model(**batch, labels=batch["input_ids"]).loss.backward()
     assert record.num_queries == plain.num_queries == batch["attention_mask"].sum()
@@ -200,9 +198,7 @@ def test_generation_measures_every_query_once(model_type, cache, padding):
 def test_blocks_of_queries_against_a_cache(implementation, make_cache):
     model, batch = make_model("qwen3", implementation), make_batch("none")
     with record_attention_entropy(model) as record, torch.no_grad():
-        # renamed in transformers 5.24
-        name = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-        cache = {name: make_cache(config=model.config)}
+        cache = {CACHE_NAME: make_cache(config=model.config)}
         for start, stop in ((0, 7), (7, 12), (12, 13)):
             model(batch["input_ids"][:, start:stop], **cache)
     with record_attention_entropy(model) as expected, torch.no_grad():
@@ -522,9 +518,8 @@ print(added, *record.normalized_entropy.flatten().tolist())
 
 @pytest.mark.slow
 def test_context_of_32k_adds_no_map():
-    root = Path(__file__).parents[2]
     run = subprocess.run(
-        [sys.executable, "-c", LONG_CONTEXT], cwd=root, capture_output=True, text=True, check=True, timeout=600
+        [sys.executable, "-c", LONG_CONTEXT], cwd=ROOT, capture_output=True, text=True, check=True, timeout=600
     )
     added, *normalized = map(float, run.stdout.split())
     # KiB; the two maps alone would take 8 GiB

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import inspect
 import math
 import pickle
 
@@ -12,11 +11,12 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_lnfree import record_attention_entropy
+from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
+from ..conftest import checkpoint_activations
 from .models import SIZES, VOCAB_SIZE, make_batch, make_model, random_states
 
 
@@ -141,14 +141,13 @@ def test_values_in_halves_are_one_measurement():
 @pytest.mark.parametrize("ones", [True, False])
 def test_a_cache_with_a_mask_of_the_new_tokens_only(ones):
     model, batch = make_model("llama"), make_batch("none")
-    name = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
     new = torch.ones(3, 4, dtype=torch.long)
     new[0, 0] = ones
 
     def read():
         with torch.no_grad():
-            cache = model(batch["input_ids"][:, :9], use_cache=True)[name]
-            return model(batch["input_ids"][:, 9:], attention_mask=new, **{name: cache}).logits
+            cache = model(batch["input_ids"][:, :9], use_cache=True)[CACHE_NAME]
+            return model(batch["input_ids"][:, 9:], attention_mask=new, **{CACHE_NAME: cache}).logits
 
     plain = read()
     if ones:
@@ -261,10 +260,7 @@ def test_entropies_with_gradients_match_maps(model_type, checkpointing):
     model, batch = make_model(model_type, implementation).train(), make_batch("left")
     real = batch["attention_mask"].bool()[:, None].expand(-1, 4, -1)
     if checkpointing:
-        # renamed in transformers 5.24
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
-            {"use_reentrant": False}
-        )
+        checkpoint_activations(model, use_reentrant=False)
     layers = {}
     with record_attention_entropy(
         model, differentiable=True, on_layer=lambda measured: layers.update({measured.layer: measured})

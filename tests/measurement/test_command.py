@@ -1,7 +1,6 @@
 """`lnfree measure` of several models and revisions: tables, pictures, standard output, and what Ctrl-C keeps."""
 
 import json
-import math
 import os
 import re
 import signal
@@ -10,20 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from transformers import GPT2LMHeadModel
 
 from modeling_lnfree import measure
-from modeling_lnfree.measurement import QUANTITIES
 from training import cli, harness
 from training.errors import UserError
 from training.measured import find_steps, name_models, report, tabulate_measured
 from training.plots import plot_steps
 
 from ..conftest import ROOT
-from ..hub_server import TOKEN, HubServer
+from ..hub_server import TOKEN, HubServer, read_from
 from .naive import TEXTS, make, make_tokenizer
 
 
@@ -74,22 +73,6 @@ def test_models_stand_side_by_side_with_differences_to_the_first(tmp_path, capsy
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_a_model_does_not_have_has_no_difference():
-    summary = {"perplexity": 3.0, "outlier_gains": 1}
-    results = [
-        {
-            "model": name,
-            "revision": None,
-            "parameters": 10,
-            "summary": {quantity.name: 2.0 for quantity in QUANTITIES} | given,
-        }
-        for name, given in (("one", summary), ("two", {**summary, "outlier_gains": math.nan}))
-    ]
-    rows = {row[0]: row[1:] for row in tabulate_measured(results).rows}
-    assert rows["outlier gains in most norms (3 sigma)"] == ["1", "nan"]
-    assert rows["perplexity"] == ["3.000", "3.000 (+0.000)"]
-
-
 @pytest.mark.parametrize("option", ["--json", "--markdown"])
 def test_standard_output_holds_the_results_and_nothing_else(option):
     command = [sys.executable, "-m", "training.cli", "measure", "one", "--dataset", "texts.jsonl", "--streaming"]
@@ -127,14 +110,10 @@ def test_ways_to_read_act(capsys):
     }
 
 
-def test_revisions_of_a_model_are_a_film_strip_with_curves(tmp_path, monkeypatch, capsys):
+def test_revisions_of_a_model_are_a_film_strip_with_curves(tmp_path, monkeypatch):
     began = time.monotonic()
     with HubServer().running() as server:
-        for name, value in (("ENDPOINT", server.endpoint), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False)):
-            monkeypatch.setattr(constants, name, value)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        read_from(server, monkeypatch, tmp_path / "hub")
         api = HfApi(endpoint=server.endpoint, token=TOKEN)
         api.create_repo("me/model")
         for step in (8, 16, 128):
@@ -228,8 +207,6 @@ def test_int8_of_some_texts_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_figures_of_a_text_in_windows_follow_one_another(work, tmp_path):
-    import pyarrow.parquet as pq
-
     assert run("one", "--max-length", 8, "--rolling", "--batch-size", 2, "--parquet", tmp_path / "m.parquet") == 0
     first = pq.read_table(tmp_path / "m.parquet").to_pylist()[0]
     model, tokenizer = GPT2LMHeadModel.from_pretrained(work / "one").eval(), make_tokenizer(eos_token="b")
@@ -268,7 +245,7 @@ metric_list:
 
 @pytest.mark.slow  # imports the harness
 @pytest.mark.filterwarnings("default")
-def test_tasks_are_handed_over_to_lm_eval(work, tmp_path, capsys):
+def test_tasks_are_handed_over_to_lm_eval(tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'lnfree[clients]'")
     (tmp_path / "choices.jsonl").write_text("".join(json.dumps({"first": letter}) + "\n" for letter in "efgh"))
     (tmp_path / "letters.yaml").write_text(TASK.format(folder=tmp_path))
@@ -282,7 +259,7 @@ def test_tasks_are_handed_over_to_lm_eval(work, tmp_path, capsys):
     places = tokenizer("cd")["input_ids"]
     assert found["acc"] == pytest.approx((logits[:, places].argmax(-1) == 0).double().mean().item())
     with pytest.raises(UserError, match="lm-eval has no task nonsense: 'lm-eval ls tasks' lists them"):
-        harness.check_tasks("letters.yaml, nonsense" if Path("letters.yaml").is_file() else "nonsense")
+        harness.check_tasks(f"{tmp_path / 'letters.yaml'}, nonsense")
 
 
 def test_tasks_need_lm_eval_and_say_so_before_the_work(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modeling_lnfree import measure
-from modeling_lnfree.int8 import simulate_int8
+from modeling_lnfree.int8 import round_to_int8, simulate_int8
 
 from .naive import TEXTS, make, make_tokenizer, reference
 
@@ -87,6 +87,14 @@ def test_output_projection_and_embeddings_stay_as_they_are_and_all_is_put_back_a
         assert all(len(column.unique()) <= 255 for column in columns) and not columns.T.equal(weight)
         raise RuntimeError("on the way")
     assert model.transformer.h[0].attn.c_attn.weight.equal(weight)
+
+
+def test_int8_of_bfloat16_rounds_once():
+    values = torch.randn(64, 256).bfloat16()
+    largest = values.abs().amax(-1, keepdim=True)
+    step = largest.double() / 127
+    expected = ((values.double() / step).round() * step).bfloat16()
+    assert (round_to_int8(values, largest) == expected).double().mean() > 0.99
 
 
 def test_zero_activations_stay_zero():

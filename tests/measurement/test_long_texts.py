@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_lnfree import measure
-from modeling_lnfree.likelihood import Window, negative_log_likelihoods, rolling
+from modeling_lnfree.likelihood import Reading, Window, negative_log_likelihoods, rolling
 
 from .naive import TEXTS, make, make_tokenizer, reference
 
@@ -114,6 +114,11 @@ def test_the_total_of_a_long_text_is_that_of_its_logits_in_float64(tokenizer):
     found = measure(model, [text], tokenizer=tokenizer, max_length=64, rolling=True)
     assert found.nll > 20 and logits.abs().max() > 100
     assert found.total == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_text_rolls_from_the_token_that_begins_it():
+    for special, prefix in (({"bos_token": "c", "eos_token": "d"}, 2), ({"eos_token": "d"}, 3)):
+        assert Reading(make_tokenizer(**special), 8, rolling=True).prefix == prefix
 
 
 def test_rolling_windows_are_those_of_lm_eval():

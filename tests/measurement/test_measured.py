@@ -7,8 +7,6 @@ import torch
 from transformers import DynamicCache
 
 from modeling_lnfree import measure, record_residual_stream
-from modeling_lnfree.int8 import round_to_int8
-from modeling_lnfree.likelihood import Reading
 from modeling_lnfree.measurement import QUANTITIES
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
 from modeling_lnfree.residual_stream import ResidualStreamRecord, find_outlier_gains
@@ -35,6 +33,14 @@ def test_differences_are_to_the_first_model():
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["perplexity"] == ["10.000", "30.000 (+20.000)", "6.500 (-3.500)"]
     assert rows["parameters"] == ["1,000", "1,000 (+0)", "1,000 (+0)"]
+
+
+def test_what_a_model_does_not_have_has_no_difference():
+    first, second = result("a", 3.0), result("b", 3.0)
+    second["summary"]["outlier_gains"] = math.nan
+    rows = {row[0]: row[1:] for row in tabulate_measured([first, second]).rows}
+    assert rows["outlier gains in most norms (3 sigma)"] == ["1", "nan"]
+    assert rows["perplexity"] == ["3.000", "3.000 (+0.000)"]
 
 
 def test_what_was_left_out_is_told_by_its_own_number():
@@ -143,22 +149,9 @@ def test_loss_of_a_model_in_bfloat16_is_of_float32_logits():
     assert found.nll == pytest.approx(total / number, rel=1e-6)
 
 
-def test_int8_of_bfloat16_rounds_once():
-    values = torch.randn(64, 256).bfloat16()
-    largest = values.abs().amax(-1, keepdim=True)
-    step = largest.double() / 127
-    expected = ((values.double() / step).round() * step).bfloat16()
-    assert (round_to_int8(values, largest) == expected).double().mean() > 0.99
-
-
 def test_a_token_just_past_the_vocabulary_is_named():
     # the last letter is token 60, and predicted alone
     model = make_model("gpt2", vocab_size=60)
     with pytest.raises(ValueError, match="the tokenizer gives token 60, and the model knows 60"):
         measure(model, ["ab8"], tokenizer=make_tokenizer())
     assert measure(model, ["ab7"], tokenizer=make_tokenizer()).predicted_tokens == 2
-
-
-def test_a_text_rolls_from_the_token_that_begins_it():
-    for special, prefix in (({"bos_token": "c", "eos_token": "d"}, 2), ({"eos_token": "d"}, 3)):
-        assert Reading(make_tokenizer(**special), 8, rolling=True).prefix == prefix

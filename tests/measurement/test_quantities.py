@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
 
 from modeling_lnfree import measure, record_residual_stream
 from modeling_lnfree.likelihood import Reading
 from modeling_lnfree.measurement import QUANTITIES
 from modeling_lnfree.residual_stream import find_outlier_gains
 
+from ..conftest import byte_tokenizer
 from ..entropy.models import make_batch, make_model
 from .naive import TEXTS, by_definition, make, make_tokenizer
 
@@ -66,17 +66,13 @@ def test_bits_per_byte_are_by_the_bytes_of_the_text_whatever_the_tokenizer(token
 
 def test_bytes_of_a_text_that_is_cut_within_a_character_are_those_that_were_read():
     text = "é€ 😀😀a" * 3
-    backend = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    ((token_ids, bytes_until),) = Reading(PreTrainedTokenizerFast(tokenizer_object=backend), 8).encode([text])
+    ((token_ids, bytes_until),) = Reading(byte_tokenizer(), 8).encode([text])
     # one token a byte
     assert len(token_ids) == len(text.encode())
     assert [bytes_until(number) for number in range(1, len(token_ids) + 1)] == list(range(1, len(token_ids) + 1))
 
 
 def test_special_tokens_have_no_bytes(tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
     framed = make_tokenizer(bos_token="a", eos_token="b")
     framed.backend_tokenizer.post_processor = TemplateProcessing(single="a $A b", special_tokens=[("a", 0), ("b", 1)])
     assert framed("cd")["input_ids"] == [0, 2, 3, 1]
@@ -178,8 +174,6 @@ def test_a_model_in_training_is_measured_without_dropout_and_left_as_it_was(toke
 def test_what_cannot_be_measured_is_one_error(name, texts, options, message, tokenizer):
     model = make(name)
     if name == "bert":
-        from transformers import AutoModelForCausalLM
-
         model = AutoModelForCausalLM.from_config(model.config)
     with pytest.raises(ValueError, match=message):
         measure(model, texts, **{"tokenizer": tokenizer, **options})

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
 from training.measure import measure
+
+from ..conftest import byte_tokenizer
 
 
 TEXTS = ["a short text", "a text of more tokens than the model was first trained on", "short", "x" * 16, "y" * 17]
@@ -51,10 +52,7 @@ def alone(model, tokenizer):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_batch_size_changes_nothing(model, batch_size, tmp_path):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = byte_tokenizer()
     expected, perplexity = alone(model, tokenizer)
     metric = AttentionEntropy(cache_dir=str(tmp_path))
     result = metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer, batch_size=batch_size)

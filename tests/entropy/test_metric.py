@@ -10,15 +10,13 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_lnfree
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
@@ -26,28 +24,11 @@ from training import cli
 from training.errors import UserError
 from training.measure import measure
 
-from .conftest import tiny_model
+from ..conftest import ROOT, tiny_model
 
 
-ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "modeling_lnfree" / "metrics" / "attention_entropy"
 TEXTS = ["def add(a, b):\n    return a + b\n", "x", "import os", "for i in range(10):\n    print(i)"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    evaluate.disable_progress_bar()
-    yield
-    evaluate.enable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One token a byte, no special tokens and so nothing to pad with."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def make_model(model_type="gpt2"):
@@ -82,11 +63,6 @@ def folder(model, tokenizer, tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture
-def metric(tmp_path):
-    return AttentionEntropy(cache_dir=str(tmp_path))
 
 
 @torch.no_grad()
@@ -360,7 +336,7 @@ def test_the_page_measures_a_model_and_shows_errors(page, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_tells_broken_heads(page, folder, tokenizer, tmp_path):
+def test_the_page_tells_broken_heads(page, tokenizer, tmp_path):
     from gradio_client import Client
 
     model = make_model()

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_lnfree import measure
 from modeling_lnfree.metrics.attention_entropy.attention_entropy import AttentionEntropy
 from training import cli
+
+from ..conftest import byte_tokenizer
 
 
 SIZES = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -20,10 +21,7 @@ SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 40, "bos_token_id
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return byte_tokenizer()
 
 
 def build(model_type: str = "gpt2", model_class=AutoModelForCausalLM, **fields):
@@ -115,7 +113,7 @@ def test_positions_that_begin_behind_the_padding_token(model_type, tokenizer, tm
     assert metric.compute(predictions=texts, model=encoder, tokenizer=tokenizer)["num_queries"] == 6 + 38
 
 
-def test_length_of_a_tokenizer_may_be_a_float(tokenizer, tmp_path, monkeypatch, capsys):
+def test_length_of_a_tokenizer_may_be_a_float(tokenizer, tmp_path):
     build().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for written, read in ((12.0, 12), (1e30, 40)):
