@@ -75,8 +75,11 @@ def cases(name):
     model = {"lnfree": lambda: tiny_model("SM+LN+R", embedding_dropout=0.0).train(), "gpt2": tiny_gpt2}.get(
         name.partition(" ")[0], tiny_llama
     )()
-    ids = random_ids(3, 11)
-    visible, counted = torch.ones(3, 11, 11, dtype=torch.bool).tril(), torch.ones(3, 11, dtype=torch.bool)
+    # where it is long, the gradients of the heads are computed with their entropies
+    length = 160 if "long" in name else 11
+    ids = random_ids(3, length)
+    visible = torch.ones(3, length, length, dtype=torch.bool).tril()
+    counted = torch.ones(3, length, dtype=torch.bool)
     batch = {"input_ids": ids}
     if "padded" in name:
         counted[0, :4], counted[1, 8:] = False, False
@@ -90,7 +93,9 @@ def cases(name):
     return model, batch, visible, counted
 
 
-@pytest.mark.parametrize("name", ["lnfree", "lnfree padded", "lnfree packed", "gpt2 padded", "llama", "llama padded"])
+@pytest.mark.parametrize(
+    "name", ["lnfree", "lnfree padded", "lnfree packed", "gpt2 padded", "llama", "llama padded", "llama long"]
+)
 @pytest.mark.parametrize("learned", [True, False])
 def test_penalty_and_its_gradients_match_naive_float64_maps(name, learned):
     model, batch, visible, counted = cases(name)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from modeling_lnfree import compute_attention_entropy
 from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module
+from modeling_lnfree.metrics.attention_entropy import linear as linear_module
 from modeling_lnfree.metrics.attention_entropy import visibility as visibility_module
 from modeling_lnfree.metrics.attention_entropy.naive import naive_attention_entropy
 
@@ -87,8 +88,8 @@ def test_common_offset_of_keys_costs_no_precision(masked, offset):
 @pytest.mark.parametrize("block_elements", [1, 2000, 2**22])
 @pytest.mark.parametrize("options", ["softcap", "sinks", "both", "bool", "bias", "bias and causal"])
 def test_blocks_match_definition(options, block_elements, monkeypatch):
-    for name in ("_BLOCK_ELEMENTS", "_CACHED_ELEMENTS"):
-        monkeypatch.setattr(entropy_module, name, block_elements)
+    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(linear_module, "_CACHED_ELEMENTS", block_elements)
     query, key = random_states(2, 4, 2, 23, 29, 16, scale=3.0)
     arguments = {"scaling": 0.25, "is_causal": "causal" in options}
     if options in ("softcap", "both"):
@@ -123,8 +124,8 @@ def masks(name):
     "mask", [None, "causal", "packed", "window", "by sequence", "by head", "by sequence and head"]
 )
 def test_blocks_of_linear_scores_match_definition(mask, elements, queries, dtype, monkeypatch):
-    monkeypatch.setattr(entropy_module, "_CACHED_ELEMENTS", elements)
-    monkeypatch.setattr(entropy_module, "_CACHED_QUERIES", queries)
+    monkeypatch.setattr(linear_module, "_CACHED_ELEMENTS", elements)
+    monkeypatch.setattr(linear_module, "_CACHED_QUERIES", queries)
     states = [state.requires_grad_() for state in random_states(2, 4, 2, 23, 23, 8, dtype=dtype)]
     arguments = {"scaling": 0.6, "is_causal": mask == "causal"}
     counted = torch.ones(2, 4, 23, dtype=torch.bool)
@@ -147,7 +148,7 @@ def test_blocks_of_linear_scores_match_definition(mask, elements, queries, dtype
 
 
 def test_heads_without_a_gradient_get_exactly_0_and_the_others_the_same(monkeypatch):
-    monkeypatch.setattr(entropy_module, "_CACHED_ELEMENTS", 200)
+    monkeypatch.setattr(linear_module, "_CACHED_ELEMENTS", 200)
     states = [state.requires_grad_() for state in random_states(2, 4, 2, 23, 23, 8)]
     entropy = compute_attention_entropy(*states, scaling=0.6, is_causal=True)
     only = torch.autograd.grad(entropy[:, :2].sum(), states, retain_graph=True)
@@ -286,9 +287,37 @@ def test_float32_gradient_matches_definition():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [300, 2**17])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("num_past", [0, 31])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradient_by_head_matches_definition(causal, num_past, kv_heads, elements, dtype, monkeypatch):
+    monkeypatch.setattr(linear_module, "_CACHED_ELEMENTS", elements)
+    query, key = random_states(2, 4, kv_heads, 90, 90 + num_past, 4, dtype=dtype)
+    # of even attention, at the end of the range
+    query[0, 1] = 0.0
+    states = [state.requires_grad_() for state in (query, key)]
+    visibility = visibility_module.Visibility(None, causal, 90, 90 + num_past, torch.device("cpu"))
+    twins = [state.detach().double().requires_grad_() for state in states]
+    theirs = naive_attention_entropy(*twins, scaling=0.6, is_causal=causal)
+    ours = entropy_module.entropy_of_visible(*states, 0.6, visibility, by_head=True)[0]
+    again = []
+    gradients = linear_module._gradients
+    monkeypatch.setattr(linear_module, "_gradients", lambda *args: again.append(1) or gradients(*args))
+    # one for each head is not computed again; one for each query is, and is right too
+    for shape, calls in (((2, 4, 1), 0), ((2, 4, 90), 1)):
+        factor = torch.randn(shape)
+        found = torch.autograd.grad(ours, states, factor.expand(2, 4, 90), retain_graph=True)
+        expected = torch.autograd.grad(theirs, twins, factor.double().expand(2, 4, 90), retain_graph=True)
+        tolerance = {"atol": 1e-5, "rtol": 0} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 1e-2}
+        torch.testing.assert_close([gradient.double() for gradient in found], list(expected), **tolerance)
+        assert len(again) == calls
+
+
 def test_memory_grows_linearly_with_length(monkeypatch):
-    for name in ("_BLOCK_ELEMENTS", "_CACHED_ELEMENTS"):
-        monkeypatch.setattr(entropy_module, name, 2**14)
+    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2**14)
+    monkeypatch.setattr(linear_module, "_CACHED_ELEMENTS", 2**14)
     query, key = random_states(1, 4, 2, 1024, 1024, 8)
     for options in ({"is_causal": True}, {"softcap": 3.0}, {"attention_mask": torch.ones(1, 1, 1, 1024).bool()}):
         with LargestTensor() as made:
@@ -427,8 +456,8 @@ def test_gradient_of_the_accelerators_way_matches_definition(case):
     "options", [{"is_causal": True}, {"softcap": 2.0}, {"attention_mask": torch.ones(1, 1, 1, 512).bool()}]
 )
 def test_no_map_is_kept_for_the_gradient(options, monkeypatch):
-    for name in ("_BLOCK_ELEMENTS", "_CACHED_ELEMENTS"):
-        monkeypatch.setattr(entropy_module, name, 2**13)
+    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2**13)
+    monkeypatch.setattr(linear_module, "_CACHED_ELEMENTS", 2**13)
     query, key = (state.requires_grad_() for state in random_states(1, 2, 2, 512, 512, 8))
     kept = {}
 

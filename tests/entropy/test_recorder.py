@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_lnfree import record_attention_entropy
 from modeling_lnfree.metrics.attention_entropy import entropy as entropy_module
+from modeling_lnfree.metrics.attention_entropy import linear as linear_module
 from modeling_lnfree.metrics.attention_entropy.naive import naive_attention_entropy
 from modeling_lnfree.modeling_lnfree import CACHE_NAME
 
@@ -348,8 +349,8 @@ def test_a_batch_of_one_is_broadcast():
 
 
 def test_a_sink_for_every_query(monkeypatch):
-    for name in ("_BLOCK_ELEMENTS", "_CACHED_ELEMENTS"):
-        monkeypatch.setattr(entropy_module, name, 2000)
+    monkeypatch.setattr(entropy_module, "_BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(linear_module, "_CACHED_ELEMENTS", 2000)
     query, key = random_states(2, 4, 2, 23, 13, 16)
     sinks = torch.randn(2, 4, 23, 1)
     attention = _Attention()

@@ -35,8 +35,8 @@ MODEL_FILES = CODE | {
 }
 RESULTS_FILES = {"README.md", "data/gpt2-t16.parquet"}
 METRIC_FILES = {
-    *("README.md", "app.py", "attention_entropy.py", "entropy.py", "kernel.py", "naive.py", "reading.py"),
-    *("record.py", "recorder.py", "requirements.txt", "summary.py", "torchmetric.py", "visibility.py"),
+    *("README.md", "app.py", "attention_entropy.py", "entropy.py", "kernel.py", "linear.py", "naive.py"),
+    *("reading.py", "record.py", "recorder.py", "requirements.txt", "summary.py", "torchmetric.py", "visibility.py"),
 }
 
 

@@ -17,6 +17,7 @@ from datasets import Features, List, Value
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .entropy import compute_attention_entropy
+from .linear import LinearEntropy
 from .reading import (
     adapted_model,
     check_max_length,
@@ -35,7 +36,7 @@ from .visibility import Visibility
 
 
 # `evaluate` brings along the files that this one imports, and not those that they import
-__all__ = ["AttentionEntropy", "AttentionEntropyRecord", "Visibility", "compute_attention_entropy"]
+__all__ = ["AttentionEntropy", "AttentionEntropyRecord", "LinearEntropy", "Visibility", "compute_attention_entropy"]
 
 
 _CITATION = """\

@@ -17,37 +17,33 @@ no gradient is wanted, one kernel does all of it in one pass over the keys, and 
 (`kernel.py`).
 
 Gradient: dH/ds_j = -p_j (log p_j + H), from log-sum-exp and entropy of the query and from the scores, which the
-backward pass computes again. Scores that are not linear in the keys (additive biases, soft caps) and sinks leave it to
-autograd, in blocks that are computed again.
+backward pass computes again. A loss over the mean of a head has one gradient for all of its queries: over many keys it
+is computed with the entropies, up to that factor. Scores that are not linear in the keys (additive biases, soft caps)
+and sinks leave it to autograd, in blocks that are computed again.
 
 Clipped softmax (arXiv 2306.12929), w_j = max((1 + a / n) p_j - a / n, 0) of n keys, gives no distribution. Its entropy
 is that of w_j / sum_i w_i, from the scores of a block of queries too. A query that has no weight left has none.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .linear import BLOCK_ELEMENTS_OF_ACCELERATORS, LinearEntropy
 from .visibility import HIDDEN_BIAS, Visibility, split_mask
 
 
-# elements of the scores that are held at a time: what fits a cache of the CPU; elsewhere, a few blocks
+# elements of the scores that are held at a time: what fits a cache of the CPU
 _BLOCK_ELEMENTS = 2**20
-_BLOCK_ELEMENTS_OF_ACCELERATORS = 2**24
-# where every step works in place: what fits the nearest cache of a core, and so few queries of a head that there is
-# little among their keys that some do not see
-_CACHED_ELEMENTS = 2**17
-_CACHED_QUERIES = 32
 # bound of the scores up to which they are rounded by less than 2e-5 in float32
 _LARGE_SCORE = 2**8
-_LOG_2 = math.log(2)
+# of the scores, up to which gradients are kept that are computed with the entropies
+_LARGEST_SHARE = 0.1
 
 
 def compute_attention_entropy(
@@ -117,8 +113,10 @@ def entropy_of_visible(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     clipping: float | None = None,
+    by_head: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`compute_attention_entropy` of checked arguments, with what a record needs beside.
+    """`compute_attention_entropy` of checked arguments, with what a record needs beside. Gradients are cheaper with
+    `by_head` if that of the result is the same for all queries of a head, and dearer if it is not.
 
     Returns:
         The entropy, `(batch, heads, T)`; the number of seen scores whose query or key holds an infinity,
@@ -150,11 +148,13 @@ def entropy_of_visible(
             if not _scores_are_small(query, key if mean is None else key.detach() - mean, scaling, bias):
                 entropy, infinite = _streamed_entropy(query.double(), key.double(), *arguments)
             elif mean is not None:
-                entropy, _ = _LinearEntropy.apply(*given, mean, scaling, visibility)
+                # queries and keys are as large as the gradients
+                few = 2 * query.shape[-1] <= _LARGEST_SHARE * key.shape[2]
+                ahead = by_head and few and torch.is_grad_enabled() and any(states.requires_grad for states in given)
+                entropy, *_ = LinearEntropy.apply(*given, mean, scaling, visibility, ahead)
             else:
                 entropy, _ = _streamed_entropy(query, key, *arguments)
-    # what rounding leaves beside the range; `minimum` hands NaN on
-    entropy = entropy.to(dtype).clamp(min=0.0).minimum(largest_entropy(visibility, sinks).to(dtype))
+    entropy = _Limited.apply(entropy.to(dtype), largest_entropy(visibility, sinks).to(dtype))
     return entropy.masked_fill(visibility.number() == 0, torch.nan), infinite, empty
 
 
@@ -201,11 +201,12 @@ def measure_attention(
         return Measurement(result.entropy, result.total, torch.cat([result.logits, gaps], -1))
 
     scored["clipping"] = clipping
-    entropy, infinite, empty = entropy_of_visible(query, key, scaling, visibility, **scored)
+    # the usual case: every query counts, and sees as many keys in every sequence and head
+    usual = padded is None and visibility.mask is None
+    entropy, infinite, empty = entropy_of_visible(query, key, scaling, visibility, **scored, by_head=usual)
     number, counted, largest = visibility.number(), _counted(visibility, padded), largest_entropy(visibility, sinks)
     dtype = torch.float32 if entropy.device.type == "mps" else torch.float64
-    if infinite is None and padded is None and visibility.mask is None:
-        # the usual case: every query counts, and sees as many keys in every sequence and head
+    if infinite is None and usual:
         total = F.pad(entropy.detach().sum((0, 2), dtype=dtype)[:, None], (0, 4))
         total[:, 1] = largest.sum((0, 2), dtype=dtype) * (len(query) / len(largest))
         total[:, 4] = len(query) * query.shape[2]
@@ -289,7 +290,7 @@ def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int,
     """`function(start, stop, *tensors)` of blocks of queries, put together; of `elements` for each query. With a
     gradient, a block keeps nothing but its tensors, and is computed again."""
     on_cpu = any(tensor is not None and tensor.is_cpu for tensor in tensors)
-    step = max(1, (_BLOCK_ELEMENTS if on_cpu else _BLOCK_ELEMENTS_OF_ACCELERATORS) // elements)
+    step = max(1, (_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS_OF_ACCELERATORS) // elements)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     blocks = []
     for start in range(0, num_queries, step):
@@ -301,112 +302,20 @@ def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int,
     return torch.cat(blocks, 2)
 
 
-class _Block(NamedTuple):
-    """Some queries of all heads, and the keys from the first to the last that any of them sees."""
-
-    queries: slice
-    query: Tensor  # (heads of keys, groups x queries, head_dim)
-    keys: slice
-    key: Tensor  # (heads of keys, keys, head_dim)
-    hidden: Tensor | None  # which of the last of these keys, bool, (heads of keys, groups, queries, last keys)
-    parts: list[slice]  # some heads of keys, whose scores are few enough
-
-    def scores(self, part: slice, scaling: float, less: Tensor | None = None) -> Tensor:
-        """Scores of a part, less a number for each query, `(heads of keys, groups x queries, keys)`."""
-        query, key = self.query[part], self.key[part]
-        start, beta = (query[:1, :1, :1], 0) if less is None else (less[part], -1)
-        scores = torch.baddbmm(start, query, key.mT, beta=beta, alpha=scaling)
-        if self.hidden is not None:
-            hidden = self.hidden[part]
-            scores.view(*hidden.shape[:3], -1)[..., -hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
-        return scores
-
-    def rows(self, states: Tensor) -> Tensor:
-        """Of `(heads of keys, groups, T)` what is of the queries, `(heads of keys, groups x queries, 1)`."""
-        return states[:, :, self.queries].reshape(len(states), -1, 1)
-
-
-def _blocks(query: Tensor, key: Tensor, mean: Tensor, visibility: Visibility) -> Iterator[_Block]:
-    """All queries, of every sequence and head of keys; in the dtype of `mean`, which is subtracted from the keys."""
-    (batch, kv_heads, num_keys, _), groups = key.shape, query.shape[1] // key.shape[1]
-    query = query.reshape(batch * kv_heads, groups, *query.shape[2:])
-    key = (key - mean).flatten(0, 1)
-    elements = _BLOCK_ELEMENTS_OF_ACCELERATORS
-    step = elements // (query[:, :, 0, 0].numel() * num_keys)
-    if key.is_cpu:
-        elements = _CACHED_ELEMENTS * torch.get_num_threads()
-        step = min(_CACHED_QUERIES // groups, elements // (groups * num_keys))
-    step = max(1, step)
-    for start in range(0, query.shape[2], step):
-        queries = slice(start, min(start + step, query.shape[2]))
-        keys, hidden = visibility.part(queries.start, queries.stop)
-        if hidden is not None:
-            hidden = hidden.expand(batch, kv_heads * groups, -1, -1).reshape(*query.shape[:2], *hidden.shape[2:])
-        rows = query[:, :, queries].flatten(1, 2).to(mean.dtype)
-        heads = max(1, elements // (rows.shape[1] * (keys.stop - keys.start)))
-        parts = [slice(head, head + heads) for head in range(0, len(rows), heads)]
-        yield _Block(queries, rows, keys, key[:, keys], hidden, parts)
-
-
-class _LinearEntropy(torch.autograd.Function):
-    """Entropy of scores that are linear in finite keys, in nats, and their log-sum-exp to the base 2, `(batch, heads,
-    T)` in the dtype of `mean`, `(batch, kv_heads, 1, head_dim)`, which is subtracted from the keys. Nothing waits for
-    the backward pass but the inputs and these two."""
+class _Limited(torch.autograd.Function):
+    """An entropy without what rounding leaves beside its range. The gradient goes through: at the ends it is 0 by
+    itself, to rounding, and where it is not cut off it is the same for all queries of a head."""
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, mean: Tensor, scaling: float, visibility: Visibility
-    ) -> tuple[Tensor, Tensor]:
-        by_head = (len(query) * key.shape[1], -1, query.shape[2])
-        sums = mean.new_empty(3, *query.shape[:3])
-        for block in _blocks(query, key, mean, visibility):
-            found = mean.new_empty(3, *block.query.shape[:2])
-            for part in block.parts:
-                scores = block.scores(part, scaling / _LOG_2)
-                largest, total, product = found[:, part]
-                torch.amax(scores, -1, out=largest)
-                # far from the largest, weights are 0 and so are their products with what is not infinite
-                weights = scores.sub_(largest[..., None]).clamp_(min=HIDDEN_BIAS).exp2()
-                torch.sum(weights, -1, out=total)
-                torch.linalg.vecdot(weights, scores, out=product)
-            rows = sums.view(3, *by_head)[..., block.queries]
-            rows.copy_(found.view(rows.shape))
-        largest, total, product = sums
-        bits = total.log2()
-        return _LOG_2 * (bits - product / total), largest + bits
+    def forward(entropy: Tensor, largest: Tensor) -> Tensor:
+        return entropy.clamp(min=0.0).minimum(largest)  # hands NaN on
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        query, key, mean, ctx.scaling, ctx.visibility = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(query, key, mean, *output)
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None: ...
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor, _) -> tuple[Tensor | None, ...]:
-        query, key, mean, entropy, logsumexp = ctx.saved_tensors
-        by_head = (len(query) * key.shape[1], -1, query.shape[2])
-        factor, bits, logsumexp = (
-            states.reshape(by_head) for states in (-_LOG_2 * ctx.scaling * gradient, entropy / _LOG_2, logsumexp)
-        )
-        to_query = mean.new_zeros(*factor.shape, query.shape[-1])
-        to_key = mean.new_zeros(len(factor), *key.mT.shape[2:])
-        with torch.autocast(query.device.type, enabled=False):
-            for block in _blocks(query, key, mean, ctx.visibility):
-                factors, entropies, less = (block.rows(states) for states in (factor, bits, logsumexp))
-                rows, to_rows = factors * block.query, torch.zeros_like(block.query)
-                for part in block.parts:
-                    # as of heads inside a margin
-                    if not factors[part].any():
-                        continue
-                    scores = block.scores(part, ctx.scaling / _LOG_2, less).clamp_(min=HIDDEN_BIAS)
-                    slope = scores.exp2().mul_(scores.add_(entropies[part]))
-                    torch.bmm(slope, block.key[part], out=to_rows[part])
-                    to_key[part, :, block.keys] += torch.bmm(rows[part].mT, slope)
-                to_queries = to_query[:, :, block.queries]
-                to_queries.copy_((factors * to_rows).view(to_queries.shape))
-        to_query, to_key = to_query.view(query.shape), to_key.mT.reshape(key.shape)
-        return to_query.to(query.dtype), to_key.to(key.dtype), None, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _streamed_entropy(
@@ -462,7 +371,7 @@ def _streamed_entropy(
         return (-terms.sum(-1)).masked_fill(total[..., 0] == 0, torch.inf)
 
     if linear:
-        result, _ = _LinearEntropy.apply(query, key, query.new_zeros(1), scaling, visibility)
+        result, *_ = LinearEntropy.apply(query, key, query.new_zeros(1), scaling, visibility, False)
     else:
         result = _in_blocks(entropy, batch * heads * visibility.num_keys, num_queries, query, key, bias, sinks)
     number = visibility.number()
