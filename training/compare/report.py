@@ -1,6 +1,5 @@
 """What a comparison shows, as blocks that Markdown and HTML are made of alike."""
 
-import math
 import statistics
 from typing import Any
 
@@ -151,7 +150,6 @@ def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]]
     formats = {"perplexity": "{:.3f}", "change": "{:+.2f} %", "95 % interval": "{:+.2f} to {:+.2f} %"}
     tables = {"perplexity": (results, formats), "pairs": (pairs, formats), "entropy": (entropies, {})}
     tables["seconds"] = (seconds, {})
-    tables["rates"] = ([row for group in groups for row in _rate_rows(group)], {})
     overview = [
         row for group in groups for row in _overview_rows(group, {"setting": group.title} if len(groups) > 1 else {})
     ]
@@ -192,27 +190,6 @@ def _overview_rows(group: Group, setting: dict[str, str]) -> list[dict[str, Any]
             }
         )
     return sorted(rows, key=lambda row: row["perplexity"])
-
-
-def _rate_rows(group: Group) -> list[dict[str, Any]]:
-    """
-    A row for each variant that was trained at several rates of its layers: the perplexity (exp of the mean loss over
-    seeds) at each, and the best of them; the lowest first.
-    """
-    losses: dict[str, dict[float, list[float]]] = {}
-    for run in group.runs:
-        rate = run.recipe.get("layer_learning_rate")
-        if rate is not None:
-            losses.setdefault(run.variant, {}).setdefault(rate, []).append(math.log(run.perplexity))
-    several = {variant: found for variant, found in losses.items() if len(found) > 1}
-    rates = sorted({rate for found in several.values() for rate in found})
-    rows = []
-    for variant, found in several.items():
-        reached = {rate: math.exp(statistics.fmean(values)) for rate, values in found.items()}
-        best = min(reached, key=lambda rate: reached[rate])
-        cells = {f"{rate:g}": f"{reached[rate]:.2f}" if rate in reached else "" for rate in rates}
-        rows.append((reached[best], {"configuration": variant, **cells, "best": f"{best:g}"}))
-    return [row for _, row in sorted(rows, key=lambda item: item[0])]
 
 
 def _measured_rows(group: Group) -> list[dict[str, Any]]:
