@@ -14,7 +14,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
 
 from modeling_lnfree import (
     EntropyRegularizer,
@@ -29,7 +28,7 @@ from training import files
 from training.recipe import build_recipe
 from training.train import loop
 
-from ..conftest import gradients, greedy, random_ids, tiny_model
+from ..conftest import gradients, greedy, interrupting, one_more_callback, random_ids, tiny_model
 from ..entropy.models import (
     EAGER_ONLY,
     FAMILIES,
@@ -218,23 +217,12 @@ def test_compiled_training_equals_eager(values, tmp_path, option):
     assert compiled[0]["perplexity"] == pytest.approx(plain[0]["perplexity"], rel=1e-3)
 
 
-class Interruption(Exception):
-    """In the middle of a training."""
-
-
-def test_training_goes_on_to_the_bit(values, monkeypatch, tmp_path):
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 6:
-                raise Interruption
-
+def test_training_goes_on_to_the_bit(values, tmp_path):
     # sdpa's own backward adds up in no order on some cards
     values = {**values, "attn_implementation": "eager"}
     whole = train(values, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "BriefPrinterCallback", Interrupt)
-        with pytest.raises(Interruption):
-            train(values, tmp_path / "parts")
+    with one_more_callback(interrupting(6)), pytest.raises(KeyboardInterrupt):
+        train(values, tmp_path / "parts")
     assert (tmp_path / "parts" / "checkpoint-4").is_dir()
     parts = train(values, tmp_path / "parts")
     assert parts[1].keys() == whole[1].keys() and all(parts[1][name].equal(whole[1][name]) for name in whole[1])

@@ -312,7 +312,7 @@ def test_compiled_training_equals_eager(values, tmp_path):
     assert compiled_log == pytest.approx(log, abs=1e-4) and compiled.keys() == weights.keys()
 
 
-# ------------------------------------------------------------------------------------------ the plan
+# ---- the plan
 
 
 # The peak of a process's second training, above what stood before its model was built. The first one also loads code
@@ -320,11 +320,11 @@ def test_compiled_training_equals_eager(values, tmp_path):
 MEASURE = """
 import gc, re, sys
 from pathlib import Path
-from modeling_lnfree import modeling_lnfree
+from modeling_lnfree import cpu
 from training.train import loop
 from training.recipe import load_recipe
 
-modeling_lnfree.USE_ONEDNN = False  # on AMD's processors, whose copies no plan knows either
+cpu.USE_ONEDNN = False  # on AMD's processors, whose copies no plan knows either
 
 def resident(mark):
     return 1024 * int(re.search(mark + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))

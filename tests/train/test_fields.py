@@ -7,12 +7,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from modeling_lnfree import LNFreeForCausalLM
 from training import cli, files, runs
 from training.data import document_positions
 from training.methods import METHOD_FIELDS
-from training.recipe import DATA_FIELDS, REFUSED, build_recipe
+from training.recipe import DATA_FIELDS, REFUSED, build_recipe, load_recipe
 
 from ..conftest import ROOT
 from .test_training import eval_blocks
@@ -20,7 +21,6 @@ from .test_training import eval_blocks
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 HERE, METHODS = "tests/train/test_fields.py::", "tests/train/test_methods.py::"
-OPTIMIZATION = "tests/test_optimization.py::"
 # by hand: a field that is new needs a row, and the row a test that looks at the effect in a run
 TESTED = {
     "variant": HERE + "test_variant_and_preset_are_the_models",
@@ -127,10 +127,7 @@ def test_evaluation_is_on_what_is_named(train, tmp_path):
     assert counted[0.5]["eval_tokens"] > 2 * counted[0.1]["eval_tokens"]
     few = write_texts(tmp_path / "few.jsonl", 500, 2)
     run = train("eval", eval_dataset=few)
-    tokenizer = json.loads((run.folder / "model" / "tokenizer.json").read_text())
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(json.dumps(tokenizer))
+    tokenizer = Tokenizer.from_file(str(run.folder / "model" / "tokenizer.json"))
     texts = [json.loads(line)["content"] for line in (tmp_path / "few.jsonl").read_text().splitlines()]
     tokens = sum(len(tokenizer.encode(text).ids) + 1 for text in texts)
     assert run.results["eval_tokens"] == tokens // 16 * 15
@@ -243,7 +240,7 @@ def test_every_option_of_the_layers_acts(train):
     }
 
 
-# ------------------------------------------------------------------------------------------ fields of the Trainer
+# ---- fields of the Trainer
 
 
 # the fields that are refused, each with a value that would change the run, or that a run would keep without an effect
@@ -281,8 +278,6 @@ def test_strategies_that_are_off_are_read_as_yaml_reads_them(tmp_path, short):
     path = tmp_path / "recipe.yaml"
     given = {name: value for name, value in short.items() if name not in names}
     path.write_text(yaml.safe_dump(given) + "".join(f"{name}: no\n" for name in names))
-    from training.recipe import load_recipe
-
     for recipe in (load_recipe(path), load_recipe(path, [f"{name}=no" for name in names])):
         assert {recipe.training[name] for name in names} == {"no"}
         assert recipe.build_arguments().save_strategy == "no"

@@ -13,20 +13,19 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM, record_attention_entropy
-from training import cli, files, parametrization, quantities, runs
+from training import cli, files, quantities, runs
 from training.errors import UserError
 from training.methods import METHOD_FIELDS, NORM_REMOVAL_FIELDS
 from training.recipe import START_FIELDS, build_recipe
 from training.train import batch_entropy, callbacks, loop, trainer
 
-from ..conftest import random_ids, tiny_model
+from ..conftest import ROOT, interrupting, one_more_callback, random_ids, tiny_model
+from .conftest import weights_of
 
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("own_cache")
 ALL_METHODS = {
     "entropy_weight": 0.5,
@@ -51,10 +50,6 @@ def train(tmp_path, values, name, **options):
     return tmp_path / name
 
 
-def weights_of(run_dir):
-    return load_file(run_dir / "model" / "model.safetensors")
-
-
 def log_of(run_dir):
     return json.loads((run_dir / "log_history.json").read_text())
 
@@ -64,7 +59,7 @@ def differ(ours, theirs):
     return any(not ours[name].equal(theirs[name]) for name in ours)
 
 
-# ------------------------------------------------------------------------------------------ options act
+# ---- options act
 
 
 OPTIONS = [
@@ -138,7 +133,7 @@ def test_unknown_projection_and_decisive_fields(values, tmp_path, capsys):
     assert set(START_FIELDS) <= runs.SETTING_FIELDS
 
 
-# ------------------------------------------------------------------------------------------ what is logged and kept
+# ---- what is logged and kept
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +175,9 @@ def test_checkpoint_holds_an_ordinary_model_and_what_its_weights_are_made_of(met
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-6)
 
 
-def test_interrupted_run_with_all_methods_resumes_bitwise(method_run, values, tmp_path, monkeypatch):
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 6:
-                raise KeyboardInterrupt
-
+def test_interrupted_run_with_all_methods_resumes_bitwise(method_run, values, tmp_path):
     recipe = build_recipe({**values, **ALL_METHODS, "output_dir": str(tmp_path)})
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "BriefPrinterCallback", Interrupt)
+    with one_more_callback(interrupting(6)), pytest.raises(KeyboardInterrupt):
         loop.train(recipe)
     loop.train(recipe)
     assert_equal_runs(tmp_path, method_run)
@@ -277,51 +266,7 @@ def test_two_processes_equal_one(values, tmp_path):
             torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=1e-3, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ parametrized weights
-
-
-@pytest.mark.parametrize("shape", [(7, 12), (12, 7)])
-def test_sigma_matches_a_float64_svd_after_power_iterations(shape):
-    weight = torch.randn(shape)
-    sigma_reparam = parametrization.SigmaReparam(weight, None)
-    assert sigma_reparam.gain.item() == pytest.approx(torch.linalg.svdvals(weight.double())[0].item(), rel=1e-6)
-    # exactly the weight at the start
-    assert sigma_reparam(weight).equal(weight)
-    # another weight: the iterations find its norm
-    weight = torch.randn(shape)
-    for _ in range(50):
-        sigma_reparam.update(weight)
-    expected = torch.linalg.svdvals(weight.double())[0].item()
-    assert sigma_reparam.sigma(weight).item() == pytest.approx(expected, rel=1e-4)
-    found = torch.linalg.svdvals(parametrization.SpectralNorm(weight)(weight).double())[0].item()
-    assert found == pytest.approx(1.0, rel=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["sigma_reparam", "weight_norm", "spectral_norm"])
-def test_parametrized_model_folds_to_equal_logits(kind):
-    model, ids = tiny_model("SM+LN+R", tie_word_embeddings=True), random_ids(2, 9)
-    before, names = model(ids).logits, list(model.state_dict())
-    parametrization.parametrize_weights(model, kind)
-    if kind != "spectral_norm":
-        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-6)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):
-        model(ids, labels=ids).loss.backward()
-        # a second forward pass before the backward one
-        (model(ids, labels=ids).loss + model(ids, labels=ids).loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        parametrization.update_spectral_norms(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    trained = model(ids).logits
-    assert all(buffer.equal(buffers[name]) for name, buffer in model.named_buffers())
-    assert (trained - before).abs().max() > 1e-3
-    ordinary, own = parametrization.split_state(model)
-    assert set(ordinary) == set(names) and own
-    parametrization.fold_weights(model)
-    assert set(model.state_dict()) == set(names) and not parametrization.is_parametrized(model)
-    torch.testing.assert_close(model(ids).logits, trained, rtol=0, atol=1e-6)
-    assert all(ordinary[name].equal(tensor) for name, tensor in model.state_dict().items())
+# ---- parametrized weights
 
 
 def test_gains_have_no_weight_decay_and_frozen_weights_no_gain(values, tmp_path):
@@ -333,8 +278,7 @@ def test_gains_have_no_weight_decay_and_frozen_weights_no_gain(values, tmp_path)
             for group in optimizer.param_groups:
                 found.update({names.get(id(p), "targets"): group["weight_decay"] for p in group["params"]})
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "BriefPrinterCallback", Groups)
+    with one_more_callback(Groups):
         options = {**ALL_METHODS, "trainable": "(q|down)_proj.weight", "max_steps": 1, "output_dir": str(tmp_path)}
         loop.train(build_recipe({**values, **options}))
     assert found.pop("targets") == 0
@@ -343,39 +287,7 @@ def test_gains_have_no_weight_decay_and_frozen_weights_no_gain(values, tmp_path)
     )
 
 
-# ------------------------------------------------------------------------------------------ the bound of the entropy
-
-
-def test_lower_bound_is_the_least_entropy_of_logits_of_that_norm():
-    for number in (2, 3, 17):
-        for norm in (0.0, 0.3, 2.0, 30.0):
-            logits = torch.full((number,), -norm / math.sqrt(number * (number - 1)), dtype=torch.float64)
-            logits[0] = norm * math.sqrt((number - 1) / number)
-            assert logits.norm().item() == pytest.approx(norm)
-            log_weights = logits.log_softmax(0)
-            least = -(log_weights.exp() * log_weights).sum().item()
-            bound = parametrization.entropy_lower_bound(
-                torch.tensor([norm], dtype=torch.float64), torch.tensor([number])
-            ).item()
-            assert bound == pytest.approx(least, abs=1e-12)
-            for _ in range(50):
-                other = torch.randn(number, dtype=torch.float64)
-                log_weights = (other * norm / other.norm()).log_softmax(0)
-                assert -(log_weights.exp() * log_weights).sum().item() >= bound - 1e-12
-    assert parametrization.entropy_lower_bound(torch.tensor(3.0), torch.tensor(1)).item() == 0
-
-
-@pytest.mark.parametrize("biased", [[], ["q_proj", "k_proj"]])
-def test_norm_of_query_and_key_matches_a_float64_svd(biased):
-    attention = tiny_model("SM+G", biased_projections=biased).double().model.layers[1].self_attn
-    found = parametrization.query_key_norm(attention.q_proj, attention.k_proj, 8)
-    for head in range(4):
-        rows = slice(8 * head, 8 * head + 8)
-        query, key = (
-            torch.cat([layer.weight[rows], layer.bias[rows, None]], 1) if biased else layer.weight[rows]
-            for layer in (attention.q_proj, attention.k_proj)
-        )
-        assert found[head].item() == pytest.approx(torch.linalg.svdvals(query.T @ key)[0].item())
+# ---- the bound of the entropy
 
 
 @pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
@@ -409,7 +321,7 @@ def test_bound_is_left_out_where_the_projections_do_not_bound_the_scores():
     assert quantities.EntropyBound.holds(tiny_model("SM+G", normalized_projections=["v_proj"]).config)
 
 
-# ------------------------------------------------------------------------------------------ batch entropy
+# ---- batch entropy
 
 
 def naive_batch_entropy(states):
@@ -463,7 +375,7 @@ def test_batch_entropy_loss_matches_float64_and_its_floor_stops_the_targets():
     assert penalty.factor().item() == 0
 
 
-# ------------------------------------------------------------------------------------------ from a model
+# ---- from a model
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +390,7 @@ def tuning(values, **options):
     return {**{key: value for key, value in values.items() if key not in MODEL_KEYS}, **options}
 
 
-def test_fine_tuned_run_starts_from_the_model_and_comes_back(parent, values, tmp_path, monkeypatch, capsys):
+def test_fine_tuned_run_starts_from_the_model_and_comes_back(parent, values, tmp_path):
     started = {}
 
     class Start(TrainerCallback):
@@ -486,9 +398,9 @@ def test_fine_tuned_run_starts_from_the_model_and_comes_back(parent, values, tmp
             started.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(loop, "BriefPrinterCallback", Start)
     options = tuning(values, init_from=str(parent), hidden_dropout=0.1, learning_rate=1e-3)
-    run_dir = train(tmp_path / "runs", options, "tuned")
+    with one_more_callback(Start):
+        run_dir = train(tmp_path / "runs", options, "tuned")
     expected = weights_of(parent)
     assert all(started[name].equal(tensor) for name, tensor in expected.items())
     assert differ(weights_of(run_dir), expected)
@@ -567,23 +479,6 @@ def test_finetune_is_a_recipe_by_name(parent, values, tmp_path, capsys):
     assert f"SM+LN+R on gpt2, {parameters:,} parameters" in capsys.readouterr().out
     assert cli.main(["train", "finetune", f"init_from={parent}", f"output_dir={tmp_path}", *changes]) == 0
     assert runs.read_results(tmp_path)["base_model"] == "first"
-
-
-def test_gain_is_a_parameter_of_the_parametrization_alone():
-    layer = nn.Linear(4, 3)
-    nn.utils.parametrize.register_parametrization(layer, "weight", parametrization.WeightNorm(layer.weight))
-    assert {name for name, _ in layer.named_parameters()} == {
-        "bias",
-        "parametrizations.weight.original",
-        "parametrizations.weight.0.gain",
-    }
-
-
-def test_start_of_the_gains_is_the_one_named():
-    model = tiny_model("SM+LN+R")
-    parametrization.parametrize_weights(model, "sigma_reparam", ["q_proj"], 0.7)
-    for layer in model.model.layers:
-        assert torch.linalg.matrix_norm(layer.self_attn.q_proj.weight, 2).item() == pytest.approx(0.7, rel=1e-4)
 
 
 def test_loss_that_is_logged_is_the_models_own(values, tmp_path):

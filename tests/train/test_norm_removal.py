@@ -16,15 +16,9 @@ from training.methods import NORM_REMOVAL_FIELDS
 from training.recipe import build_recipe
 from training.runs import read_results
 from training.train import loop
-from training.train.norm_removal import (
-    RemovableNorm,
-    Removal,
-    fold,
-    plan_removals,
-    wrap_norms,
-)
+from training.train.norm_removal import RemovableNorm, Removal, fold, plan_removals, wrap_norms
 
-from ..conftest import every_backbone, random_ids, tiny_model
+from ..conftest import every_backbone, interrupting, one_more_callback, random_ids, tiny_model
 
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -275,7 +269,7 @@ def test_what_cannot_be_folded_is_refused():
         fold(wrapped("gpt2"))
 
 
-# ------------------------------------------------------------------------------------------ runs
+# ---- runs
 
 
 @pytest.fixture(scope="module")
@@ -326,22 +320,13 @@ def test_a_run_ends_as_an_ordinary_model_without_norms(removed_weights, parent):
     assert results["perplexity"] < 3 * read_results(parent)["perplexity"]
 
 
-def test_an_interrupted_run_goes_on_bit_by_bit(removal_values, removed_weights, tmp_path, monkeypatch):
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in (5, 7, 10) and state.global_step not in stopped:
-                stopped.append(state.global_step)
-                raise KeyboardInterrupt
-
-    stopped: list[int] = []
+def test_an_interrupted_run_goes_on_bit_by_bit(removal_values, removed_weights, tmp_path):
     recipe = {**removal_values, "output_dir": str(tmp_path / "run")}
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "BriefPrinterCallback", Interrupt)
+    with one_more_callback(interrupting(5, 7, 10)):
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 loop.train(build_recipe(recipe))
         loop.train(build_recipe(recipe))
-    assert stopped == [5, 7, 10]
     folder, expected = removed_weights
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in expected)
@@ -426,7 +411,7 @@ def test_what_was_refused_does_not_keep_its_folder(removal_values, tmp_path, cap
 
 
 @pytest.mark.parametrize(("times", "ends"), [(900.0, False), (1100.0, True), (math.nan, True)])
-def test_a_norm_that_explodes_ends_the_run_by_its_name(times, ends, removal_values, tmp_path, monkeypatch, capsys):
+def test_a_norm_that_explodes_ends_the_run_by_its_name(times, ends, removal_values, tmp_path, capsys):
     """More than a thousand times the first deviation, planted before the second log."""
 
     class Plant(TrainerCallback):
@@ -436,11 +421,11 @@ def test_a_norm_that_explodes_ends_the_run_by_its_name(times, ends, removal_valu
                 first = read_records(tmp_path / "run" / "norm_removal.jsonl")[0]["deviation"]
                 norm.deviation.fill_(times * first["model.layers.1.post_attention_layernorm"][0])
 
-    monkeypatch.setattr(loop, "BriefPrinterCallback", Plant)
     path = tmp_path / "recipe.yaml"
     values = {**removal_values, "max_steps": 9, "save_strategy": "no"}
     path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "run")}))
-    assert cli.main(["train", str(path)]) == int(ends)
+    with one_more_callback(Plant):
+        assert cli.main(["train", str(path)]) == int(ends)
     said = "is unstable at step 2: the mean deviation before model.layers.1.post_attention_layernorm is "
     told = capsys.readouterr().err
     assert (said in told and "layers.1.post_attention_layernorm is the norm that exploded" in told) == ends

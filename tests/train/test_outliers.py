@@ -1,21 +1,15 @@
 """Outliers of the stream and the learned scalars of designs, against float64 by definition and the state dict."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from training import files, quantities, runs
 from training.recipe import build_recipe
-from training.train import callbacks, loop
+from training.train import loop
 
 from ..conftest import random_ids, tiny_model
 from ..modeling.designs import design_model
-
-
-def measure(quantity, model, probe):
-    callback = callbacks.MeasurementCallback(None, [quantity], {"input_ids": probe}, 1, Path("unused"))
-    return callback.describe(callback.measure(model), model)[quantity.name]
+from .conftest import measure
 
 
 @pytest.mark.parametrize("backbone", ["gpt2", "pythia"])

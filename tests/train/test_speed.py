@@ -3,10 +3,11 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
@@ -17,7 +18,8 @@ from training.recipe import build_recipe
 from training.train import loop, plan, stability, start
 from training.train.stability import StabilityCallback
 
-from ..conftest import random_ids, tiny_model
+from ..conftest import one_more_callback, random_ids, tiny_model
+from .conftest import weights_of
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -29,16 +31,10 @@ def values(recipe_values):
     return {**recipe_values, "variant": "SM+R", **short}
 
 
-def train(monkeypatch, values, folder, callback=None, **more):
-    """The run's folder, trained with one more callback in the place of the one that prints."""
-    with monkeypatch.context() as patch:
-        if callback is not None:
-            patch.setattr(loop, "BriefPrinterCallback", callback)
+def train(values, folder, callback=None, **more):
+    """The run's folder."""
+    with nullcontext() if callback is None else one_more_callback(callback):
         return loop.train(build_recipe({**values, **more, "output_dir": str(folder)}))
-
-
-def weights_of(folder):
-    return load_file(folder / "model" / "model.safetensors")
 
 
 def assert_close(ours, theirs, atol=1e-4):
@@ -62,7 +58,7 @@ def assert_close(ours, theirs, atol=1e-4):
     ],
     ids=lambda more: next(iter(more), "plain"),
 )
-def test_fused_loss_trains_the_same(values, monkeypatch, tmp_path, more):
+def test_fused_loss_trains_the_same(values, tmp_path, more):
     made = []
 
     class Look(TrainerCallback):
@@ -71,12 +67,12 @@ def test_fused_loss_trains_the_same(values, monkeypatch, tmp_path, more):
             made.append(model.train()(input_ids=ids, labels=ids).logits is not None)
 
     for fused in (True, False):
-        train(monkeypatch, values, tmp_path / str(fused), Look, **more, fused_loss=fused)
+        train(values, tmp_path / str(fused), Look, **more, fused_loss=fused)
     # a CPU's own choice is the plain one
     assert made == [False] * 4 + [True] * 4
     assert_close(tmp_path / "True", tmp_path / "False", atol=5e-3 if "bf16" in more else 1e-4)
     if not more:
-        train(monkeypatch, values, tmp_path / "chosen", Look)
+        train(values, tmp_path / "chosen", Look)
         assert made[8:] == [True] * 4
 
 
@@ -100,9 +96,9 @@ class LateStability(StabilityCallback):
 def test_norms_that_are_read_late_change_nothing(values, monkeypatch, tmp_path):
     # the last record is of two steps
     more = {"max_steps": 10, "logging_steps": 4}
-    train(monkeypatch, values, tmp_path / "at once", **more)
+    train(values, tmp_path / "at once", **more)
     monkeypatch.setattr("training.train.trainer.StabilityCallback", LateStability)
-    train(monkeypatch, values, tmp_path / "late", **more)
+    train(values, tmp_path / "late", **more)
     ours, theirs = (weights_of(tmp_path / name) for name in ("late", "at once"))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     records = [files.read_records(tmp_path / name / "gradient_norm.jsonl") for name in ("late", "at once")]
@@ -142,7 +138,7 @@ def test_no_step_reads_a_number(values, monkeypatch, tmp_path, more):
     # (of learned positions, the largest is looked at where that costs nothing, on a CPU)
     more = {**more, "logging_steps": 5, "max_steps": 6, "position_embedding_type": "rotary"}
     monkeypatch.setattr("training.train.trainer.StabilityCallback", LateStability)
-    train(monkeypatch, values, tmp_path / "run", Count, **more)
+    train(values, tmp_path / "run", Count, **more)
     assert counts[1:4] == [1, 1, 1]
 
 
@@ -159,13 +155,13 @@ def test_a_broken_gradient_that_is_read_late_reaches_no_weight(values, monkeypat
 
     monkeypatch.setattr("training.train.trainer.StabilityCallback", LateStability)
     with pytest.raises(stability.UnstableRunError) as caught:
-        train(monkeypatch, values, tmp_path, Gradient)
+        train(values, tmp_path, Gradient)
     # the first of the three, found when the fourth step is logged
     assert "is unstable at step 2, layer 0: the gradient norm is nan; in the backward pass" in str(caught.value)
     assert "layers.0.mlp.up_proj.weight" in str(caught.value)
 
 
-def test_the_recipe_names_the_attention(values, monkeypatch, tmp_path):
+def test_the_recipe_names_the_attention(values, tmp_path):
     seen = []
 
     class Look(TrainerCallback):
@@ -173,8 +169,8 @@ def test_the_recipe_names_the_attention(values, monkeypatch, tmp_path):
             seen.append(model.config._attn_implementation)
 
     for name in ("eager", "sdpa"):
-        train(monkeypatch, values, tmp_path / name, Look, attn_implementation=name)
-    train(monkeypatch, values, tmp_path / "own", Look)
+        train(values, tmp_path / name, Look, attn_implementation=name)
+    train(values, tmp_path / "own", Look)
     assert seen == ["eager", "sdpa", "sdpa"]
     assert_close(tmp_path / "eager", tmp_path / "sdpa")
 
@@ -186,10 +182,10 @@ def test_the_recipe_names_the_attention(values, monkeypatch, tmp_path):
         ({"attn_implementation": "sdpa", "attn_logit_softcapping": 2.0}, "attn_implementation='sdpa': .*softcapping"),
     ],
 )
-def test_attention_that_cannot_be_had_is_told_before_the_data(values, monkeypatch, tmp_path, more, message):
+def test_attention_that_cannot_be_had_is_told_before_the_data(values, tmp_path, more, message):
     values = {**values, "dataset": str(tmp_path / "missing.jsonl")}
     with pytest.raises(UserError, match=message):
-        train(monkeypatch, values, tmp_path / "run", **more)
+        train(values, tmp_path / "run", **more)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +222,7 @@ def test_a_compiled_relu_keeps_no_mask_of_its_signs():
 @pytest.mark.slow  # inductor
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("option", ["compile_layers", "torch_compile"])
-def test_compiled_training_equals_eager_and_evaluation_compiles_nothing(values, monkeypatch, tmp_path, option):
-    from torch._dynamo.utils import counters
-
+def test_compiled_training_equals_eager_and_evaluation_compiles_nothing(values, tmp_path, option):
     graphs = []
 
     class Count(TrainerCallback):
@@ -243,9 +237,9 @@ def test_compiled_training_equals_eager_and_evaluation_compiles_nothing(values, 
     torch.compiler.reset()
     counters.clear()
     more = {"eval_strategy": "steps", "eval_steps": 2, "entropy_steps": 1}
-    train(monkeypatch, values, tmp_path / "plain", **more)
+    train(values, tmp_path / "plain", **more)
     assert not counters["stats"]["unique_graphs"]
-    train(monkeypatch, values, tmp_path / option, Count, **more, **{option: True})
+    train(values, tmp_path / option, Count, **more, **{option: True})
     assert_close(tmp_path / option, tmp_path / "plain")
     # the layers are one graph, since they are alike
     assert graphs[0] > 0 and set(graphs) == {graphs[0]}

@@ -22,7 +22,7 @@ from training.errors import UserError
 from training.recipe import build_recipe
 from training.train import callbacks, loop, stability, trainer
 
-from ..conftest import ROOT
+from ..conftest import ROOT, interrupting, one_more_callback
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -35,7 +35,7 @@ def eval_blocks(values):
     return data.tokenize_blocks(documents, tokenizer, recipe.data)["eval"]["input_ids"][:]
 
 
-# ------------------------------------------------------------------------------------------ what a run measures
+# ---- what a run measures
 
 
 def test_perplexity_is_exp_of_summed_nll_over_all_tokens(variant_runs, recipe_values):
@@ -47,6 +47,10 @@ def test_perplexity_is_exp_of_summed_nll_over_all_tokens(variant_runs, recipe_va
     results = runs.read_results(variant_runs / "SM+R")
     assert results["eval_tokens"] == blocks[:, 1:].numel()
     assert results["perplexity"] == pytest.approx(math.exp(nll / blocks[:, 1:].numel()), rel=1e-5)
+
+
+def test_perplexity_of_a_loss_that_is_too_large_for_one_is_infinite():
+    assert texts.perplexity(1e4) == math.inf
 
 
 def naive_entropy(model_dir, blocks):
@@ -116,8 +120,7 @@ def test_weight_decay_reaches_learned_slopes_only_when_asked(recipe_values, deca
                 found.update({names[id(parameter)]: group["weight_decay"] for parameter in group["params"]})
 
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "BriefPrinterCallback", Groups)
+    with one_more_callback(Groups):
         values = {**recipe_values, "variant": "SM+LN+LR-global", "decay_slopes": decay, "max_steps": 1}
         loop.train(build_recipe({**values, "output_dir": str(tmp_path)}))
     assert found["model.learned_slope.negative_slope"] == (0.1 if decay else 0.0)
@@ -126,7 +129,7 @@ def test_weight_decay_reaches_learned_slopes_only_when_asked(recipe_values, deca
             assert value == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
 
 
-# ------------------------------------------------------------------------------------------ interruption
+# ---- interruption
 
 
 def test_finished_run_is_left_as_it_is_and_another_recipe_is_refused(variant_runs, recipe_values, capsys):
@@ -149,16 +152,10 @@ def test_run_does_not_replace_what_is_no_run(recipe_values, tmp_path):
         assert thesis.exists()
 
 
-def test_data_that_changed_since_the_checkpoint_is_an_error(recipe_values, corpus, tmp_path, monkeypatch):
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 6:
-                raise KeyboardInterrupt
-
+def test_data_that_changed_since_the_checkpoint_is_an_error(recipe_values, corpus, tmp_path):
     (tmp_path / "documents.jsonl").write_text(corpus.read_text())
     values = {**recipe_values, "dataset": str(tmp_path / "documents.jsonl"), "output_dir": str(tmp_path / "run")}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "BriefPrinterCallback", Interrupt)
+    with one_more_callback(interrupting(6)), pytest.raises(KeyboardInterrupt):
         loop.train(build_recipe(values))
     (tmp_path / "documents.jsonl").write_text("".join(corpus.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match="checkpoint-4 was trained on other data"):
@@ -300,7 +297,6 @@ def test_diverged_run_ends_with_a_report_and_is_told_by_compare(variant_runs, re
     (tmp_path / "SM+R").symlink_to(variant_runs / "SM+R")
     assert cli.main(["compare", str(tmp_path)]) == 0
     assert "is unstable at step 3, layer 0" in (tmp_path / "report" / "report.md").read_text()
-    assert texts.perplexity(1e4) == math.inf
 
 
 def test_damaged_files_of_a_run_are_told(variant_runs, recipe_values, tmp_path):

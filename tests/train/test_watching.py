@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainingArguments
 
 from modeling_lnfree import LNFreeForCausalLM
@@ -18,7 +20,8 @@ from training.errors import UserError
 from training.recipe import build_recipe
 from training.train import callbacks, checkpoints, loop, stability
 
-from ..conftest import random_ids, tiny_model
+from ..conftest import interrupting, one_more_callback, random_ids, tiny_model
+from .conftest import measure, weights_of
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -35,15 +38,13 @@ def run_dir(tmp_path_factory, own_cache, values):
     return loop.train(build_recipe({**values, "output_dir": str(tmp_path_factory.mktemp("runs") / "unbroken")}))
 
 
-def train_with(monkeypatch, values, callback: type[TrainerCallback]) -> Path:
-    """Trains with one more callback, in the place of the one that prints."""
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "BriefPrinterCallback", callback)
+def train_with(values, callback: type[TrainerCallback]) -> Path:
+    with one_more_callback(callback):
         return loop.train(build_recipe(values))
 
 
 def assert_same_result(ours: Path, theirs: Path):
-    weights, expected = (load_file(folder / "model" / "model.safetensors") for folder in (ours, theirs))
+    weights, expected = weights_of(ours), weights_of(theirs)
     assert weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in expected)
     results = [runs.read_results(folder) for folder in (ours, theirs)]
     assert results[0]["eval_loss"] == results[1]["eval_loss"]
@@ -56,12 +57,7 @@ def assert_same_result(ours: Path, theirs: Path):
     assert losses[0] == losses[1]
 
 
-# ------------------------------------------------------------------------------------------ quantities
-
-
-def measure(quantity, model, probe):
-    callback = callbacks.MeasurementCallback(None, [quantity], {"input_ids": probe}, 1, Path("unused"))
-    return callback.describe(callback.measure(model), model)[quantity.name]
+# ---- quantities
 
 
 @pytest.mark.parametrize("backbone", ["gpt2", "pythia"])
@@ -147,8 +143,6 @@ def test_measuring_the_machine_draws_no_random_numbers():
 
 
 def test_flops_of_a_token_are_those_that_torch_counts(monkeypatch, tmp_path):
-    from torch.utils.flop_counter import FlopCounterMode
-
     model, probe = tiny_model("SM+R", "pythia"), random_ids(1, 64)
     model.set_attn_implementation("eager")
     monkeypatch.setattr(callbacks, "peak_flops", lambda device, dtype: 1.0)
@@ -207,8 +201,6 @@ def test_evaluations_on_the_way_take_blocks_spread_over_the_evaluation_part(valu
 
 
 def list_dataset(numbers):
-    from datasets import Dataset
-
     return Dataset.from_dict({"number": list(numbers)})
 
 
@@ -218,7 +210,7 @@ def test_budget_in_tokens_gives_the_steps(values):
     assert build_recipe(recipe.to_dict()).to_dict() == recipe.to_dict()
 
 
-# ------------------------------------------------------------------------------------------ instability
+# ---- instability
 
 
 def planting(step: int, name: str):
@@ -235,10 +227,10 @@ def planting(step: int, name: str):
     # at step 4 before a checkpoint, which must not be written
     [(1, 2, None), (4, 4, None), (5, 6, "checkpoint-4"), (8, 8, "checkpoint-4")],
 )
-def test_nan_planted_in_a_weight_ends_the_run_with_layer_and_step(values, monkeypatch, tmp_path, step, seen_at, kept):
+def test_nan_planted_in_a_weight_ends_the_run_with_layer_and_step(values, tmp_path, step, seen_at, kept):
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(stability.UnstableRunError) as caught:
-        train_with(monkeypatch, {**values, "entropy_steps": 100, "output_dir": str(tmp_path)}, planting(step, name))
+        train_with({**values, "entropy_steps": 100, "output_dir": str(tmp_path)}, planting(step, name))
     assert f"is unstable at step {seen_at}, layer 1: " in str(caught.value) and "\n" not in str(caught.value)
     assert f"1 of the 1,024 entries of {name} are not finite" in str(caught.value)
     report = json.loads((tmp_path / "instability.json").read_text())
@@ -247,15 +239,15 @@ def test_nan_planted_in_a_weight_ends_the_run_with_layer_and_step(values, monkey
     assert not (tmp_path / "results.json").exists()
 
 
-def test_run_goes_on_from_its_last_sound_checkpoint(values, monkeypatch, run_dir, tmp_path):
+def test_run_goes_on_from_its_last_sound_checkpoint(values, run_dir, tmp_path):
     values = {**values, "output_dir": str(tmp_path)}
     with pytest.raises(stability.UnstableRunError):
-        train_with(monkeypatch, values, planting(5, "model.layers.0.self_attn.q_proj.weight"))
+        train_with(values, planting(5, "model.layers.0.self_attn.q_proj.weight"))
     assert_same_result(loop.train(build_recipe(values)), run_dir)
     assert not (tmp_path / "instability.json").exists()
 
 
-def test_attention_that_is_not_finite_ends_the_run(values, monkeypatch, tmp_path):
+def test_attention_that_is_not_finite_ends_the_run(values, tmp_path):
     class Infinite(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             # weights that are finite, and scores that are not
@@ -263,15 +255,15 @@ def test_attention_that_is_not_finite_ends_the_run(values, monkeypatch, tmp_path
                 model.model.layers[1].self_attn.q_proj.weight.data.fill_(3e38)
 
     with pytest.raises(stability.UnstableRunError) as caught:
-        train_with(monkeypatch, {**values, "entropy_steps": 3, "output_dir": str(tmp_path)}, Infinite)
+        train_with({**values, "entropy_steps": 3, "output_dir": str(tmp_path)}, Infinite)
     assert "is unstable at step 3, layer 1: " in str(caught.value)
     assert "in the attention of the probe batch" in str(caught.value) and "q_proj" in str(caught.value)
 
 
-def test_end_of_a_run_tells_the_stream_by_layer_and_what_to_try(values, monkeypatch, tmp_path):
+def test_end_of_a_run_tells_the_stream_by_layer_and_what_to_try(values, tmp_path):
     plant = planting(5, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(stability.UnstableRunError) as caught:
-        train_with(monkeypatch, {**values, "entropy_steps": 2, "output_dir": str(tmp_path)}, plant)
+        train_with({**values, "entropy_steps": 2, "output_dir": str(tmp_path)}, plant)
     records = files.read_records(tmp_path / "residual_stream.jsonl")
     assert [record["step"] for record in records] == [0, 2, 4]
     for step, record in zip((2, 4), records[1:], strict=True):
@@ -288,7 +280,7 @@ def test_end_of_a_run_tells_the_stream_by_layer_and_what_to_try(values, monkeypa
     assert runs.describe_instability(report).endswith("the last sound checkpoint is checkpoint-4")
 
 
-def test_stream_far_beyond_that_of_layernorm_is_told_while_the_run_goes_on(values, monkeypatch, tmp_path, capsys):
+def test_stream_far_beyond_that_of_layernorm_is_told_while_the_run_goes_on(values, tmp_path, capsys):
     class Grow(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             # the stream is the position's, 16 wide; 50 is the root mean square that is told, 200 the norm
@@ -297,7 +289,7 @@ def test_stream_far_beyond_that_of_layernorm_is_told_while_the_run_goes_on(value
 
     values = {**values, "entropy_steps": 1, "max_steps": 6, "learning_rate": 1e-6, "logging_steps": 2}
     values |= {"initializer_range": 1e-4, "output_dir": str(tmp_path), "eval_strategy": "no"}
-    run = train_with(monkeypatch, values, Grow)
+    run = train_with(values, Grow)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     norms = {record["step"]: record["norm"] for record in files.read_records(run / "residual_stream.jsonl")}
     assert [norms[step][1] for step in (1, 2, 4)] == pytest.approx([190, 210, 2500], rel=0.01)
@@ -314,7 +306,7 @@ def test_stream_far_beyond_that_of_layernorm_is_told_while_the_run_goes_on(value
     assert callback.advise() == "try a longer warm-up than 7 steps, a learning_rate below 0.1"
 
 
-def test_gradient_that_is_not_finite_is_located_in_the_backward_pass(values, monkeypatch, tmp_path):
+def test_gradient_that_is_not_finite_is_located_in_the_backward_pass(values, tmp_path):
     class Gradient(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:
@@ -323,7 +315,7 @@ def test_gradient_that_is_not_finite_is_located_in_the_backward_pass(values, mon
                 )
 
     with pytest.raises(stability.UnstableRunError) as caught:
-        train_with(monkeypatch, {**values, "output_dir": str(tmp_path)}, Gradient)
+        train_with({**values, "output_dir": str(tmp_path)}, Gradient)
     assert "is unstable at step 3, layer 0: the gradient norm is nan; in the backward pass" in str(caught.value)
     assert "layers.0.mlp.up_proj.weight" in str(caught.value)
 
@@ -403,23 +395,14 @@ def test_history_of_gradient_norms_outlives_a_resumption(tmp_path):
     assert callback.norms == norms[10:100]
 
 
-# ------------------------------------------------------------------------------------------ checkpoints
+# ---- checkpoints
 
 
-def interrupting(*steps: int):
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in steps:
-                raise KeyboardInterrupt
-
-    return Interrupt
-
-
-def test_run_resumed_twice_equals_an_unbroken_one_bitwise(values, monkeypatch, run_dir, tmp_path):
+def test_run_resumed_twice_equals_an_unbroken_one_bitwise(values, run_dir, tmp_path):
     values = {**values, "output_dir": str(tmp_path)}
     for step in (3, 7, 5):
         with pytest.raises(KeyboardInterrupt):
-            train_with(monkeypatch, values, interrupting(step))
+            train_with(values, interrupting(step))
         if step == 7:
             # so that the second resumption starts before the first one's checkpoint
             assert [path.name for path in runs.list_checkpoints(tmp_path)] == ["checkpoint-4"]
