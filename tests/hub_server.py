@@ -203,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         """Silent: pytest shows what a test prints."""
 
-    # ------------------------------------------------------------------------------------------ who asks
+    # ---- who asks
 
     @property
     def owned(self) -> list[str]:
@@ -238,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
         name, *organizations = self.owned
         raise _Answer(200, {"type": "user", "name": name, "orgs": [{"name": other} for other in organizations]})
 
-    # ------------------------------------------------------------------------------------------ repositories
+    # ---- repositories
 
     def create(self):
         asked = json.loads(self.body)
@@ -294,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
         names[name] = self.commit(repository, start).oid
         raise _Answer(200, {})
 
-    # ------------------------------------------------------------------------------------------ reading
+    # ---- reading
 
     def resolve(self, kind: str, id: str, revision: str, path: str):
         commit = self.commit(self.repo(kind or "models", id), revision)
@@ -343,7 +343,7 @@ class _Handler(BaseHTTPRequestHandler):
         below = [entry for path, entry in found.items() if path.startswith(prefix)]
         return [entry for entry in below if recursive or "/" not in entry["path"].removeprefix(prefix)]
 
-    # ------------------------------------------------------------------------------------------ writing
+    # ---- writing
 
     def validate_yaml(self):
         """The real Hub looks closer; here the metadata must be YAML, and its model-index must be complete."""
@@ -420,7 +420,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.server.endpoint}/{'' if kind == 'models' else kind + '/'}{id}/commit/{commit.oid}"
         raise _Answer(200, {"commitUrl": url, "commitOid": commit.oid})
 
-    # ------------------------------------------------------------------------------------------ collections
+    # ---- collections
 
     def list_collections(self):
         owner = self.query.get("owner")

@@ -191,7 +191,7 @@ def test_a_model_that_computes_beside_its_weights_is_refused():
         attribute_logits(model, random_ids(1, 5), 3)
 
 
-# ------------------------------------------------------------------------------------------ lens
+# ---- lens
 
 
 def test_lens_of_a_truncated_model_is_what_it_says():
@@ -245,7 +245,7 @@ def test_lens_in_half_precision():
     torch.testing.assert_close(logit_lens(half, text).probabilities[-1].double(), expected, atol=1e-6, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ patching
+# ---- patching
 
 
 CALLS = (attribution_patching, activation_patching)

@@ -94,7 +94,7 @@ def nats_per_token(model, tokenizer) -> float:
     return total / count
 
 
-# ------------------------------------------------------------------------------------------ fine-tuning
+# ---- fine-tuning
 
 
 def test_peft_finds_the_projections_and_merges_exactly(model, export_dir, tmp_path):
@@ -160,7 +160,7 @@ def test_trl_fine_tunes(lora, model, tokenizer, tmp_path):
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-# ------------------------------------------------------------------------------------------ generation, quantization
+# ---- generation, quantization
 
 
 def test_pipeline_continues_each_text_as_generate_does(model, tokenizer):
@@ -203,7 +203,7 @@ def test_int8_weights_keep_the_perplexity(model, tokenizer, export_dir, tmp_path
     assert again(input_ids).logits.equal(quantized(input_ids).logits)
 
 
-# ------------------------------------------------------------------------------------------ graphs
+# ---- graphs
 
 
 def test_exported_graph_takes_any_batch_and_length(model):
@@ -284,7 +284,7 @@ def test_onnx_runtime_gives_the_logits_of_every_preset(name, backbone, tmp_path)
         torch.testing.assert_close(torch.from_numpy(logits), expected, atol=5e-5, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------ evaluation
+# ---- evaluation
 
 
 @pytest.mark.slow  # a process that imports the harness
@@ -322,7 +322,7 @@ def test_lm_eval_measures_the_perplexity_that_we_measure(model, tokenizer, expor
     assert theirs == pytest.approx(measured["nll"], abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------ interpretability
+# ---- interpretability
 
 
 @pytest.mark.parametrize("variant", ["SM+LN+G", "SM+R", "SM+R-noLNf", "SM+LR-layer"])
@@ -446,7 +446,7 @@ def test_transformer_lens_boots_a_folder_and_processes_its_weights(
         assert bridge.blocks[1].ln2.weight.equal(torch.ones(32))
 
 
-def test_transformer_lens_does_not_fold_values_where_weights_do_not_add_up(model):
+def test_transformer_lens_does_not_fold_values_where_weights_do_not_add_up():
     needs("transformer_lens")
     from modeling_lnfree.adapters.transformer_lens import load_bridge
 
@@ -490,7 +490,7 @@ def test_nnsight_reads_and_sets_hidden_states(model, tokenizer):
     torch.testing.assert_close(ablated, model(input_ids).logits, atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ serving
+# ---- serving
 
 
 # presets that miss a point: a buffer beside the parameters, a second call of attention in a layer, a score or a weight

@@ -1,17 +1,18 @@
 """Data: no text in both parts, blocks that are the text again, one path for the embedded corpus and any dataset."""
 
 import json
+import platform
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer
 
@@ -19,7 +20,7 @@ from training import data
 from training.errors import UserError
 from training.recipe import DataArguments, build_recipe
 
-from .conftest import random_ids, tiny_model
+from .conftest import byte_tokenizer, random_ids, tiny_model
 
 
 DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(200)]
@@ -79,20 +80,12 @@ def test_blocks_are_the_documents_again(jsonl):
 @settings(max_examples=30)
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=8), st.integers(1, 9))
 def test_tokenized_blocks_hold_every_token_once_but_the_tail(texts, block_size):
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer().backend_tokenizer
     batch = {"content": texts}
     blocks = data._tokenize(batch, tokenizer.to_str(), 1000, block_size, "content")["input_ids"]
     expected = [token for text in texts for token in [*tokenizer.encode(text).ids, 1000]]
     assert sum(blocks, []) == expected[: len(expected) // block_size * block_size]
     assert all(len(block) == block_size for block in blocks)
-
-
-def _byte_tokenizer() -> Tokenizer:
-    from tokenizers import ByteLevelBPETokenizer
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["x"], 256, show_progress=False)
-    return bpe._tokenizer
 
 
 def test_tokenizer_is_trained_once_and_round_trips(jsonl, monkeypatch):
@@ -124,8 +117,7 @@ def test_dataset_with_its_own_evaluation_part_and_a_tokenizer_by_name(tmp_path, 
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     folder = tmp_path / "parquet"
     folder.mkdir()
-    parts = DatasetDict({"train": DOCUMENTS[:150], "validation": DOCUMENTS[150:]})
-    for name, texts in parts.items():
+    for name, texts in (("train", DOCUMENTS[:150]), ("validation", DOCUMENTS[150:])):
         Dataset.from_dict({"code": texts}).to_parquet(folder / f"{name}.parquet")
     arguments = DataArguments(dataset=str(folder), text_column="code", tokenizer=str(tmp_path / "tokenizer"))
     documents = data.load_documents(arguments, seed=0)
@@ -200,7 +192,7 @@ def test_part_smaller_than_a_block(jsonl):
         data.tokenize_blocks(documents, tokenizer, arguments)
 
 
-# ------------------------------------------------------------------------------------------ streams
+# ---- streams
 
 
 def stream(folder, rank=0, processes=1, **more):
@@ -364,9 +356,6 @@ def test_digest_of_blocks_sees_number_order_and_part():
 
 
 def test_revision_of_what_is_no_repository(tmp_path, monkeypatch):
-    import platform
-    from types import SimpleNamespace
-
     asked = []
     monkeypatch.setattr(
         data.datasets, "load_dataset_builder", lambda *named: asked.append(named) or SimpleNamespace(hash="a1")

@@ -1,6 +1,5 @@
 """Attention entropy on the way, in a plain Trainer: into the log, as a picture, and alerts."""
 
-import logging
 import math
 import sys
 from types import ModuleType, SimpleNamespace
@@ -11,10 +10,11 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modeling_lnfree import AttentionEntropyCallback, record_attention_entropy
+from modeling_lnfree import AttentionEntropyCallback, entropy_callback, record_attention_entropy
 from modeling_lnfree.entropy_callback import describe_record, draw_heat_map
 
 from .conftest import random_ids
+from .entropy.models import make_uneven_llama
 from .test_entropy_regularization import tiny_gpt2
 
 
@@ -118,7 +118,6 @@ def single_key(model):
 
 
 def test_alert_once_when_heads_collapse_or_overload(tmp_path, caplog):
-    logging.getLogger("modeling_lnfree.entropy_callback").propagate = True
     for change, what, other in (
         (uniform, "overloaded, above 95%", "collapsed"),
         (single_key, "collapsed, below 5%", "over"),
@@ -215,10 +214,6 @@ def test_wrong_arguments_are_told(options, message):
     ],
 )
 def test_bounds_of_an_alert_are_those_given(shares, told, monkeypatch):
-    from types import SimpleNamespace
-
-    from modeling_lnfree import AttentionEntropyCallback, entropy_callback
-
     said: list[str] = []
     monkeypatch.setattr(entropy_callback.logger, "warning", said.append)
     record = SimpleNamespace(normalized_entropy=torch.tensor(shares), max_entropy=torch.ones(2, 2))
@@ -236,7 +231,7 @@ def test_bounds_of_an_alert_are_those_given(shares, told, monkeypatch):
     for each in (calm, record):
         callback._alert(each, 7, {})
     assert len(said) == 2 * len(told)
-    # half of them, which is more than there are
+    # three quarters of them are more than there are
     said.clear()
     callback = AttentionEntropyCallback(None, collapse=0.3, overload=0.6, alert_share=0.75)
     callback._is_first = False
@@ -256,12 +251,7 @@ def test_an_alert_is_past_the_warmup(tmp_path, monkeypatch):
 
 
 def test_scalars_of_layers_with_different_heads():
-    from .entropy.models import make_model
-
-    model = make_model("llama", "eager")
-    attention = model.model.layers[1].self_attn
-    attention.q_proj, attention.k_proj, attention.v_proj = (torch.nn.Linear(32, n, bias=False) for n in (16, 8, 8))
-    attention.o_proj = torch.nn.Linear(16, 32, bias=False)
+    model = make_uneven_llama()
     with torch.no_grad(), record_attention_entropy(model, logits=True) as record:
         model(random_ids(2, 9, vocab_size=61))
     _, scalars = describe_record(record)

@@ -207,7 +207,7 @@ def test_plain_trainer_trains_saves_and_resumes_bitwise(tmp_path):
     assert all(not whole[name].equal(start[name]) for name in whole if name.endswith(MATRICES))
 
 
-# ------------------------------------------------------------------------------------------ in a recipe
+# ---- in a recipe
 
 
 def train_by_command(tmp_path, values, *overrides):
@@ -366,7 +366,7 @@ def test_plan_knows_muons_state_and_products(recipe_values):
     assert muon["flops_per_token"] - adamw["flops_per_token"] == pytest.approx(2 * products / 2 / 64 / 2)
 
 
-# ------------------------------------------------------------------------------------------ why a model stalls
+# ---- why a model stalls
 
 
 def test_steps_by_rule_and_the_cosine_of_tokens():

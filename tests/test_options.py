@@ -122,7 +122,7 @@ def test_every_option_of_every_command_has_a_test():
             assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
 
 
-# ------------------------------------------------------------------------------------------ models and texts
+# ---- models and texts
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_revision_is_the_one_named(tmp_path, tokenizer, configured, results_of, 
             assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == layers
 
 
-# ------------------------------------------------------------------------------------------ sweeps, pages, benchmark
+# ---- sweeps, pages, benchmark
 
 
 def test_jobs_of_a_sweep_run_at_a_time(tmp_path, recipe_values, monkeypatch, capsys):

@@ -2,15 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from training.errors import UserError
 from training.pages import TABLE, fill, fill_pages, find_pages, format_cell, format_table, write_table
 
+from .conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
+
 PAGES = find_pages(ROOT / "docs")
 
 

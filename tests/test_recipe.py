@@ -1,26 +1,34 @@
 """Recipes: every file parses, and what a person gets wrong is one line that names it."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 from transformers import TrainingArguments
 
 from training.errors import UserError
-from training.recipe import DATA_FIELDS, MODEL_FIELDS, OLDER_NAMES, TRAINING_FIELDS, build_recipe, load_recipe
+from training.recipe import (
+    DATA_FIELDS,
+    MODEL_FIELDS,
+    OLDER_NAMES,
+    TRAINING_FIELDS,
+    build_recipe,
+    load_recipe,
+    parent_name,
+)
+
+from .conftest import ROOT, every_variant
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 SMALLEST = {"vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
-VARIANTS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "SM+LR0.01", "SM+LR0.1", "SM+LR-layer", "SM+LR-global"]
 
 
 def test_no_key_has_two_meanings():
     assert not DATA_FIELDS & MODEL_FIELDS and not DATA_FIELDS & TRAINING_FIELDS and not MODEL_FIELDS & TRAINING_FIELDS
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 # a fine-tuned model has the variant that it has
 @pytest.mark.parametrize("path", [p for p in RECIPES if "init_from:" not in p.read_text()], ids=lambda path: path.stem)
 def test_every_recipe_makes_every_variant(path, variant):
@@ -320,8 +328,6 @@ def test_longest_position_is_the_block_unless_it_is_named():
 
 
 def test_run_that_is_started_from_is_its_model(tmp_path):
-    from training.recipe import parent_name
-
     run = tmp_path / "a run"
     (run / "model").mkdir(parents=True)
     (run / "recipe.yaml").touch()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from .conftest import ROOT
 from .hub_server import TOKEN, HubServer
 
 
-ROOT = Path(__file__).parents[1]
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: which runs a file means, that they survive anything, and what several seeds show."""
+"""Sweeps: which runs a file means, and that they survive anything."""
 
 import functools
 import itertools
@@ -61,7 +61,7 @@ def names(path) -> list[str]:
     return [run.folder.name for run in sweep.load_sweep(path)[1]]
 
 
-# ------------------------------------------------------------------------------------------ which runs
+# ---- which runs
 
 
 def test_grids_are_products_in_folders_named_from_the_configuration(write_sweep):
@@ -194,7 +194,7 @@ def test_changed_recipe_of_a_run_that_is_there_is_an_error(write_sweep):
         sweep.sweep(path, jobs=0)
 
 
-# ------------------------------------------------------------------------------------------ running
+# ---- running
 
 
 def table(runs_dir: Path) -> dict[str, tuple]:
@@ -309,7 +309,7 @@ def test_variants_of_one_seed_see_the_same_batches(recipe_values, tmp_path, monk
     assert len(batches[0]) == 8 and batches[0] == batches[1] != batches[2]
 
 
-# ------------------------------------------------------------------------------------------ interruption
+# ---- interruption
 
 GRIDS = [{"seed": [1, 2], "variant": ["SM+LN+G", "SM+R"]}]
 
@@ -480,7 +480,7 @@ def test_values_that_are_nothing_are_values(write_sweep):
     assert [recipes[f"eval_sequences-{value}"].data.eval_sequences for value in ("null", "3")] == [None, 3]
 
 
-def test_folder_of_a_sweep_is_named_from_its_file(write_sweep, tmp_path):
+def test_folder_of_a_sweep_is_named_from_its_file(write_sweep):
     path = write_sweep([{"variant": "SM+R"}])
     values = yaml.safe_load(path.read_text())
     del values["output_dir"]

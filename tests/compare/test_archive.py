@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -14,12 +13,14 @@ from training.errors import UserError
 from training.files import read_json
 from training.runs import Run
 
+from ..conftest import ROOT
+
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-DATA = Path(__file__).parents[2] / "docs" / "data"
+DATA = ROOT / "docs" / "data"
 
 
-def test_a_comparison_is_made_again_from_its_file(variant_runs, corpus, tmp_path, capsys):
+def test_a_comparison_is_made_again_from_its_file(variant_runs, corpus, tmp_path):
     docs, runs = tmp_path / "docs", tmp_path / "three"
     (docs / "data").mkdir(parents=True)
     (tmp_path / "README.md").write_text("none\n")

@@ -11,7 +11,6 @@ from training import cli, runs
 from training.compare import comparison
 from training.plots import plot_gradient_norms, plot_heat_maps, plot_overview
 from training.recipe import build_recipe
-from training.runs import Run
 from training.train import loop
 
 from ..conftest import PAPERS_VARIANTS
@@ -33,21 +32,21 @@ def test_report_has_the_papers_table(variant_runs, capsys):
         assert f"| {results[variant]['perplexity']:.3f} | {change:+.2f} % |" in row
     headline = 100 * (results["SM+R"]["perplexity"] / results["SM+G"]["perplexity"] - 1)
     assert f"SM+R against SM+G, paired over 1 seed: {headline:+.2f} % perplexity (seed 1337 " in report
-    comparison = json.loads((variant_runs / "report" / "comparison.json").read_text())
-    assert comparison["groups"][0]["summary"]["pairs"][0]["change"]["by_seed"] == {"1337": pytest.approx(headline)}
-    for row in comparison["groups"][0]["rows"]:
+    written = json.loads((variant_runs / "report" / "comparison.json").read_text())
+    assert written["groups"][0]["summary"]["pairs"][0]["change"]["by_seed"] == {"1337": pytest.approx(headline)}
+    for row in written["groups"][0]["rows"]:
         assert sum(row["head_distribution"]) == pytest.approx(1)
         entropy = results.get(row["variant"], runs.read_results(variant_runs / row["variant"]))["attention_entropy"]
         cost = row["private_cost"]["forward"]["total"]
         assert sum(cost["layer_norm"]["rows"].values()) == 16 * (5 if "LN" in row["variant"] else 1)
         assert row["private_cost"]["baseline"]["total"]["gelu"]["elements"] == 2 * 16 * 64
         assert row["entropy_by_layer"] == pytest.approx([sum(heads) / 2 for heads in entropy["entropy"]])
-    points = comparison["groups"][0]["seconds"]
+    points = written["groups"][0]["seconds"]
     assert {point["configuration"] for point in points} == {*PAPERS_VARIANTS, "SM+LR-layer"}
     for point in points:
         (cost,) = [
             row["private_cost"]["forward"]["estimates"]["SEMI2K"]
-            for row in comparison["groups"][0]["rows"]
+            for row in written["groups"][0]["rows"]
             if row["variant"] == point["configuration"]
         ]
         for network, latency, bandwidth in (("LAN", 0.8e-3, 3e9), ("WAN", 80e-3, 0.2e9)):
@@ -167,19 +166,7 @@ def test_logarithmic_axes_have_plain_numbers(tmp_path):
     assert {"0.4", "0.5", "0.6"} <= set(labels) and not any("e" in label for label in labels)
 
 
-def test_runs_of_other_data_are_not_compared_and_those_of_an_older_recipe_are(tmp_path):
-    named = {"backbone": "gpt2", "block_size": 16, "dataset": "stdlib", "train_tokens": 64}
-
-    def setting_of(**recipe):
-        return Run(tmp_path, {**named, "recipe": recipe}).setting
-
-    setting = setting_of(hidden_size=8)
-    assert setting_of(hidden_size=8, streaming=False, seed=3) == setting
-    for other in ({"separate_documents": True}, {"streaming": True}, {"hidden_size": 16}):
-        assert setting_of(**{"hidden_size": 8, **other}) != setting
-
-
-def test_titles_name_what_differs_among_settings_of_one_length(variant_runs, tmp_path, capsys):
+def test_titles_name_what_differs_among_settings_of_one_length(variant_runs, tmp_path):
     """Two rates at one length, and at another length a third, from which nothing need be told."""
     for name, block_size, rate in (("one", 16, 0.01), ("two", 16, 0.02), ("short", 8, 0.03)):
         run = shutil.copytree(variant_runs / "SM+R", tmp_path / name)

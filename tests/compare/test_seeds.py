@@ -7,6 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from training.compare import seeds
 from training.compare.report import summary_row
@@ -129,3 +130,19 @@ def test_crossing_is_the_first_evaluation_from_which_the_lead_stays(tmp_path):
     assert seeds.ahead({1: relu}, {1: gelu}) == {"1": {"first_leads": True, "from_tokens": 3000}}
     assert seeds.ahead({1: never}, {1: gelu}) == {"1": {"first_leads": False, "from_tokens": 1000}}
     assert seeds.ahead({1: fake_run(tmp_path, "SM+LN+G", 1, 4)}, {1: gelu}) == {}
+
+
+def test_intervals_of_a_pair_are_of_two_kinds(tmp_path):
+    perplexities = {"SM+G": (130, 140, 150, 170), "SM+R": (120, 133, 141, 171)}
+    seen = [
+        fake_run(tmp_path, variant, seed, value)
+        for variant, values in perplexities.items()
+        for seed, value in enumerate(values)
+    ]
+    [pair] = seeds.summarize(seen)["pairs"]
+    changes = np.log(np.array(perplexities["SM+R"]) / np.array(perplexities["SM+G"]))
+    ends = scipy.stats.t.interval(0.95, 3, loc=changes.mean(), scale=scipy.stats.sem(changes))
+    expected = [100 * np.expm1(end) for end in ends]
+    assert pair["change"]["t_interval"] == pytest.approx(expected)
+    width, other = (np.ptp(pair["change"][name]) for name in ("t_interval", "bootstrap_interval"))
+    assert other < width

@@ -265,7 +265,7 @@ def test_import_takes_each_dropout_to_its_place(build, theirs, embedding, tmp_pa
     assert {name: getattr(back, name) for name in theirs} == theirs
 
 
-# ------------------------------------------------------------------------------------------ published LN-free models
+# ---- published LN-free models
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_final_norm_that_cannot_be_folded_is_a_clear_error(tmp_path):
         convert(tmp_path / "stock", tmp_path / "ours")
 
 
-# ------------------------------------------------------------------------------------------ files
+# ---- files
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -54,6 +54,15 @@ def make_model(model_type, implementation="sdpa", **overrides):
     return model
 
 
+def make_uneven_llama():
+    """Four heads of queries on two of keys in the first layer, and half of them in the second."""
+    model = make_model("llama", "eager")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj, attention.k_proj, attention.v_proj = (torch.nn.Linear(32, n, bias=False) for n in (16, 8, 8))
+    attention.o_proj = torch.nn.Linear(16, 32, bias=False)
+    return model
+
+
 def make_batch(padding, batch=3, length=13):
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(1, VOCAB_SIZE, (batch, length), generator=generator)

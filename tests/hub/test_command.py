@@ -40,7 +40,7 @@ METRIC_FILES = {
 }
 
 
-# ------------------------------------------------------------------------------------------ its switches
+# ---- its switches
 
 
 def test_command_publishes_privately_with_checkpoints_and_loads_all_back(published):
@@ -85,7 +85,7 @@ def test_seed_of_the_command_is_the_one_that_is_published(server, runs_dir, caps
     assert [run.seed for run in publish.choose(found[::-1], 5)] == [5]
 
 
-# ------------------------------------------------------------------------------------------ what leaves
+# ---- what leaves
 
 
 def test_files_that_leave_are_these(published):
@@ -192,7 +192,7 @@ def test_nans_of_each_layer_are_in_the_results(runs_dir, tmp_path):
     assert rows["max_entropy"] == [1.0, 2.0, 3.0, 4.0]
 
 
-# ------------------------------------------------------------------------------------------ checks that refuse
+# ---- checks that refuse
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from .test_problems import write_nan
 WRITES = r"^/(api/(repos|collections|.*/(commit|tag|branch)/)|lfs)"
 
 
-# ------------------------------------------------------------------------------------------ what arrives
+# ---- what arrives
 
 
 def test_family_arrives_whole(server, family):
@@ -141,7 +141,7 @@ def test_public_repository_is_not_taken_for_a_private_one(server, small):
         release(small, private=True)
 
 
-# ------------------------------------------------------------------------------------------ faults
+# ---- faults
 
 
 FAULTS = {
@@ -243,7 +243,7 @@ def test_clean_process_that_fails_says_why_without_the_token(server, small):
     assert "*** may not read this" in str(caught.value) and TOKEN not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------ refusals
+# ---- refusals
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_runs_of_two_settings_do_not_share_a_name(runs_dir, tmp_path):
         publish.choose(runs.find_runs(tmp_path / "runs")[0], None)
 
 
-# ------------------------------------------------------------------------------------------ the card
+# ---- the card
 
 
 def test_card_tells_what_was_measured(built, runs_dir):
@@ -422,7 +422,7 @@ def test_same_run_is_the_same_bytes_again(built, runs_dir, tmp_path):
         assert path.read_bytes() == (built[1].folder / name).read_bytes(), name
 
 
-# ------------------------------------------------------------------------------------------ the whole way
+# ---- the whole way
 
 
 def run_outside(command: list[str], folder: Path, server, **more) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ from modeling_lnfree.measurement import QUANTITIES
 from modeling_lnfree.residual_stream import find_outlier_gains
 
 from ..conftest import byte_tokenizer
-from ..entropy.models import make_batch, make_model
+from ..entropy.models import make_batch, make_model, make_uneven_llama
 from .naive import TEXTS, by_definition, make, make_tokenizer
 
 
@@ -106,11 +106,7 @@ def test_a_model_by_its_folder_is_loaded_as_asked(tokenizer, tmp_path):
 
 
 def test_layers_of_different_heads_have_rows_of_their_own_length(tokenizer):
-    model = make("llama")
-    attention = model.model.layers[1].self_attn
-    # two queries share a key
-    attention.q_proj, attention.k_proj, attention.v_proj = (torch.nn.Linear(32, n, bias=False) for n in (16, 8, 8))
-    attention.o_proj = torch.nn.Linear(16, 32, bias=False)
+    model = make_uneven_llama()
     plain = measure(model, TEXTS, tokenizer=tokenizer).to_dict()
     for name in ("max_logit", "sink_share", "spectral_gap"):
         assert [len(row) for row in plain[name]] == [4, 2]
