@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi, constants
 
-from training import cli, data, runs
+from training import cli, runs
 from training.hub import publish, push
 from training.hub.publication import Publication
 from training.hub.results import write_results
 from training.recipe import build_recipe
 from training.train import loop
 
+from ..conftest import caching_in
 from ..hub_server import TOKEN, HubServer
 
 
@@ -24,19 +24,11 @@ MODELS = ["lnfree-gpt2-sm-ln-g-t16", "lnfree-gpt2-sm-r-t16"]
 
 
 @pytest.fixture(scope="session")
-def runs_dir(tmp_path_factory):
+def runs_dir(tmp_path_factory, cache, recipe_values):
     """Finished runs of two variants, one of them with two seeds and a checkpoint in the middle."""
-    folder, cache = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache")
-    corpus = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
-    texts = [f"def f{i}(x, y):\n    return x * {i} + y - {i * i % 97}\n" * (3 + i % 5) for i in range(120)]
-    corpus.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
-    values = {"dataset": str(corpus), "eval_fraction": 0.2, "vocab_size": 300, "block_size": 16, "hidden_size": 16}
-    values |= {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.1, "max_steps": 8}
-    values |= {"per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 2, "entropy_steps": 4}
-    values |= {"entropy_sequences": 5, "save_steps": 4, "disable_tqdm": True}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "HF_HOME", str(cache))
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
+    folder = tmp_path_factory.mktemp("runs")
+    values = {**recipe_values, "entropy_steps": 4, "save_total_limit": None, "warmup_steps": 0, "weight_decay": 0.0}
+    with caching_in(cache):
         for variant, seed in (("SM+LN+G", 5), ("SM+R", 7), ("SM+R", 5)):
             run_dir = folder / f"{variant}-{seed}"
             loop.train(build_recipe({**values, "variant": variant, "seed": seed, "output_dir": str(run_dir)}))

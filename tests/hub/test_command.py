@@ -11,17 +11,18 @@ import pytest
 import torch
 from datasets import load_dataset
 from huggingface_hub import HfApi
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from modeling_lnfree import LNFreeForCausalLM
 from training import cli, runs
 from training.errors import UserError
 from training.hub import export, publish, verify
 from training.hub.publication import Publication
+from training.hub.results import write_results
 
 from ..conftest import ROOT
 from ..hub_server import TOKEN
-from .conftest import MODELS
+from .conftest import MODELS, release
 
 
 # all that a publication sends away; `code` runs on other machines
@@ -182,8 +183,6 @@ def test_cards_explain_the_words_of_all_that_they_compare(published):
 
 
 def test_nans_of_each_layer_are_in_the_results(runs_dir, tmp_path):
-    from training.hub.results import write_results
-
     run = runs.Run.load(runs_dir / "SM+R-5")
     run.results["attention_entropy"] |= {"nan_count": [3, 7], "max_entropy": [[1.0, 2.0], [3.0, 4.0]]}
     write_results([run], "me", tmp_path / "results")
@@ -238,8 +237,6 @@ def test_loaded_back_is_the_commit_that_was_pushed(server, monkeypatch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weight_that_is_not_finite_is_not_exported_and_nothing_is_written(value, runs_dir, tmp_path, capsys):
-    from safetensors.torch import save_file
-
     shutil.copytree(runs_dir / "SM+R-5", tmp_path / "run")
     path = tmp_path / "run" / "model" / "model.safetensors"
     weights = load_file(path)
@@ -293,8 +290,6 @@ def test_change_on_the_card_is_against_the_baseline_of_the_same_seed(runs_dir):
 
 def test_one_digit_that_changed_is_a_change(server, small):
     """Files of equal size: one that git has, and one that the large-file storage has."""
-    from .conftest import release
-
     release(small)
     digits = {"README.md": small[0].folder / "README.md", "data": next(small[0].folder.glob("data/*"))}
     for path in digits.values():

@@ -206,7 +206,7 @@ def test_interrupted_release_goes_on_where_it_stopped(server, family, monkeypatc
     assert len(server.repository(f"me/{MODELS[0]}").commits) == 2
 
 
-def test_second_writer_is_noticed_and_not_overwritten(server, small, monkeypatch):
+def test_second_writer_is_noticed_and_not_overwritten(server, small):
     release(small)
     repository = server.repository("me/lnfree-results", "datasets")
     path = small[0].folder / "README.md"
