@@ -218,6 +218,24 @@ class CrossEntropySum(torch.autograd.Function):
         return (mean - tangent.gather(-1, labels)).where(kept, 0).sum()
 
 
+def next_tokens(
+    rows: torch.Tensor, labels: torch.Tensor, shift_labels: torch.Tensor | None, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What each of the rows `(N, ...)` of all sequences' tokens predicts, and whether it counts, both `(N, 1)`: the token
+    behind it in `labels`, or its own entry of `shift_labels`; 0 where that is `ignore_index`.
+
+    Raises:
+        ValueError: for another number of labels than of rows.
+    """
+    targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+    if targets.numel() != len(rows):
+        raise ValueError(f"labels must have one entry for each of the {len(rows)} tokens, got {targets.numel()}")
+    targets = targets.reshape(-1, 1).to(rows.device)
+    kept = targets != ignore_index
+    return targets.where(kept, 0), kept
+
+
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -246,11 +264,7 @@ def causal_lm_loss(
         return ForCausalLMLoss(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs
         )
-    targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
     logits = logits.view(-1, vocab_size)
-    if targets.numel() != len(logits):
-        raise ValueError(f"labels must have one entry for each of the {len(logits)} tokens, got {targets.numel()}")
-    targets = targets.reshape(-1, 1).to(logits.device)
-    kept = targets != ignore_index
-    loss = CrossEntropySum.apply(logits, targets.where(kept, 0), kept)
+    targets, kept = next_tokens(logits, labels, shift_labels, ignore_index)
+    loss = CrossEntropySum.apply(logits, targets, kept)
     return loss / (kept.sum() if num_items_in_batch is None else num_items_in_batch)

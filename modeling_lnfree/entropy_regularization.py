@@ -224,6 +224,30 @@ def _add_up(totals: Tensor) -> Tensor:
     return totals
 
 
+def is_share(trainer: Any, num_items_in_batch: Any) -> bool:
+    """
+    Whether a Trainer takes its losses for shares of the whole batch's, which add up to it; other losses it divides by
+    the number of micro-batches.
+    """
+    # what newer versions of transformers let a class say itself
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is not None:
+        return scaled
+    return trainer.compute_loss_func is not None or (
+        trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    )
+
+
+def add_gradient(computed: Any, penalty: Tensor) -> Any:
+    """
+    What a Trainer's `compute_loss` gave, a loss or a tuple that begins with one, with the gradient of the penalty and
+    not its value: the loss that is logged stays the model's own.
+    """
+    loss, *others = computed if isinstance(computed, tuple) else (computed,)
+    loss = loss + (penalty - penalty.detach()).to(loss)
+    return (loss, *others) if others else loss
+
+
 class EntropyRegularizationMixin:
     """
     A Trainer with the penalty: `Trainer` of transformers, `SFTTrainer` of TRL, and what derives from them.
@@ -278,18 +302,10 @@ class EntropyRegularizationMixin:
             return computed
         penalty = self.entropy_regularizer.penalty()
         self._penalty += penalty.detach()
-        # the Trainer divides by the number of micro-batches what is not a share of the whole batch already
-        is_share = getattr(self, "loss_is_scaled_for_ga", None)
-        if is_share is None:
-            is_share = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
-        if not is_share:
+        # it is a share in any case
+        if not is_share(self, num_items_in_batch):
             penalty = penalty * self.current_gradient_accumulation_steps
-        loss = computed[0] if return_outputs else computed
-        # gradients alone
-        loss = loss + (penalty - penalty.detach()).to(loss)
-        return (loss, *computed[1:]) if return_outputs else loss
+        return add_gradient(computed, penalty)
 
     def _look_at(self, micro_batch):
         inputs = self._prepare_inputs(micro_batch)

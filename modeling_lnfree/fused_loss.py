@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cpu import causal_lm_loss
+from .cpu import causal_lm_loss, next_tokens
 from .modeling_lnfree import CACHE_NAME
 
 
@@ -169,17 +169,14 @@ def head_and_loss(
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
-    states, targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1, 1).to(states.device)
-    if len(targets) != len(states):
-        raise ValueError(f"labels must have one entry for each of the {len(states)} tokens, got {len(targets)}")
-    kept = targets != ignore_index
+    states = states.reshape(-1, states.shape[-1])
+    targets, kept = next_tokens(states, labels, shift_labels, ignore_index)
     differentiable = torch.is_grad_enabled()
     rows = max(1, (block_elements or BLOCK_ELEMENTS) // len(weight))
     total = HeadLossSum.apply(
         states,
         weight,
-        targets.where(kept, 0),
+        targets,
         kept,
         (multiplier, label_smoothing, rows),
         (differentiable and states.requires_grad, differentiable and weight.requires_grad),

@@ -210,6 +210,11 @@ def _alike(spans: list[tuple[int, int]], number: int) -> tuple[int, int]:
     )
 
 
+def to_perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats per token; infinite where that overflows."""
+    return torch.tensor(nll, dtype=torch.float64).exp().item()
+
+
 @dataclass
 class Likelihood:
     """
@@ -240,7 +245,7 @@ class Likelihood:
 
     @property
     def perplexity(self) -> float:
-        return torch.tensor(self.nll, dtype=torch.float64).exp().item()
+        return to_perplexity(self.nll)
 
     @property
     def bits_per_byte(self) -> float:

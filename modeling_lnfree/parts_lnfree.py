@@ -336,10 +336,14 @@ class LNFreeHeadGate(nn.Module):
             "bias": partial(init.constant_, val=math.log(probability / (1 - probability))),
         }
 
-    def forward(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    def gates(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Of each head, from 0 to 1, `(B, T, H)`."""
         slices = hidden_states.view(*hidden_states.shape[:-1], *self.weight.shape)  # (B, T, H, d)
-        gate = torch.sigmoid((slices * self.weight).sum(-1) + self.bias)  # (B, T, H)
-        return output.reshape(slices.shape) * gate[..., None]
+        return torch.sigmoid((slices * self.weight).sum(-1) + self.bias)
+
+    def forward(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        gates = self.gates(hidden_states)[..., None]  # (B, T, H, 1)
+        return output.reshape(*gates.shape[:-1], self.weight.shape[-1]) * gates
 
 
 # ---- activations: `hidden_act` and `slope_sharing`

@@ -12,11 +12,7 @@ from transformers import PreTrainedModel
 from modeling_lnfree import LNFreeConfig
 from modeling_lnfree.residual_stream import record_residual_stream
 
-from .parametrization import (
-    entropy_lower_bound,
-    gram_norm,
-    query_key_norm,
-)
+from .parametrization import entropy_lower_bound, gram_norm, query_key_norm
 
 
 class Quantity(ABC):
@@ -74,7 +70,7 @@ class HeadGates(Quantity):
         self.sums = torch.zeros(len(layers), model.config.num_attention_heads + 1, dtype=torch.float64)
 
         def add(index: int, gate: Any, states: Tensor):
-            gates = torch.sigmoid((states.unflatten(-1, gate.weight.shape) * gate.weight).sum(-1) + gate.bias)
+            gates = gate.gates(states)  # (B, T, H)
             self.sums[index, :-1] += gates.double().sum((0, 1)).cpu()
             self.sums[index, -1] += gates[..., 0].numel()
 

@@ -17,11 +17,6 @@ from .errors import UserError, explained
 from .recipe import DataArguments, check_model_id
 
 
-def perplexity(nll: float) -> float:
-    """exp of a mean negative log-likelihood in nats per token; infinite where that overflows."""
-    return torch.tensor(nll, dtype=torch.float64).exp().item()
-
-
 class Texts:
     """
     The texts of one split of a dataset, in the order of its rows; a row without one has an empty text.

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM
-from training import cli, data, files, runs, texts
+from modeling_lnfree.likelihood import to_perplexity
+from training import cli, data, files, runs
 from training.errors import UserError
 from training.recipe import build_recipe
 from training.train import callbacks, loop, stability, trainer
@@ -50,7 +51,7 @@ def test_perplexity_is_exp_of_summed_nll_over_all_tokens(variant_runs, recipe_va
 
 
 def test_perplexity_of_a_loss_that_is_too_large_for_one_is_infinite():
-    assert texts.perplexity(1e4) == math.inf
+    assert to_perplexity(1e4) == math.inf
 
 
 def naive_entropy(model_dir, blocks):

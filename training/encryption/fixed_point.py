@@ -20,21 +20,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from modeling_lnfree.likelihood import to_perplexity
 from modeling_lnfree.residual_stream import find_layers
 
-from ..texts import perplexity
 from .counting import PrivateDispatchMode
 
 
 TOLERANCE = 0.01
 MOST_BITS = 20  # of either part; the float32 that simulates them has 24 in all
-
-
-def check_model(model: PreTrainedModel):
-    """Raises ValueError for a model that is not in float32, or whose layers are not found."""
-    if model.dtype != torch.float32:
-        raise ValueError(f"fixed point is simulated in float32, the model is in {str(model.dtype)[6:]}")
-    find_layers(model)
 
 
 def measure_fixed_point(model: PreTrainedModel, evaluate: Callable[[], float]) -> dict[str, Any]:
@@ -54,15 +47,17 @@ def measure_fixed_point(model: PreTrainedModel, evaluate: Callable[[], float]) -
         `tried`, all that was; and `tolerance`.
 
     Raises:
-        ValueError: as `check_model`, and for a model whose values or perplexity are not finite.
+        ValueError: for a model that is not in float32, whose layers are not found, or whose values or perplexity are
+            not finite.
     """
-    check_model(model)
+    if model.dtype != torch.float32:
+        raise ValueError(f"fixed point is simulated in float32, the model is in {str(model.dtype)[6:]}")
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")  # whose scores pass by the dispatch
     try:
         recorder = _RangeRecorder(model)
         with recorder.hooked(model):
-            reference = perplexity(evaluate())
+            reference = to_perplexity(evaluate())
         largest = recorder.largest["value"]
         if not (math.isfinite(largest) and math.isfinite(reference)):
             raise ValueError(f"fixed point holds finite values only, got {largest} and a perplexity of {reference}")
@@ -71,7 +66,7 @@ def measure_fixed_point(model: PreTrainedModel, evaluate: Callable[[], float]) -
         @functools.cache
         def is_enough(integer_bits: int, fraction_bits: int) -> bool:
             with _fixed_point(model, integer_bits, fraction_bits):
-                found = perplexity(evaluate())
+                found = to_perplexity(evaluate())
             tried.append({"integer_bits": integer_bits, "fraction_bits": fraction_bits, "perplexity": found})
             return found <= (1 + TOLERANCE) * reference
 

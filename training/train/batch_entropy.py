@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_lnfree.entropy_regularization import add_parameter
+from modeling_lnfree.entropy_regularization import add_gradient, add_parameter
 
 from ..quantities import batch_entropy
 
@@ -81,10 +81,7 @@ class BatchEntropyMixin:
         loss = computed[0] if return_outputs else computed
         factor = self.batch_entropy.factor()
         self._passes, self._factor = self._passes + 1, self._factor + factor.detach()
-        penalty = loss * factor
-        # gradients alone
-        loss = loss + (penalty - penalty.detach())
-        return (loss, *computed[1:]) if return_outputs else loss
+        return add_gradient(computed, loss * factor)
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs and self._passes:

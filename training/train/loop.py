@@ -38,6 +38,7 @@ from transformers.distributed import DistributedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_lnfree import EntropyRegularizer, LNFreeForCausalLM, record_attention_entropy
+from modeling_lnfree.likelihood import to_perplexity
 
 from ..data import (
     digest_blocks,
@@ -75,7 +76,6 @@ from ..runs import (
     list_checkpoints,
     read_results,
 )
-from ..texts import perplexity
 from .batch_entropy import BatchEntropyLoss
 from .callbacks import (
     BriefPrinterCallback,
@@ -438,7 +438,7 @@ def _finish(
         "block_size": recipe.data.block_size,
         "seed": arguments.seed,
         "dataset": recipe.data.dataset,
-        "perplexity": perplexity(metrics["eval_loss"]),
+        "perplexity": to_perplexity(metrics["eval_loss"]),
         "eval_loss": metrics["eval_loss"],
         "eval_tokens": metrics["eval_tokens"],
         "train_steps": state.global_step,

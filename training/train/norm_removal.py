@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from modeling_lnfree import LNFreeForCausalLM
+from modeling_lnfree.entropy_regularization import add_gradient, is_share
 
 from ..convert.convert import fold_norms
 from ..errors import UserError
@@ -313,10 +314,6 @@ class NormRemovalMixin:
         if not self.auxiliary_weight or not model.training:
             return computed
         penalty = self.auxiliary_weight * self.model.model.norm.spread
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            # what is a share of the whole batch already is not divided by the number of its parts
+        if is_share(self, num_items_in_batch):
             penalty = penalty / self.current_gradient_accumulation_steps
-        loss = computed[0] if return_outputs else computed
-        # gradients alone
-        loss = loss + (penalty - penalty.detach()).to(loss)
-        return (loss, *computed[1:]) if return_outputs else loss
+        return add_gradient(computed, penalty)

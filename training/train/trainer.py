@@ -28,12 +28,12 @@ from transformers.trainer import SCHEDULER_NAME
 
 from modeling_lnfree import EntropyRegularizationMixin, LNFreeForCausalLM, build_optimizer
 from modeling_lnfree.fused_loss import has_fused_loss
+from modeling_lnfree.likelihood import to_perplexity
 from modeling_lnfree.optimization import get_decayed_parameters
 
 from ..errors import UserError, one_line
 from ..parametrization import is_parametrized, split_state, update_spectral_norms
 from ..runs import INCOMPLETE
-from ..texts import perplexity
 from .batch_entropy import BatchEntropyMixin
 from .checkpoints import remove_old_checkpoints, write_manifest
 from .norm_removal import NormRemovalMixin
@@ -177,7 +177,7 @@ class LNFreeTrainer(EntropyRegularizationMixin, BatchEntropyMixin, NormRemovalMi
     def log(self, logs: dict[str, float], *args, **kwargs):
         for prefix in ("", "eval_"):
             if f"{prefix}loss" in logs:
-                logs[f"{prefix}perplexity"] = perplexity(logs[f"{prefix}loss"])
+                logs[f"{prefix}perplexity"] = to_perplexity(logs[f"{prefix}loss"])
         if self.layer_options and "learning_rate" in logs:
             logs["layer_learning_rate"] = self.layer_learning_rate
         super().log(logs, *args, **kwargs)
