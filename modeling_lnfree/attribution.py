@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -143,43 +144,30 @@ def attribute_logits(
     token = _wide(body.embed_tokens(input_ids)) * config.embedding_multiplier * scales.start
     # the whole of the stream's start, less the tokens'
     position = _wide(seen[body.embedding_dropout].output) * scales.start - token
-    held = linearize and config.final_norm_type != "none"
+    layers = list(zip(body.layers, scales.attention, scales.mlp, strict=True))
     effects = {}
-
-    def add_effect(name: str, vector: Tensor):
-        if held:
-            without = norm(stream - vector)
-            effects[name] = ((norm(stream) - without) * read).sum(-1)
-
-    add_effect("token embedding", token)
-    add_effect("position embedding", position)
-    heads, biases, mlps, hidden = [], [], [], []
-    for index, layer in enumerate(body.layers):
-        output = layer.self_attn.o_proj
-        states = by_head(_wide(seen[output].input), config)  # (B, T, H, d)
-        weight = _weight(output, config)  # (H * d, D)
-        along = by_head(direction @ weight.T, config)
-        heads.append(scales.attention[index] * (states * along).sum(-1).permute(2, 0, 1))
-        bias = getattr(output, "bias", None)
-        shared = torch.zeros_like(token) if bias is None else _wide(bias).expand_as(token)
-        biases.append(scales.attention[index] * (shared * direction).sum(-1))
-        written = scales.mlp[index] * _wide(seen[layer.mlp].output)
-        mlps.append((written * direction).sum(-1))
-        if neurons:
-            hidden.append(scales.mlp[index] * _neurons(layer.mlp, seen, direction, config))
-        matrices = weight.unflatten(0, (config.num_attention_heads, -1))  # (H, d, D)
-        for head in range(config.num_attention_heads if held else 0):
-            vector = scales.attention[index] * (states[:, :, head] @ matrices[head])
-            add_effect(f"layer {index} head {head}", vector)
-        add_effect(f"layer {index} MLP", written)
+    if linearize and config.final_norm_type != "none":
+        normed, written = norm(stream), [("token embedding", token), ("position embedding", position)]
+        for name, vector in chain(written, _vectors(layers, seen, config)):
+            effects[name] = ((normed - norm(stream - vector)) * read).sum(-1)
+    split = [
+        (
+            attention * _heads(layer, seen, direction, config),
+            attention * (_bias(layer, token) * direction).sum(-1),
+            (mlp * _wide(seen[layer.mlp].output) * direction).sum(-1),
+        )
+        for layer, attention, mlp in layers
+    ]
+    heads, biases, mlps = (torch.stack(parts) for parts in zip(*split, strict=True))
+    hidden = [mlp * _neurons(layer.mlp, seen, direction, config) for layer, _, mlp in layers if neurons]
     attribution = LogitAttribution(
         logits=picked,
         targets=targets.cpu(),
         token=(token * direction).sum(-1),
         position=(position * direction).sum(-1),
-        heads=torch.stack(heads),
-        mlps=torch.stack(mlps),
-        biases=torch.stack(biases),
+        heads=heads,
+        mlps=mlps,
+        biases=biases,
         final_bias=(read * final_bias).sum(-1),
         neurons=torch.stack(hidden) if neurons else None,
         effects=effects,
@@ -327,6 +315,32 @@ def _weight(projection: Any, config) -> Tensor:
     if isinstance(projection, nn.Identity):
         return torch.eye(config.hidden_size, dtype=torch.float64)
     return _wide(projection.weight).T
+
+
+def _heads(layer: Any, seen: dict[nn.Module, _Seen], direction: Tensor, config) -> Tensor:
+    """What each head adds, `(H, B, T)`."""
+    output = layer.self_attn.o_proj
+    along = by_head(direction @ _weight(output, config).T, config)  # (B, T, H, d)
+    return (by_head(_wide(seen[output].input), config) * along).sum(-1).permute(2, 0, 1)
+
+
+def _bias(layer: Any, like: Tensor) -> Tensor:
+    """That of the output projection at every position, `(B, T, D)`; 0 where it has none."""
+    bias = getattr(layer.self_attn.o_proj, "bias", None)
+    return torch.zeros_like(like) if bias is None else _wide(bias).expand_as(like)
+
+
+def _vectors(
+    layers: list[tuple[Any, float, float]], seen: dict[nn.Module, _Seen], config
+) -> Iterator[tuple[str, Tensor]]:
+    """What heads and feed-forward layers have in the stream at its end, by their names, `(B, T, D)` each."""
+    for index, (layer, attention, mlp) in enumerate(layers):
+        output = layer.self_attn.o_proj
+        states = by_head(_wide(seen[output].input), config)  # (B, T, H, d)
+        matrices = _weight(output, config).unflatten(0, (config.num_attention_heads, -1))  # (H, d, D)
+        for head, matrix in enumerate(matrices):
+            yield f"layer {index} head {head}", attention * (states[:, :, head] @ matrix)
+        yield f"layer {index} MLP", mlp * _wide(seen[layer.mlp].output)
 
 
 def _neurons(mlp: Any, seen: dict[nn.Module, _Seen], direction: Tensor, config) -> Tensor:
