@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from training.compare.seeds import t_interval
 from training.errors import UserError
 from training.files import read_json
-from training.pages import check_docs, format_head, format_row, machine, write_table
-from training.runs import Run
+from training.pages import check_docs, format_head, format_row, origin_of, write_table
+from training.runs import RESULTS, Run
 
 
 BIASES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -165,7 +165,7 @@ def plot(folders: dict[str, Path]) -> Figure:
 
 
 def _is_finished(folder: Path) -> bool:
-    return (folder / "results.json").is_file()
+    return (folder / RESULTS).is_file()
 
 
 def _loss(folder: Path) -> float:
@@ -206,13 +206,10 @@ def main():
     drawn = plot({backbone: folder for backbone, folder in first.items() if backbone in STOCK} or first)
     drawn.savefig(arguments.output / "norm_removal_study.png", dpi=110)
     if arguments.docs is not None:
-        results = Run.load(next(iter(finished.values())) / "removed").results
-        origin = {"versions": results["versions"], "commit": results["commit"]}
+        first_run = Run.load(next(iter(finished.values())) / "removed")
         backbones = " ".join(dict.fromkeys(backbone for backbone, _ in finished))
         command = f"python scripts/norm_removal_study.py --backbones {backbones}"
-        write_table(
-            arguments.docs, "norm-removal", rows, command, FORMATS, machine=machine(results["hardware"]), **origin
-        )
+        write_table(arguments.docs, "norm-removal", rows, command, FORMATS, **origin_of(first_run.results))
         drawn.savefig(Path(arguments.docs) / "norm_removal_study.png", dpi=110)
 
 

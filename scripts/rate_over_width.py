@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from training.errors import UserError
-from training.pages import check_docs, format_head, format_row, machine, write_table
+from training.pages import check_docs, format_head, format_row, origin_of, write_table
 from training.recipe import load_recipe
 from training.runs import Run, find_runs
 
@@ -89,9 +89,8 @@ def main():
     print(*format_head(rows[0]), *(format_row(row) for row in rows), sep="\n")
     print(*(f"{name}: not finished" for name, reason in unstable.items() if not reason), sep="\n")
     if arguments.docs is not None:
-        first = runs[0].results
-        origin = {"versions": first["versions"], "commit": first["commit"], "machine": machine(first["hardware"])}
-        write_table(arguments.docs, "rate-over-width", rows, "python scripts/rate_over_width.py", **origin)
+        command = "python scripts/rate_over_width.py"
+        write_table(arguments.docs, "rate-over-width", rows, command, **origin_of(runs[0].results))
         plot(curves).savefig(Path(arguments.docs) / "rate_over_width.png", dpi=110)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_lnfree import activation_patching, attribute_logits, attribution_patching, logit_lens
 from modeling_lnfree.attribution import LogitAttribution, LogitLens
@@ -13,9 +13,9 @@ from modeling_lnfree.patching import PatchingScores
 
 from .convert.convert import load_in_family
 from .data import has_vocabulary
-from .errors import UserError, explained
-from .files import check_outputs, to_json, whole, write_atomically
-from .plots import plot_attribution
+from .errors import UserError, explained, refused
+from .files import check_outputs, to_json, write_atomically
+from .plots import check_picture, plot_attribution, save_picture
 from .runs import library_versions
 from .tables import Block, Table, to_markdown
 
@@ -73,8 +73,7 @@ def attribute(
         raise UserError("--neurons and --linearize are of splitting a logit, which --corrupted takes the place of")
     outputs = {"json_path": json_path, "picture_path": picture_path}
     json_path, picture_path = check_outputs(outputs, inputs=[model_id])
-    if picture_path is not None and picture_path.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"{picture_path} must end in .png, .pdf or .svg")
+    check_picture(picture_path)
     model = load_in_family(model_id, revision).eval()
     with explained(f"the tokenizer of {model_id!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
@@ -83,9 +82,9 @@ def attribute(
     input_ids = _encode(text, tokenizer)
     tokens = [_name(token, tokenizer) for token in input_ids[0].tolist()]
     right, wrong = (None if token is None else _one_token(token, tokenizer) for token in (target, against))
-    split, scores, exchanged, stream = None, None, None, None
+    split, scores, stream = None, None, None
     results: dict[str, Any] = {"model": model_id, "revision": revision, "text": text, "tokens": tokens}
-    try:
+    with refused(f"model {model_id!r} cannot be attributed"):
         if corrupted is None:
             split = attribute_logits(model, input_ids, right, against=wrong, neurons=neurons, linearize=linearize)
             results |= _split_results(split, wrong, tokenizer)
@@ -93,26 +92,12 @@ def attribute(
             other_ids = _encode(corrupted, tokenizer)
             right = _likeliest(model, input_ids) if right is None else right
             wrong = _likeliest(model, other_ids) if wrong is None else wrong
-            if right == wrong:
-                raise UserError(
-                    f"{_name(right, tokenizer)} is the likeliest token after both texts: name the tokens whose logits "
-                    "are compared, --target and --against"
-                )
-
-            def metric(logits: Tensor) -> Tensor:
-                return logits[:, -1, right] - logits[:, -1, wrong]
-
-            scores = attribution_patching(model, input_ids, other_ids, metric)
-            exchanged = activation_patching(model, input_ids, other_ids, metric) if real else None
             answers = {"target": _name(right, tokenizer), "against": _name(wrong, tokenizer)}
+            scores, exchanged = _patch(model, input_ids, other_ids, right, wrong, answers["target"], real)
             results |= {"corrupted": corrupted, **answers, **_score_results(scores, exchanged, tokens)}
         if lens:
             stream = logit_lens(model, input_ids)
             results["lens"] = _lens_results(stream, tokenizer)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"model {model_id!r} cannot be attributed: {error}") from None
     print(to_markdown(_blocks(results)))
     results["versions"] = library_versions()
     if json_path is not None:
@@ -121,8 +106,8 @@ def attribute(
     if picture_path is not None:
         title = f"{Path(model_id).name}: {text!r}"
         figure = plot_attribution(split, stream, scores, tokens, lambda token: _name(token, tokenizer), title)
-        with explained(f"{picture_path} cannot be written"), whole(picture_path) as aside:
-            figure.savefig(aside, format=picture_path.suffix[1:])
+        with explained(f"{picture_path} cannot be written"):
+            save_picture(figure, picture_path)
     return results
 
 
@@ -151,6 +136,23 @@ def _name(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 @torch.no_grad()
 def _likeliest(model, input_ids: Tensor) -> int:
     return model(input_ids, use_cache=False).logits[0, -1].argmax().item()
+
+
+def _patch(
+    model: PreTrainedModel, input_ids: Tensor, other_ids: Tensor, right: int, wrong: int, answer: str, real: bool
+) -> tuple[PatchingScores, PatchingScores | None]:
+    """The scores of one logit less another by one backward pass, and, where they are wanted, those for real."""
+    if right == wrong:
+        raise UserError(
+            f"{answer} is the likeliest token after both texts: name the tokens whose logits are compared, --target "
+            "and --against"
+        )
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, -1, right] - logits[:, -1, wrong]
+
+    scores = attribution_patching(model, input_ids, other_ids, metric)
+    return scores, activation_patching(model, input_ids, other_ids, metric) if real else None
 
 
 def _split_results(split: LogitAttribution, against: int | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from .encryption.tables import (
     tabulate,
     to_table,
 )
-from .errors import UserError, explained
+from .errors import UserError, explained, refused
 from .files import check_outputs, to_json, write_atomically
-from .pages import check_docs, find_pages, write_table
+from .pages import check_docs, find_marks, write_table
 from .recipe import check_model_id
 from .runs import library_versions
 from .tables import Block, to_markdown
@@ -168,8 +168,8 @@ def _count(
 
 def _write_tables(docs: Path, name: str, tables: dict[str, list[dict[str, Any]]], command: str):
     """Those of the tables that a page has a mark for, by the name and their suffixes."""
-    text = "".join(page.read_text(encoding="utf-8") for page in find_pages(docs))
-    shown = {suffix: rows for suffix, rows in tables.items() if rows and f"<!-- table {name}{suffix} -->" in text}
+    marks = find_marks(docs)
+    shown = {suffix: rows for suffix, rows in tables.items() if rows and f"{name}{suffix}" in marks}
     if not shown:
         raise UserError(f"no page of {docs} has a mark for {', '.join(f'{name}{suffix}' for suffix in tables)}")
     for suffix, rows in shown.items():
@@ -226,12 +226,8 @@ def _find_bits(
             raise UserError(f"dataset {texts.dataset!r} has no text of two tokens in the column {texts.column!r}")
         return found.nll
 
-    try:
+    with refused(f"model {model_id!r} cannot be measured in fixed point"):
         return measure_fixed_point(model, evaluate)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"model {model_id!r} cannot be measured in fixed point: {error}") from None
 
 
 def _print_bits(bits: dict[str, Any]):

@@ -48,3 +48,14 @@ def explained(what: str, *others: type[Exception]) -> Iterator[None]:
         if type(error) is not Exception:
             raise
         raise UserError(f"{what}: {one_line(error)}") from error
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Stands around our own code: a ValueError, by which it refuses something, becomes a `UserError` after `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{what}: {one_line(error)}") from error

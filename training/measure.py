@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,10 +22,11 @@ from modeling_lnfree.likelihood import Likelihood, Reading
 from modeling_lnfree.measurement import Measurement, Meter, TextFigures, check_measured, int8_ways
 
 from .data import check_reachable
-from .errors import UserError, explained, one_line
-from .files import aside_of, check_outputs, to_json, whole, write_atomically
+from .errors import UserError, explained, refused
+from .files import aside_of, check_outputs, to_json, write_atomically
 from .harness import check_tasks, run_tasks
 from .measured import describe, draw, report, tabulate_measured
+from .plots import check_picture, save_picture
 from .recipe import check_model_id
 from .runs import library_versions
 from .tables import to_markdown, to_text
@@ -112,23 +114,15 @@ def measure(
     sources = [(name, each) for name in ids for each in revisions]
     if len(sources) > 1 and parquet_path is not None:
         raise UserError("parquet_path is of one model: the figures of its texts")
-    streams = [name for name, path in (("json_path", json_path), ("markdown_path", markdown_path)) if path == "-"]
-    if len(streams) > 1:
-        raise UserError("json_path and markdown_path must be two files, got the standard output for both")
-    outputs = {"json_path": json_path, "markdown_path": markdown_path}
-    outputs = {name: None if path == "-" else path for name, path in outputs.items()}
-    outputs |= {"heat_map_path": heat_map_path, "parquet_path": parquet_path}
-    json_file, markdown_file, heat_map_file, parquet_file = check_outputs(outputs, inputs=[dataset, *ids])
-    if heat_map_file is not None and heat_map_file.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"{heat_map_file} must end in .png, .pdf or .svg")
+    outputs = _check_outputs(json_path, markdown_path, heat_map_path, parquet_path, inputs=[dataset, *ids])
     for name, each in sources:
         check_model_id(name, each)
     harness_tasks = check_tasks(tasks)
     stdout = sys.stdout
     results: list[dict[str, Any]] = []
     stopped: BaseException | None = None
-    figures = None if parquet_file is None else _FiguresFile(parquet_file)
-    with redirect_stdout(sys.stderr if streams else stdout):
+    figures = None if outputs.parquet is None else _FiguresFile(outputs.parquet)
+    with redirect_stdout(sys.stderr if outputs.stream else stdout):
         texts = Texts(
             dataset,
             config=config,
@@ -149,7 +143,7 @@ def measure(
                     trust_remote_code=trust_remote_code,
                     revision=each,
                 )
-                with _measuring(name):
+                with refused(f"model {name!r} cannot be measured"):
                     way: dict[str, Any] = {"stride": stride, "rolling": rolling, "concatenate": concatenate}
                     reading = Reading(tokenizer, length, batch_size, **way)
                     result = _describe_source(name, each, model, texts, reading, config, max_samples)
@@ -170,20 +164,7 @@ def measure(
         failures = [] if figures is None else figures.failures
         if results:
             found: dict[str, Any] | list[dict[str, Any]] = results[0] if len(sources) == 1 else results
-            page = to_markdown(report(results)) + "\n"
-            try:
-                if results[-1]["interrupted"]:
-                    print(describe(results[-1]))
-                print("\n" + to_text([tabulate_measured(results)]))
-                if streams:
-                    print(to_json(found) if json_path == "-" else page, end="\n" * (json_path == "-"), file=stdout)
-            finally:
-                if json_file is not None:
-                    failures += _attempt(json_file, lambda: write_atomically(json_file, to_json(found)))
-                if markdown_file is not None:
-                    failures += _attempt(markdown_file, lambda: write_atomically(markdown_file, page))
-                if heat_map_file is not None:
-                    failures += _attempt(heat_map_file, lambda: _draw(heat_map_file, results))
+            failures += _tell(results, found, outputs, stdout)
     # told at the end, after what was measured all the same
     if stopped is not None:
         raise stopped
@@ -192,14 +173,62 @@ def measure(
     return found
 
 
-@contextmanager
-def _measuring(model_id: str) -> Iterator[None]:
+class _Outputs(NamedTuple):
+    """Where results go: to files, those that are wanted, or alone to the standard output."""
+
+    json: Path | None
+    markdown: Path | None
+    heat_map: Path | None
+    parquet: Path | None
+    stream: Literal["json", "markdown"] | None
+
+
+def _check_outputs(
+    json_path: str | Path | None,
+    markdown_path: str | Path | None,
+    heat_map_path: str | Path | None,
+    parquet_path: str | Path | None,
+    inputs: list[str],
+) -> _Outputs:
+    """As `check_outputs`, of the paths that `measure` takes."""
+    if json_path == markdown_path == "-":
+        raise UserError("json_path and markdown_path must be two files, got the standard output for both")
+    paths = {
+        "json_path": None if json_path == "-" else json_path,
+        "markdown_path": None if markdown_path == "-" else markdown_path,
+        "heat_map_path": heat_map_path,
+        "parquet_path": parquet_path,
+    }
+    json_file, markdown_file, heat_map_file, parquet_file = check_outputs(paths, inputs)
+    check_picture(heat_map_file)
+    stream: Literal["json", "markdown"] | None = "json" if json_path == "-" else None
+    stream = "markdown" if markdown_path == "-" else stream
+    return _Outputs(json_file, markdown_file, heat_map_file, parquet_file, stream)
+
+
+def _tell(
+    results: list[dict[str, Any]],
+    found: dict[str, Any] | list[dict[str, Any]],
+    outputs: _Outputs,
+    stdout: TextIO,
+) -> list[str]:
+    """Prints the table, and writes what is wanted, also where nobody reads what is printed; why it could not."""
+    page, failures = to_markdown(report(results)) + "\n", []
     try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"model {model_id!r} cannot be measured: {one_line(error)}") from error
+        if results[-1]["interrupted"]:
+            print(describe(results[-1]))
+        print("\n" + to_text([tabulate_measured(results)]))
+        if outputs.stream is not None:
+            print({"json": to_json(found) + "\n", "markdown": page}[outputs.stream], end="", file=stdout)
+    finally:
+        for path, write in (
+            (outputs.json, lambda path: write_atomically(path, to_json(found))),
+            (outputs.markdown, lambda path: write_atomically(path, page)),
+            (outputs.heat_map, lambda path: save_picture(draw(results), path)),
+        ):
+            if path is not None:
+                failures += _attempt(path, partial(write, path))
+    return failures
 
 
 def _describe_source(
@@ -349,8 +378,3 @@ def _attempt(path: Path, write: Callable[[], Any]) -> list[str]:
     except UserError as error:
         return [str(error)]
     return []
-
-
-def _draw(path: Path, results: list[dict[str, Any]]):
-    with whole(path) as aside:
-        draw(results).savefig(aside, format=path.suffix[1:])

@@ -149,5 +149,10 @@ def machine(device: str | None = None) -> str:
     return f"{found[1] if found else platform.processor()}, {device}"
 
 
+def origin_of(results: dict[str, Any]) -> dict[str, Any]:
+    """Of figures that a finished run has, by its results: what `write_table` says of where they were measured."""
+    return {"machine": machine(results["hardware"]), **{name: results[name] for name in ("versions", "commit")}}
+
+
 if __name__ == "__main__":
     fill_pages(Path("docs"))

@@ -4,6 +4,7 @@ import itertools
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -20,8 +22,23 @@ from modeling_lnfree.attribution import LogitAttribution, LogitLens
 from modeling_lnfree.patching import PatchingScores
 
 from .errors import UserError
-from .files import read_json, read_records
+from .files import read_json, read_records, whole
 from .runs import Run
+
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def check_picture(path: Path | None):
+    """Raises UserError for a picture that has no ending of `PICTURES`."""
+    if path is not None and path.suffix not in PICTURES:
+        raise UserError(f"{path} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+
+
+def save_picture(figure: Figure, path: Path):
+    """Writes a figure to a file that is whole or not there, of the kind that its ending names."""
+    with whole(path) as aside:
+        figure.savefig(aside, format=path.suffix[1:])
 
 
 class _PlainLogFormatter(LogFormatter):
@@ -48,13 +65,11 @@ def plot_heat_maps(measurements: list[dict[str, Any]], titles: list[str]) -> Fig
         axis.set_visible(False)
     for axis, measurement, title in zip(axes.flat, measurements, titles, strict=False):
         entropy = _grid(measurement)
-        image = axis.imshow(entropy, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
+        image = _draw_map(axis, entropy, limit)
         # a name may have dollars in it
         axis.set_title(title, fontsize=10, parse_math=False)
         axis.set_xlabel("head")
         axis.set_ylabel("layer")
-        axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(12, integer=True))
         if entropy.size <= 64:
             for (layer, head), value in np.ndenumerate(entropy):
                 color = "black" if value > 0.6 * limit else "white"
@@ -85,13 +100,11 @@ def plot_steps(
     for axis in axes.flat[len(measurements) :]:
         axis.set_visible(False)
     for place, (axis, measurement, title) in enumerate(zip(axes.flat, measurements, titles, strict=False)):
-        image = axis.imshow(_grid(measurement), vmin=0, vmax=limit, cmap="viridis", aspect="auto")
+        image = _draw_map(axis, _grid(measurement), limit, ticks=6)
         axis.set_title(title, fontsize=9, parse_math=False)
         left, lowest = place % columns == 0, place + columns >= len(measurements)
         axis.set(xlabel="head" * lowest, ylabel="layer" * left)
         axis.tick_params(labelbottom=lowest, labelleft=left)
-        for locator in (axis.xaxis, axis.yaxis):
-            locator.set_major_locator(MaxNLocator(6, integer=True))
     film.colorbar(image, ax=axes, label="entropy (nats)")
     order = np.argsort(steps)
     least = min((step for step in steps if step > 0), default=1)
@@ -110,6 +123,13 @@ def plot_steps(
         axis.grid(alpha=0.3)
     curves.supxlabel("step", fontsize=9)
     return figure
+
+
+def _draw_map(axis: Axes, values: np.ndarray, limit: float, *, least: float = 0.0, ticks: int = 12) -> AxesImage:
+    """Layers x heads in the colors of a scale from `least` to `limit`."""
+    for direction in (axis.xaxis, axis.yaxis):
+        direction.set_major_locator(MaxNLocator(ticks, integer=True))
+    return axis.imshow(values, vmin=least, vmax=limit, cmap="viridis", aspect="auto")
 
 
 def _grid(measurement: dict[str, Any]) -> np.ndarray:
@@ -135,11 +155,9 @@ def plot_overview(measurements: list[dict[str, Any]], names: list[str], bars: di
     least = np.floor(min(np.min(measurement["entropy"]) for measurement in measurements))
     panels = [figure.add_subplot(grid[0, index]) for index in range(len(measurements))]
     for axis, measurement, name in zip(panels, measurements, names, strict=True):
-        image = axis.imshow(np.array(measurement["entropy"]), vmin=least, vmax=limit, cmap="viridis", aspect="auto")
+        image = _draw_map(axis, np.array(measurement["entropy"]), limit, least=least, ticks=8)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("head")
-        for locator in (axis.xaxis, axis.yaxis):
-            locator.set_major_locator(MaxNLocator(8, integer=True))
         axis.label_outer()
     panels[0].set_ylabel("layer")
     figure.colorbar(image, cax=figure.add_subplot(grid[0, len(panels)]), label="attention entropy (nats)")
@@ -340,10 +358,8 @@ def plot_norm_removal(removed: Run, control: Run | None) -> Figure:
     ):
         panels = [figure.add_subplot(grid[1, column + index]) for index in range(2)]
         for axis, weights, title in zip(panels, maps, ("before", "after"), strict=True):
-            image = axis.imshow(weights, vmin=0, vmax=limit, cmap="viridis", aspect="auto")
+            image = _draw_map(axis, weights, limit)
             axis.set(xlabel="head", ylabel="layer", title=f"Attention {title}")
-            for locator in (axis.xaxis, axis.yaxis):
-                locator.set_major_locator(MaxNLocator(12, integer=True))
         figure.colorbar(image, ax=panels, label=what, location="bottom", shrink=0.9)
     return figure
 

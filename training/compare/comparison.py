@@ -9,9 +9,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..errors import explained
-from ..files import whole, write_atomically
-from ..pages import check_docs, find_marks, machine, write_table
-from ..plots import plot_curves, plot_heat_maps, plot_overview, plot_seconds
+from ..files import write_atomically
+from ..pages import check_docs, find_marks, origin_of, write_table
+from ..plots import plot_curves, plot_heat_maps, plot_overview, plot_seconds, save_picture
 from ..runs import Run, find_runs
 from ..tables import to_markdown
 from .archive import pack, unpack
@@ -73,19 +73,12 @@ def _compare(runs_dir: Path, name: str, given: Path, output: Path, docs: str | P
     with explained(f"output={output} cannot be written"):
         output.mkdir(parents=True, exist_ok=True)
         for picture, figure in figures.items():
-            with whole(output / picture) as aside:
-                figure.savefig(aside, format="png")
+            save_picture(figure, output / picture)
         write_atomically(output / "comparison.json", json.dumps(document, indent=1))
         write_atomically(output / "report.md", report)
         write_atomically(output / "report.html", page)
     if docs is not None:
-        results = runs[0].results
-        origin = {
-            "machine": machine(results["hardware"]),
-            "versions": results["versions"],
-            "commit": results["commit"],
-        }
-        marks = find_marks(Path(docs))
+        marks, origin = find_marks(Path(docs)), origin_of(runs[0].results)
         for table, (rows, formats) in tables_for_docs(groups).items():
             if f"{name}-{table}" in marks:
                 write_table(docs, f"{name}-{table}", rows, f"lnfree compare {given}", formats, **origin)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model_cards.card import build_card
 from model_cards.diagram import draw_block
@@ -23,7 +23,7 @@ from ..encryption.tables import describe_forward
 from ..errors import UserError, explained
 from ..files import is_taken, writing
 from ..plots import plot_curves, plot_heat_maps
-from ..runs import Run, step_of
+from ..runs import RESULTS, Run, step_of
 from .clean_process import find_failure
 
 
@@ -69,36 +69,16 @@ def export(
     if out_dir.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
         raise UserError(f"{out_dir} holds the run itself; name a new folder")
     results = _without_local_paths(run.results)
-    weights = checkpoint or run_dir / "model"
-    with explained(f"{weights}: its config.json or model.safetensors cannot be read"):
-        model = LNFreeForCausalLM.from_pretrained(weights, dtype="auto").eval()
-    model.config.use_cache = True  # the Trainer switches it off for training
-    # pipelines would generate 256 tokens, and truncation would not truncate
-    model.generation_config.max_length = model.config.max_position_embeddings
-    for parameter_name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"{run_dir} is not exported: its weight {parameter_name} has NaN or infinite entries")
-    with explained(f"{run_dir / 'model'}: its tokenizer.json or tokenizer_config.json cannot be read"):
-        tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    name = out_dir.resolve().name
+    model, tokenizer = _load(run_dir, checkpoint or run_dir / "model")
+    name, step = out_dir.resolve().name, step_of(checkpoint) if checkpoint else None
     with writing(out_dir):
         out_dir.parent.mkdir(parents=True, exist_ok=True)
     with writing(out_dir), tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{name}.") as aside:
         folder = Path(aside) / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        title = run.describe()
-        plot_heat_maps([run.attention_entropy], [title]).savefig(folder / "heat_map.png")
-        plot_curves([run], [title]).savefig(folder / "curves.png")
         draw_block(model.config, folder / "block.png")
-        for measured in (run_dir / "log_history.json", *run_dir.glob("*.jsonl")):
-            with explained(f"{run_dir}: its {measured.name} cannot be read"):
-                text = measured.read_text(encoding="utf-8")
-            (folder / measured.name).write_text(text, encoding="utf-8")
-        (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
-        step = step_of(checkpoint) if checkpoint else None
+        _write_measured(folder, run, results)
         cost = describe_forward(type(model), model.config, results["block_size"])
         rows = _compare(siblings)
         named = [read_variant(variant) for variant in (results["variant"], *(row["variant"] for row in rows))]
@@ -117,6 +97,35 @@ def export(
     print(f"{shown}: loaded back in a clean process, logits equal bit by bit; it generates")
     print(f"  {tokenizer.decode(generated[0])!r}")
     return out_dir
+
+
+def _load(run_dir: Path, weights: Path) -> tuple[LNFreeForCausalLM, PreTrainedTokenizerBase]:
+    """The model with these weights and its tokenizer, both with what is read by clients of the Hub."""
+    with explained(f"{weights}: its config.json or model.safetensors cannot be read"):
+        model = LNFreeForCausalLM.from_pretrained(weights, dtype="auto").eval()
+    model.config.use_cache = True  # the Trainer switches it off for training
+    # pipelines would generate 256 tokens, and truncation would not truncate
+    model.generation_config.max_length = model.config.max_position_embeddings
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{run_dir} is not exported: its weight {name} has NaN or infinite entries")
+    with explained(f"{run_dir / 'model'}: its tokenizer.json or tokenizer_config.json cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    return model, tokenizer
+
+
+def _write_measured(folder: Path, run: Run, results: dict[str, Any]):
+    """Results and recipe, and what was measured on the way, with its pictures."""
+    title = run.describe()
+    plot_heat_maps([run.attention_entropy], [title]).savefig(folder / "heat_map.png")
+    plot_curves([run], [title]).savefig(folder / "curves.png")
+    for measured in (run.folder / "log_history.json", *run.folder.glob("*.jsonl")):
+        with explained(f"{run.folder}: its {measured.name} cannot be read"):
+            text = measured.read_text(encoding="utf-8")
+        (folder / measured.name).write_text(text, encoding="utf-8")
+    (folder / RESULTS).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"], sort_keys=False), encoding="utf-8")
 
 
 def _without_local_paths(results: dict[str, Any]) -> dict[str, Any]:
