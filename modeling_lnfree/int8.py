@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from .metrics.attention_entropy.reading import inner_model
 from .metrics.attention_entropy.recorder import named_arguments

@@ -102,7 +102,7 @@ def run_all(defects: list[dict], copies: list[Path]) -> list[dict]:
     """Those that are not seen; ends the process if the tests fail without a defect."""
     whole = start(copies[0], sorted({test for defect in defects for test in tests_of(defect)}))
     whole.join()
-    check(whole, copies[0], whole.exitcode == 0)
+    check(copies[0], whole.exitcode == 0)
     waiting, free, unseen = list(defects), list(copies), []
     running: dict[Any, tuple[BaseProcess, dict, Path, float]] = {}
     while waiting or running:
@@ -118,7 +118,7 @@ def run_all(defects: list[dict], copies: list[Path]) -> list[dict]:
                 continue
             process.kill()
             process.join()
-            check(process, copy, process.exitcode != OTHER_MODULES)
+            check(copy, process.exitcode != OTHER_MODULES)
             if process.exitcode == 0:
                 unseen.append(defect)
             print(f"{'seen' if process.exitcode else 'NOT SEEN':8} {seconds:5.1f} s  {describe(defect)}", flush=True)
@@ -133,7 +133,7 @@ def start(copy: Path, tests: list[str]) -> BaseProcess:
     return process
 
 
-def check(process: BaseProcess, copy: Path, is_right: bool):
+def check(copy: Path, is_right: bool):
     if not is_right:
         log = (copy.parent / f"{copy.name}.log").read_text(encoding="utf-8", errors="replace")
         sys.exit(f"{log[-6000:]}\nthe tests do not pass without a defect, or not with the modules of the copy")

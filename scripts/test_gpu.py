@@ -26,7 +26,7 @@ from training.data import load_documents, load_tokenizer, tokenize_blocks
 from training.files import read_json, read_records
 from training.pages import format_head, format_row, machine
 from training.recipe import load_recipe
-from training.runs import REPORT, describe_instability, find_commit, library_versions, read_results
+from training.runs import REPORT, RESULTS, describe_instability, find_commit, library_versions, read_results
 from training.sweep import LOG, load_sweep
 
 
@@ -219,7 +219,7 @@ def describe_trainings(sweep: Path) -> list[dict[str, Any]]:
     rows = []
     for variant, job in zip(VARIANTS, load_sweep(sweep)[1], strict=True):
         folder, why, result = job.folder, "", None
-        if (folder / "results.json").is_file():
+        if (folder / RESULTS).is_file():
             result = read_results(folder)
         elif (folder / REPORT).is_file():
             why = describe_instability(read_json(folder / REPORT))

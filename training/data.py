@@ -370,7 +370,7 @@ def load_tokenizer(arguments: DataArguments, train: Dataset | None, vocab_size: 
             texts = (row[arguments.text_column] for row in train)
             bpe.train_from_iterator(texts, vocab_size, special_tokens=[END_OF_TEXT, PAD], show_progress=False)
             tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=bpe._tokenizer,
+                tokenizer_object=Tokenizer.from_str(bpe.to_str()),
                 bos_token=AddedToken(END_OF_TEXT, special=True),
                 eos_token=AddedToken(END_OF_TEXT, special=True),
                 pad_token=AddedToken(PAD, special=True),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig, LlamaModel, PreTrainedModel
+from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
 from modeling_lnfree import LNFreeForCausalLM, compute_attention_entropy, record_attention_entropy, use_fused_loss
 
@@ -67,7 +67,7 @@ def _llama(length: int, device: str) -> PreTrainedModel:
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=length, pad_token_id=None, **sizes
     )
     with torch.device(device):
-        return LlamaModel._from_config(config, dtype=torch.bfloat16)
+        return AutoModel.from_config(config, dtype=torch.bfloat16)
 
 
 def _stock(size: str, length: int, device: str) -> PreTrainedModel:

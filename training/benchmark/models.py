@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from modeling_lnfree import (
     EntropyRegularizer,
@@ -38,7 +38,7 @@ def build_lnfree(variant: str, size: str, length: int, device: str, **kwargs) ->
         return LNFreeForCausalLM(config)
 
 
-def build_stock(size: str, length: int, device: str, relu: bool = False, **kwargs) -> nn.Module:
+def build_stock(size: str, length: int, device: str, relu: bool = False) -> PreTrainedModel:
     """
     transformers' own model of the same size; with ReLU in place of GELU on request. The dropout is the paper's, on the
     embeddings alone: GPT-2's own, on attention and residuals too, would cost it time that has to do with neither norm
@@ -51,7 +51,7 @@ def build_stock(size: str, length: int, device: str, relu: bool = False, **kwarg
             max_position_embeddings=length, intermediate_size=4 * fields["hidden_size"], **fields, **act
         )
         with torch.device(device):
-            return GPTNeoXForCausalLM._from_config(config, **kwargs)
+            return GPTNeoXForCausalLM(config)
     names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
     act = {"activation_function": "relu"} if relu else {}
     others = {"bos_token_id": None, "eos_token_id": None, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -59,7 +59,7 @@ def build_stock(size: str, length: int, device: str, relu: bool = False, **kwarg
         n_positions=length, **{names.get(name, name): value for name, value in fields.items()}, **act, **others
     )
     with torch.device(device):
-        return GPT2LMHeadModel._from_config(config, **kwargs)
+        return GPT2LMHeadModel(config)
 
 
 def training_step(

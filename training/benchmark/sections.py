@@ -1,6 +1,5 @@
 """The sections of the benchmark, a function each, which gives the rows of its table one by one."""
 
-import json
 import os
 import statistics
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2Model, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModel, GPT2Config, PreTrainedModel, Trainer, TrainingArguments
 
 from modeling_lnfree import record_attention_entropy, use_fast_cpu
 from modeling_lnfree.variants import BASELINE, rename_variant
@@ -24,6 +23,7 @@ from ..errors import UserError
 from ..parametrization import parametrize_weights, update_spectral_norms
 from ..quantities import BatchEntropy, Outliers, Quantity, ResidualStream, ZeroActivations
 from ..recipe import load_recipe
+from ..runs import read_results
 from ..train.callbacks import MeasurementCallback
 from .gpu import TOKENS, benchmark_attention, benchmark_bf16, benchmark_passes
 from .models import (
@@ -177,7 +177,7 @@ def benchmark_entropy(settings: Settings) -> Iterator[Row]:
             special = {"bos_token_id": None, "eos_token_id": None}
             config = GPT2Config(n_embd=768, n_head=12, n_layer=2, vocab_size=1024, n_positions=length, **special)
             attention = "eager" if mode == "maps" else "sdpa"
-            model = GPT2Model._from_config(config, attn_implementation=attention).eval().to(device)
+            model = AutoModel.from_config(config, attn_implementation=attention).eval().to(device)
 
             @torch.no_grad()
             def run(ids=input_ids):
@@ -366,7 +366,7 @@ def benchmark_generation(settings: Settings) -> Iterator[Row]:
                 }
 
 
-def benchmark_command(settings: Settings, steps: int = 60) -> list[Row]:
+def benchmark_command(settings: Settings) -> list[Row]:
     """
     Tokens per second of `lnfree train` by the recipe `quick`, with all that it measures and writes, and of a plain
     Trainer on stock GPT-2 with the same arguments and blocks; beside the bare training step of either model. The last
@@ -382,9 +382,9 @@ def benchmark_command(settings: Settings, steps: int = 60) -> list[Row]:
     # what training prints does not belong among the tables
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         for index in range(settings.rounds):
-            base = [f"max_steps={steps}", f"save_steps={steps}", "disable_tqdm=true", "variant=SM+R"]
+            base = ["max_steps=60", "save_steps=60", "disable_tqdm=true", "variant=SM+R"]
             recipe = load_recipe("quick", [*base, f"output_dir={folder}/{index}"])
-            result = json.loads((train(recipe) / "results.json").read_text(encoding="utf-8"))
+            result = read_results(train(recipe))
             rows["lnfree train"].append(result["train_tokens"] / result["train_seconds"])
             waiting.append(result["data_seconds"] / result["train_seconds"])
             documents = load_documents(recipe.data, 0)

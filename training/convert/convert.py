@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, AutoTokenizer, Conv1D, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import has_file
 
 from modeling_lnfree import LNFreeConfig, LNFreeForCausalLM

@@ -145,8 +145,8 @@ def explain_trackers(trainer: Trainer):
     for name in trainer.args.report_to:
         (tracker,) = get_reporting_integration_callbacks([name])
         for callback in trainer.callback_handler.callbacks:
-            for event in ("on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end"):
-                if isinstance(callback, tracker):
+            if isinstance(callback, tracker):
+                for event in ("on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end"):
                     setattr(callback, event, _explained(name)(getattr(callback, event)))
 
 
