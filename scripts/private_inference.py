@@ -31,6 +31,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import resource
 import statistics
 import sys
@@ -55,7 +56,7 @@ from training.encryption.counting import count_operations
 from training.encryption.crypten import CRYPTEN
 from training.encryption.named import find_named
 from training.encryption.prices import Shape
-from training.pages import write_table
+from training.pages import format_head, format_row, write_table
 
 
 # CrypTen imports from it what it needs for ONNX only; torch has dropped it
@@ -188,8 +189,8 @@ class PrivateModel:
             return 0.5 * states * (1 + inner.tanh())
 
 
-def run_party(rank: int, folder: Path, aside: Path, variances: dict[str, float], length: int, new_tokens: int):
-    """One party's process; writes what it measured, and the client what it received, below `aside`."""
+def join(rank: int, aside: Path):
+    """Makes this process one of the two parties, on loopback and with one thread."""
     torch.set_num_threads(1)
     environment = {"DISTRIBUTED_BACKEND": "gloo", "RENDEZVOUS": f"file://{aside}/rendezvous"}
     os.environ.update(environment, WORLD_SIZE="2", RANK=str(rank))
@@ -197,6 +198,11 @@ def run_party(rank: int, folder: Path, aside: Path, variances: dict[str, float],
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     crypten.init()
     crypten.cfg.communicator.verbose = True  # or nothing is counted
+
+
+def run_party(rank: int, folder: Path, aside: Path, variances: dict[str, float], length: int, new_tokens: int):
+    """One party's process; writes what it measured, and the client what it received, below `aside`."""
+    join(rank, aside)
     config = LNFreeConfig.from_pretrained(folder)
     with torch.device("meta"):
         shapes = LNFreeForCausalLM(config).state_dict()
@@ -382,8 +388,12 @@ def to_markdown(runs: list[dict[str, Any]]) -> str:
     for name in (*OPERATIONS, "total"):
         cells = (_cost(run["prompt"].get(name), separator=" / ") for run in runs)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "Predicted by `lnfree cost` and measured:", "", *_table(prediction_rows(runs))]
+    lines += ["", "Predicted by `lnfree cost` and measured:", "", *to_lines(prediction_rows(runs))]
     return "\n".join([*lines, "", fit_rates(runs), "", NOT_PROTECTED])
+
+
+def to_lines(rows: list[dict[str, Any]]) -> list[str]:
+    return [*format_head(rows[0]), *map(format_row, rows)]
 
 
 def prediction_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -429,10 +439,7 @@ FUNCTIONS = {
 
 def run_functions(rank: int, aside: Path, shapes: list[tuple[int, int]]):
     """One party's process: every function on random numbers `(rows, length)`; writes what it cost below `aside`."""
-    environment = {"DISTRIBUTED_BACKEND": "gloo", "RENDEZVOUS": f"file://{aside}/rendezvous"}
-    os.environ.update(environment, WORLD_SIZE="2", RANK=str(rank))
-    crypten.init()
-    crypten.cfg.communicator.verbose = True
+    join(rank, aside)
     costs, meter = [], Meter()
     with crypten.no_grad():
         for shape in shapes:
@@ -446,11 +453,11 @@ def run_functions(rank: int, aside: Path, shapes: list[tuple[int, int]]):
 
 
 def read_shape(text: str) -> tuple[int, int]:
-    """`ROWSxLENGTH`. Raises ValueError for anything else."""
-    rows, length = map(int, text.split("x"))
-    if min(rows, length) < 1:
-        raise ValueError(text)
-    return rows, length
+    """`ROWSxLENGTH`. Raises ArgumentTypeError for anything else."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be two numbers of at least 1, as 3x16, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def function_rows(shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
@@ -493,11 +500,6 @@ def fit_rates(runs: list[dict[str, Any]]) -> str:
         f"{value:.2e} s a {unit}" for value, unit in zip(fitted, ("multiply-add", "byte", "round"), strict=True)
     )
     return f"A party computes about {values} (relative error {error:.0%})."
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (rows[0], *(row.values() for row in rows))]
-    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 
 
 def _cost(cost: dict[str, float] | None, separator: str = " | ") -> str:
@@ -561,7 +563,7 @@ def main():
     tables = {}
     if arguments.functions:
         tables["-functions"] = function_rows(arguments.functions)
-        print("\n".join(_table(tables["-functions"])))
+        print("\n".join(to_lines(tables["-functions"])))
     runs = [run(name, arguments.prompt, arguments.tokens, arguments.new_tokens) for name in arguments.exports]
     runs.sort(key=lambda run: variant_order(run["variant"]))
     if runs:
