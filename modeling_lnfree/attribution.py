@@ -406,5 +406,6 @@ def _check_sum(attribution: LogitAttribution, model: Any):
     if not (wrong <= torch.finfo(model.dtype).eps ** 0.5 * size).all():
         raise ValueError(
             f"the parts add up to logits that are wrong by up to {wrong.max():.3g}: the model computes something "
-            "beside its weights, such as an adapter that is not merged or a quantization, or its logits are not finite"
+            "beside its weights, such as an adapter that is not merged or a quantization, or its stream is no sum of "
+            "what the parts write, or its logits are not finite"
         )

@@ -1,11 +1,12 @@
 """Fields of a recipe that change nothing beside the others: refused, or told where a recipe by name may have them."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from modeling_lnfree import LNFreeConfig
 from modeling_lnfree.configuration_lnfree import PRESETS
-from modeling_lnfree.parts_lnfree import NORMS
+from modeling_lnfree.parts_lnfree import NORMS, WIRINGS, keep
 
 from .errors import UserError
 
@@ -13,6 +14,18 @@ from .errors import UserError
 _NORMS = {name: build(1, 1.0, 1.0) for name, build in NORMS.items()}
 _WITH_ALPHA = [name for name, norm in _NORMS.items() if hasattr(norm, "alpha")]
 _WITH_EPS = [name for name, norm in _NORMS.items() if hasattr(norm, "eps")]
+
+
+def _wire(position: str, is_parallel: bool) -> float:
+    """What a block of this wiring makes of a number where its norms are identities."""
+    wiring, _ = WIRINGS[position, is_parallel]
+    block = SimpleNamespace(**{name: keep for _, names in WIRINGS.values() for name in names})
+    branches = (lambda x: x * x + 0.5, lambda x: x**3 - 0.7)
+    return wiring(block, 0.3, *branches, lambda x, y: 1.1 * x + 0.9 * y, lambda x, y: 0.8 * x + 1.2 * y)
+
+
+# those that are wired as "pre" is, but for the norms
+_NEED_NORMS = {key for key in WIRINGS if _wire(*key) == _wire("pre", key[1])}
 # of the model: where it acts, and what that is called
 _OF_THE_MODEL: dict[str, tuple[Callable[[LNFreeConfig], bool], str]] = {
     **dict.fromkeys(
@@ -27,7 +40,10 @@ _OF_THE_MODEL: dict[str, tuple[Callable[[LNFreeConfig], bool], str]] = {
         lambda config: bool(_norms(config).intersection(_WITH_EPS) or config.normalized_projections),
         "a norm that divides",
     ),
-    "norm_position": (lambda config: config.norm_type != "none", "norms in the layers (norm_type)"),
+    "norm_position": (
+        lambda config: config.norm_type != "none" or not _needs_norms(config),
+        "norms in the layers (norm_type)",
+    ),
     "intermediate_size": (
         lambda config: config.is_heterogeneous or config.mlp_type != "none",
         "feed-forward layers (mlp_type)",
@@ -94,7 +110,8 @@ def check_effects(given: dict[str, Any], defaults: dict[str, Any], config: LNFre
     if config is not None:
         lines += _idle(given, defaults, _OF_THE_MODEL, config)
         # the preset's own field
-        if PRESETS.get(config.preset or "", {}).keys() == {"norm_position"} and config.norm_type == "none":
+        is_position = PRESETS.get(config.preset or "", {}).keys() == {"norm_position"}
+        if is_position and config.norm_type == "none" and _needs_norms(config):
             lines.append(f"preset {config.preset} has no effect without norms in the layers, got {config.variant}")
     if lines:
         raise UserError(lines[0])
@@ -115,6 +132,11 @@ def _idle(given: dict[str, Any], defaults: dict[str, Any], table: dict[str, Any]
         for name, (acts, needs) in table.items()
         if given.get(name) not in (None, defaults.get(name)) and not acts(seen)
     ]
+
+
+def _needs_norms(config: LNFreeConfig) -> bool:
+    """Whether its norm position says nothing without norms."""
+    return (config.norm_position, config.parallel_residual) in _NEED_NORMS
 
 
 def _norms(config: LNFreeConfig) -> set[str]:
