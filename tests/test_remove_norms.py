@@ -78,8 +78,8 @@ def test_from_the_command_to_the_card(stock, corpus, own_cache, tmp_path, monkey
     assert not [module for module in ours.modules() if isinstance(module, torch.nn.LayerNorm)]
     input_ids = random_ids(2, 9)
     assert not torch.allclose(ours(input_ids).logits, model(input_ids).logits, atol=1e-3)
-    # a finished one is left as it is
-    finished = [tmp_path / "out" / name / "results.json" for name in ("removed", "control")]
+    # finished runs are not trained again
+    finished = [tmp_path / "out" / name / "model" / "model.safetensors" for name in ("removed", "control")]
     before = [path.stat().st_mtime_ns for path in finished]
     assert cli.main(command) == 0
     assert [path.stat().st_mtime_ns for path in finished] == before
