@@ -118,15 +118,17 @@ def to_rows(found: dict[str, dict[int, int | None]]) -> list[dict[str, Any]]:
 def plot(found: dict[str, dict[int, int | None]]) -> Figure:
     figure = Figure(figsize=(8, 0.6 + 0.3 * len(found)), layout="constrained")
     axis = figure.subplots()
+    never = STEPS + 2 * EVERY
     for row, steps in enumerate(found.values()):
-        for step in sorted({STEPS + EVERY if step is None else step for step in steps.values()}):
-            same = [seed for seed, each in steps.items() if (STEPS + EVERY if each is None else each) == step]
-            heights = [row + 0.08 * (index - (len(same) - 1) / 2) for index in range(len(same))]
-            color = "C3" if step > STEPS else "C0"
-            axis.plot([step] * len(same), heights, "o", ms=4, color=color)
-    axis.axvspan(STEPS + EVERY / 2, STEPS + 2 * EVERY, color="C3", alpha=0.1, lw=0)
-    axis.set_xlim(0, STEPS + 2 * EVERY)
-    axis.set_xticks([*range(0, STEPS + 1, 40), STEPS + 1.25 * EVERY], [*map(str, range(0, STEPS + 1, 40)), "never"])
+        places = [never if step is None else step for step in steps.values()]
+        for place in sorted(set(places)):
+            same = places.count(place)
+            heights = [row + 0.08 * (index - (same - 1) / 2) for index in range(same)]
+            axis.plot([place] * same, heights, "o", ms=4, color="C3" if place == never else "C0")
+    axis.axvspan(never - EVERY, never + EVERY, color="C3", alpha=0.1, lw=0)
+    ticks = range(0, STEPS + 1, 40)
+    axis.set_xticks([*ticks, never], [*map(str, ticks), "never"])
+    axis.set_xlim(0, never + EVERY)
     axis.set_yticks(range(len(found)), list(found), fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f"steps until the loss is below {LOSS} nats; a point a seed")

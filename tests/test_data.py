@@ -244,6 +244,8 @@ def test_stream_gives_every_token_once_in_a_pass(streamed, files, processes, mon
     assert seen == expected
 
 
+# torch's, of two workers on one core
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_goes_on_where_it_was_left(streamed, workers):
     folder = streamed(4)
