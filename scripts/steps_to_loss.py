@@ -24,6 +24,7 @@ from training.errors import UserError
 from training.files import read_records
 from training.pages import check_docs, format_head, format_row, write_table
 from training.recipe import load_recipe
+from training.runs import find_commit
 from training.train.start import start_model
 from training.train.trainer import LNFreeTrainer
 
@@ -155,7 +156,7 @@ def main():
             for seed in range(1, arguments.seeds + 1):
                 if seed not in found.setdefault(setting, {}):
                     found[setting][seed] = count_steps([*overrides, *arguments.overrides], seed)
-                    record = {"setting": setting, "seed": seed, "steps": found[setting][seed]}
+                    record = {"setting": setting, "seed": seed, "steps": found[setting][seed], "commit": find_commit()}
                     with arguments.results.open("a") as file:
                         file.write(json.dumps(record) + "\n")
     except UserError as error:
@@ -164,7 +165,10 @@ def main():
     print(*format_head(rows[0]), *map(format_row, rows), sep="\n")
     if arguments.docs is not None:
         command = " ".join(["python scripts/steps_to_loss.py", *arguments.overrides])
-        write_table(arguments.docs, "steps-to-loss", rows, command)
+        # that of the runs, which may be older
+        write_table(
+            arguments.docs, "steps-to-loss", rows, command, commit=read_records(arguments.results)[0]["commit"]
+        )
         plot(found).savefig(Path(arguments.docs) / "steps_to_loss.png", dpi=110)
 
 

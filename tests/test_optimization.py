@@ -429,6 +429,7 @@ def test_script_of_the_stalls_counts_the_steps_of_runs(recipe_values, monkeypatc
             script["main"].__globals__.update(LOSS=loss, STEPS=30, SETTINGS={"SM+R": ["variant=SM+R"]})
             script["main"]()
         found = [json.loads(line) for line in results.read_text().splitlines()]
+        assert {record.pop("commit") for record in found} == {runs.find_commit()}
         reached = [[10 * i for i, value in enumerate(each, 1) if value < loss] for each in losses]
         steps = [each[0] if each else None for each in reached]
         assert found == [{"setting": "SM+R", "seed": seed, "steps": steps[seed - 1]} for seed in (1, 2)]
