@@ -150,15 +150,18 @@ def main():
         if arguments.docs is not None:
             check_docs(arguments.docs)
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        for record in read_records(arguments.results):
+        # others are answers to another question
+        records = [record for record in read_records(arguments.results) if record["overrides"] == arguments.overrides]
+        for record in records:
             found.setdefault(record["setting"], {})[record["seed"]] = record["steps"]
         for setting, overrides in SETTINGS.items():
             for seed in range(1, arguments.seeds + 1):
                 if seed not in found.setdefault(setting, {}):
                     found[setting][seed] = count_steps([*overrides, *arguments.overrides], seed)
-                    record = {"setting": setting, "seed": seed, "steps": found[setting][seed], "commit": find_commit()}
+                    record = {"setting": setting, "seed": seed, "steps": found[setting][seed]}
+                    records.append({**record, "overrides": arguments.overrides, "commit": find_commit()})
                     with arguments.results.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
+                        file.write(json.dumps(records[-1]) + "\n")
     except UserError as error:
         sys.exit(f"steps_to_loss: {error}")
     rows = to_rows(found)
@@ -166,9 +169,7 @@ def main():
     if arguments.docs is not None:
         command = " ".join(["python scripts/steps_to_loss.py", *arguments.overrides])
         # that of the runs, which may be older
-        write_table(
-            arguments.docs, "steps-to-loss", rows, command, commit=read_records(arguments.results)[0]["commit"]
-        )
+        write_table(arguments.docs, "steps-to-loss", rows, command, commit=records[0]["commit"])
         plot(found).savefig(Path(arguments.docs) / "steps_to_loss.png", dpi=110)
 
 

@@ -430,9 +430,14 @@ def test_script_of_the_stalls_counts_the_steps_of_runs(recipe_values, monkeypatc
             script["main"]()
         found = [json.loads(line) for line in results.read_text().splitlines()]
         assert {record.pop("commit") for record in found} == {runs.find_commit()}
+        assert all(record.pop("overrides") == given for record in found)
         reached = [[10 * i for i, value in enumerate(each, 1) if value < loss] for each in losses]
         steps = [each[0] if each else None for each in reached]
         assert found == [{"setting": "SM+R", "seed": seed, "steps": steps[seed - 1]} for seed in (1, 2)]
+    # with other values everything is missing
+    monkeypatch.setattr("sys.argv", ["steps_to_loss.py", *given, "seed=7", "--seeds", "1", "--results", str(results)])
+    script["main"]()
+    assert json.loads(results.read_text().splitlines()[2])["overrides"] == [*given, "seed=7"]
     assert "| SM+R | 2 | 0 | > 30 | > 30 | > 30 |" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "docs" / "steps_to_loss.png").read_bytes().startswith(b"\x89PNG")
 
