@@ -82,3 +82,27 @@ def test_page_has_the_perplexity_of_each_of_three_seeds_and_the_mean_of_more(tmp
     rows, _ = tables_for_docs([compare_group(grouped(tmp_path, {**few, **many}), [])])["perplexity"]
     found = {row["configuration"]: row["perplexity"] for row in rows}
     assert found == {"SM+R": [5.0, 10.0, 15.0], "SM+G": pytest.approx((5.0 * 10.0 * 15.0 * 20.0) ** (1 / 4))}
+
+
+def test_rates_of_a_variant_are_compared_over_the_seeds_that_have_all_of_them(tmp_path):
+    found = []
+    for rate, perplexities in {
+        0.003: {("SM+R", 1): 9.0, ("SM+R", 2): 8.0, ("SM+G", 2): 4.0},
+        0.006: {("SM+R", 1): 4.0, ("SM+R", 2): 2.0, ("SM+R", 3): 1.0, ("SM+G", 2): 5.0, ("SM+LN+G", 2): 3.0},
+        0.012: {("SM+R", 1): 1.0, ("SM+R", 2): 16.0},
+    }.items():
+        (tmp_path / str(rate)).mkdir()
+        runs = grouped(tmp_path / str(rate), perplexities)
+        found += [
+            Run(run.folder, {**run.results, "recipe": {**run.recipe, "layer_learning_rate": rate}}) for run in runs
+        ]
+    # one by AdamW at the rate of all the rest
+    found += grouped(tmp_path, {("SM+LN+R", 2): 1.0})
+    rows, _ = tables_for_docs([compare_group(found, [])])["rates"]
+    assert sorted(rows, key=lambda row: row["variant"]) == [
+        {"variant": "SM+G", "at 0.003": 4.0, "at 0.006": pytest.approx(5.0), "at 0.012": None, "best": "0.003"},
+        {
+            **{"variant": "SM+R", "at 0.003": pytest.approx(72**0.5), "at 0.006": pytest.approx(8**0.5)},
+            **{"at 0.012": pytest.approx(4.0), "best": "0.006"},
+        },
+    ]

@@ -119,7 +119,7 @@ def masks(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("elements", "queries"), [(1, 1), (70, 3), (400, 8), (2**17, 32)])
+@pytest.mark.parametrize(("elements", "queries"), [(1, 1), (70, 3), (400, 8), (2**17, 64)])
 @pytest.mark.parametrize(
     "mask", [None, "causal", "packed", "window", "by sequence", "by head", "by sequence and head"]
 )

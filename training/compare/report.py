@@ -131,7 +131,7 @@ def _entropy_by_layer(configurations: list[dict[str, Any]]) -> Table:
 
 def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]], dict[str, str]]]:
     """Rows and formats of the tables for the docs: what every configuration reaches, pairs, entropies by layer."""
-    results, pairs, entropies, seconds = [], [], [], []
+    results, pairs, entropies, seconds, rates = [], [], [], [], []
     for group in groups:
         setting = {"setting": group.title} if len(groups) > 1 else {}
         for row in group.summary["configurations"]:
@@ -144,12 +144,13 @@ def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]]
             layers = enumerate(row["entropy_by_layer"])
             entropies.append({**named, **{f"layer {layer}": entropy for layer, entropy in layers}})
         seconds += [{**setting, **row} for row in seconds_rows(group)]
+        rates += [{**setting, **row} for row in _rate_rows(group)]
         for pair in group.summary["pairs"]:
             named = {"first": pair["first"], "against": pair["second"], "pairs": len(pair["change"]["by_seed"])}
             pairs.append({**setting, **named, **_change(pair["change"])})
     formats = {"perplexity": "{:.3f}", "change": "{:+.2f} %", "95 % interval": "{:+.2f} to {:+.2f} %"}
     tables = {"perplexity": (results, formats), "pairs": (pairs, formats), "entropy": (entropies, {})}
-    tables["seconds"] = (seconds, {})
+    tables |= {"seconds": (seconds, {}), "rates": (rates, {})}
     overview = [
         row for group in groups for row in _overview_rows(group, {"setting": group.title} if len(groups) > 1 else {})
     ]
@@ -158,6 +159,33 @@ def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]]
     digits = dict.fromkeys(PERPLEXITIES, "{:.3f}")
     tables["measured"] = (found, {**digits, "bits per byte": "{:.4f}", "outlier dimensions": "{:.1f}"})
     return {name: table for name, table in tables.items() if table[0]}
+
+
+def _rate_rows(group: Group) -> list[dict[str, Any]]:
+    """
+    Of every variant whose layers were trained at several rates, its perplexity at each, over the seeds that have all of
+    them (exp of the mean loss), and the rate of the lowest.
+    """
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    for run in group.runs:
+        if (rate := run.recipe.get("layer_learning_rate")) is not None:
+            found.setdefault(run.variant, {}).setdefault(rate, {})[run.seed] = run.perplexity
+    reached = {}
+    for variant, by_rate in found.items():
+        seeds = set.intersection(*map(set, by_rate.values()))
+        if seeds and len(by_rate) > 1:
+            reached[variant] = {
+                rate: statistics.geometric_mean(by_rate[rate][seed] for seed in seeds) for rate in by_rate
+            }
+    rates = sorted({rate for perplexities in reached.values() for rate in perplexities})
+    return [
+        {
+            "variant": variant,
+            **{f"at {rate:g}": perplexities.get(rate) for rate in rates},
+            "best": f"{min(perplexities, key=perplexities.__getitem__):g}",
+        }
+        for variant, perplexities in reached.items()
+    ]
 
 
 def _overview_rows(group: Group, setting: dict[str, str]) -> list[dict[str, Any]]:

@@ -154,8 +154,14 @@ def entropy_of_visible(
                 entropy, *_ = LinearEntropy.apply(*given, mean, scaling, visibility, ahead)
             else:
                 entropy, _ = _streamed_entropy(query, key, *arguments)
-    entropy = _Limited.apply(entropy.to(dtype), largest_entropy(visibility, sinks).to(dtype))
-    return entropy.masked_fill(visibility.number() == 0, torch.nan), infinite, empty
+    entropy = entropy.to(dtype)
+    # without what rounding leaves beside the range. The gradient goes through: at the ends it is 0 by itself, to
+    # rounding, and where it is not cut off it is the same for all queries of a head. The difference is exact
+    computed, largest = entropy.detach(), largest_entropy(visibility, sinks).to(dtype)
+    entropy = entropy + (computed.clamp(min=0.0).minimum(largest) - computed)
+    if visibility.mask is not None:
+        entropy = entropy.masked_fill(visibility.number() == 0, torch.nan)
+    return entropy, infinite, empty
 
 
 def largest_entropy(visibility: Visibility, sinks: Tensor | None) -> Tensor:
@@ -300,22 +306,6 @@ def _in_blocks(function: Callable[..., Tensor], elements: int, num_queries: int,
         else:
             blocks.append(function(*arguments))
     return torch.cat(blocks, 2)
-
-
-class _Limited(torch.autograd.Function):
-    """An entropy without what rounding leaves beside its range. The gradient goes through: at the ends it is 0 by
-    itself, to rounding, and where it is not cut off it is the same for all queries of a head."""
-
-    @staticmethod
-    def forward(entropy: Tensor, largest: Tensor) -> Tensor:
-        return entropy.clamp(min=0.0).minimum(largest)  # hands NaN on
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None: ...
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 def _streamed_entropy(

@@ -19,7 +19,7 @@ BLOCK_ELEMENTS_OF_ACCELERATORS = 2**24
 # and on a CPU, where every step works in place: what fits the nearest cache of a core, and so few queries of a head
 # that there is little among their keys that some do not see
 _CACHED_ELEMENTS = 2**17
-_CACHED_QUERIES = 32
+_CACHED_QUERIES = 64
 _LOG_2 = math.log(2)
 
 
@@ -53,25 +53,30 @@ class _Block(NamedTuple):
 
 def _blocks(query: Tensor, key: Tensor, mean: Tensor, visibility: Visibility) -> Iterator[_Block]:
     """All queries, of every sequence and head of keys; in the dtype of `mean`, which is subtracted from the keys."""
-    (batch, kv_heads, num_keys, _), groups = key.shape, query.shape[1] // key.shape[1]
-    query = query.reshape(batch * kv_heads, groups, *query.shape[2:])
+    (batch, kv_heads, num_keys, _), (_, heads, num_queries, _) = key.shape, query.shape
+    heads_of_keys, groups = batch * kv_heads, heads // kv_heads
+    query = query.reshape(heads_of_keys, groups, num_queries, -1)
     key = (key - mean).flatten(0, 1)
     elements = BLOCK_ELEMENTS_OF_ACCELERATORS
-    step = elements // (query[:, :, 0, 0].numel() * num_keys)
+    step = elements // (batch * heads * num_keys)
     if key.is_cpu:
         elements = _CACHED_ELEMENTS * torch.get_num_threads()
         step = min(_CACHED_QUERIES // groups, elements // (groups * num_keys))
-    step = max(1, step)
-    for start in range(0, query.shape[2], step):
-        queries = slice(start, min(start + step, query.shape[2]))
+    step = min(max(1, step), num_queries)
+    # all blocks of a causal head hide the same
+    triangle = mean.new_full((step, step), -torch.inf).triu_(1) if visibility.is_causal else None
+    for start in range(0, num_queries, step):
+        queries = slice(start, min(start + step, num_queries))
         keys, hidden = visibility.part(queries.start, queries.stop)
         bias = None
-        if hidden is not None:
+        if triangle is not None:
+            bias = triangle[: queries.stop - start, : queries.stop - start].expand(heads_of_keys, groups, -1, -1)
+        elif hidden is not None:
             bias = mean.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-            bias = bias.expand(batch, kv_heads * groups, -1, -1).reshape(*query.shape[:2], *hidden.shape[2:])
+            bias = bias.expand(batch, heads, -1, -1).reshape(heads_of_keys, groups, *hidden.shape[2:])
         rows = query[:, :, queries].flatten(1, 2).to(mean.dtype)
-        heads = max(1, elements // (rows.shape[1] * (keys.stop - keys.start)))
-        parts = [slice(head, head + heads) for head in range(0, len(rows), heads)]
+        some = max(1, elements // (rows.shape[1] * (keys.stop - keys.start)))
+        parts = [slice(head, head + some) for head in range(0, heads_of_keys, some)]
         yield _Block(queries, rows, keys, key[:, keys], bias, parts)
 
 
@@ -150,7 +155,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients `(heads of keys, groups, T, head_dim)` and `(heads of keys, head_dim, S)`, from factor, entropy and
     log-sum-exp to the base 2 of each query, `(heads of keys, groups, T)`, and from its scores, computed again."""
-    to_query = mean.new_zeros(*factor.shape, query.shape[-1])
+    to_query = mean.new_empty(*factor.shape, query.shape[-1])
     to_key = mean.new_zeros(len(factor), *key.mT.shape[2:])
     with torch.autocast(query.device.type, enabled=False):
         for block in _blocks(query, key, mean, visibility):
@@ -163,7 +168,7 @@ def _gradients(
                 scores = block.scores(part, scaling / _LOG_2, less).clamp_(min=HIDDEN_BIAS)
                 slope = scores.exp2().mul_(scores.add_(entropies[part]))
                 torch.bmm(slope, block.key[part], out=to_rows[part])
-                to_key[part, :, block.keys] += torch.bmm(rows[part].mT, slope)
+                to_key[part, :, block.keys].add_(torch.bmm(rows[part].mT, slope))
             to_queries = to_query[:, :, block.queries]
-            to_queries.copy_((factors * to_rows).view(to_queries.shape))
+            torch.mul(factors.view(*to_queries.shape[:3], 1), to_rows.view(to_queries.shape), out=to_queries)
     return to_query, to_key

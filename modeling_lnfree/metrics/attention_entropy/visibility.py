@@ -41,12 +41,9 @@ class Visibility:
         return Visibility(mask, False, stop - start, num_keys, self.device)
 
     def part(self, start: int, stop: int) -> tuple[slice, Tensor | None]:
-        """The keys from the first to the last that any query from `start` to `stop` sees, and which of the last of
-        these each does not see, bool, `(batch | 1, heads | 1, queries, last keys)`; a query without a key sees all."""
+        """The keys from the first to the last that any query from `start` to `stop` sees, and which of these a mask
+        hides from each, bool, `(batch | 1, heads | 1, queries, keys)`; a query without a key sees all."""
         keys = slice(0, stop if self.is_causal else self.num_keys)
-        if self.is_causal:
-            shape = (1, 1, stop - start, stop - start)
-            return keys, torch.ones(shape, dtype=torch.bool, device=self.device).triu(1)
         if self.mask is None:
             return keys, None
         mask = self.mask[:, :, start:stop]
