@@ -163,8 +163,8 @@ def tables_for_docs(groups: list[Group]) -> dict[str, tuple[list[dict[str, Any]]
 
 def _rate_rows(group: Group) -> list[dict[str, Any]]:
     """
-    Of every variant whose layers were trained at several rates, its perplexity at each, over the seeds that have all of
-    them (exp of the mean loss), and the rate of the lowest.
+    Of every variant whose layers were trained at several rates, its perplexity at each, over the seeds that have all
+    of them (exp of the mean loss), and the rate of the lowest.
     """
     found: dict[str, dict[float, dict[int, float]]] = {}
     for run in group.runs:
