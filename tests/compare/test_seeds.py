@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import runpy
 import statistics
 
 import numpy as np
@@ -13,6 +14,8 @@ from training.compare import seeds
 from training.compare.report import summary_row
 from training.errors import UserError
 from training.runs import Run
+
+from ..conftest import ROOT
 
 
 def fake_run(tmp_path, variant, seed, perplexity, evaluated=(), **recipe):
@@ -146,3 +149,33 @@ def test_intervals_of_a_pair_are_of_two_kinds(tmp_path):
     assert pair["change"]["t_interval"] == pytest.approx(expected)
     width, other = (np.ptp(pair["change"][name]) for name in ("t_interval", "bootstrap_interval"))
     assert other < width
+
+
+def test_course_of_a_difference_is_that_of_the_logged_losses(tmp_path):
+    gap = {10: 0.5, 20: -0.25, 30: 0.1}
+    runs = []
+    for variant, sign in (("SM+R", 1), ("SM+G", 0), ("SM+LN+R", 0)):
+        for seed in (1, 2, 3):
+            run = fake_run(tmp_path, variant, seed, 9.0)
+            # each seed at a level of its own, and a little off the common gap
+            log = [{"step": step, "loss": 5 + seed + sign * (nats + (seed - 2) / 100)} for step, nats in gap.items()]
+            (run.folder / "log_history.json").write_text(json.dumps([*log, {"step": 30, "eval_loss": 7.0}]))
+            runs.append(run)
+    script = runpy.run_path(str(ROOT / "scripts" / "difference_over_tokens.py"))
+    [(pair, course)] = script["follow"](runs).items()
+    assert pair == "SM+R against SM+G" and list(course) == [1000, 2000, 3000]
+    # Student's t with 2 degrees of freedom, of a standard error of 0.01 / sqrt(3)
+    half = 4.3027 * 0.01 / math.sqrt(3)
+    for found, nats in zip(course.values(), gap.values(), strict=True):
+        assert found == pytest.approx([100 * math.expm1(nats + off) for off in (0, -half, half)], abs=1e-2)
+    assert script["follow"](runs[:5]) == {}
+
+
+def test_course_of_a_difference_is_that_of_the_docs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["difference_over_tokens.py"])
+    runpy.run_path("scripts/difference_over_tokens.py", run_name="__main__")
+    assert capsys.readouterr().out.rstrip() in (ROOT / "docs" / "stability.md").read_text()
+    monkeypatch.setattr("sys.argv", ["difference_over_tokens.py", "docs/stability.md"])
+    with pytest.raises(SystemExit, match="difference_over_tokens: docs/stability.md is no parquet file of runs"):
+        runpy.run_path("scripts/difference_over_tokens.py", run_name="__main__")
