@@ -4,12 +4,14 @@ import copy
 import json
 import math
 import runpy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from modeling_lnfree import (
@@ -18,7 +20,7 @@ from modeling_lnfree import (
     build_optimizer,
     get_parameter_groups,
 )
-from modeling_lnfree.optimization import get_decayed_parameters
+from modeling_lnfree.optimization import WideProducts, get_decayed_parameters
 from training import cli, runs
 from training.errors import UserError
 from training.recipe import build_recipe
@@ -45,9 +47,13 @@ def train_steps(model, optimizer, steps=4, scheduler=None):
 
 
 @needs_muon
-@pytest.mark.parametrize("variant", ["SM+R", "SM+LN+LR-layer"])
-def test_muon_steps_the_layers_matrices_and_adamw_all_else(variant):
-    """Against torch's two optimizers side by side, each with a schedule of its own."""
+@pytest.mark.parametrize(
+    "variant, capability, products",
+    [("SM+R", "AVX512", nullcontext), ("SM+LN+LR-layer", "AVX512", nullcontext), ("SM+R", "AVX2", WideProducts)],
+)
+def test_muon_steps_the_layers_matrices_and_adamw_all_else(variant, capability, products, monkeypatch):
+    """Against torch's two optimizers side by side, each with a schedule of its own, on either kind of processor."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     options = {"learning_rate": 0.003, "weight_decay": 0.2, "muon_momentum": 0.8, "betas": (0.8, 0.9)}
     ours, theirs = tiny_model(variant), tiny_model(variant)
     theirs.load_state_dict(ours.state_dict())
@@ -71,12 +77,42 @@ def test_muon_steps_the_layers_matrices_and_adamw_all_else(variant):
         ids = random_ids(2, 16) if step else torch.arange(32).view(2, 16)
         theirs.zero_grad()
         theirs(input_ids=ids, labels=ids).loss.backward()
-        for each in (*references, *schedules):
+        with products():
+            references[0].step()
+        for each in (*references[1:], *schedules):
             each.step()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert mine.equal(other), name
     assert schedule.get_last_lr()[0] == pytest.approx(0.003 / 5)
     assert schedule.get_last_lr()[-1] == pytest.approx(0.02 / 5)
+
+
+class Products(TorchFunctionMode):
+    """The type of each product of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.addmm, torch.Tensor.matmul):
+            self.dtypes += {a.dtype for a in args}
+        return func(*args, **(kwargs or {}))
+
+
+def test_wide_products_are_rounded_once_and_leave_all_else_alone():
+    torch.manual_seed(0)
+    a, b, c = (torch.randn(shape).bfloat16() for shape in ((24, 300), (300, 24), (24, 24)))
+    with Products() as products, WideProducts():
+        found = torch.addmm(c, a, b, beta=-4.0, alpha=0.5), a @ b
+        single, mixed = a.float() @ b.float(), (a @ b).float() + c
+    assert products.dtypes == [torch.float32] * 4
+    exact = -4 * c.double() + 0.5 * (a.double() @ b.double()), a.double() @ b.double()
+    for mine, reference in zip(found, exact, strict=True):
+        assert mine.dtype == torch.bfloat16
+        # 8 bits; each rounding of a partial sum would add as much again
+        assert ((mine.double() - reference).abs() <= 2**-8 * reference.abs() + 1e-4).all()
+    assert single.dtype == mixed.dtype == torch.float32 and single.equal(a.float() @ b.float())
 
 
 @needs_muon
