@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -246,6 +247,28 @@ def test_a_query_that_sees_no_key_is_nan_and_does_not_count():
     assert result.entropy[:, :, 0].isnan().all() and result.total[:, 4].eq(2 * 7).all()
     none = kernel_entropy(query[:, :, :0], key, scaling=0.25, logits=True)
     assert none.entropy.shape == (2, 4, 0) and none.total.eq(0).all() and none.logits[:, 1:].eq(0).all()
+
+
+def test_it_starts_on_the_device_of_the_queries(monkeypatch):
+    """Triton itself starts on the current device; layers of one model may lie on several."""
+    from modeling_lnfree.metrics.attention_entropy import kernel
+
+    query, current, started_on = torch.randn(1, 2, 5, 16), [None], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: started_on.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(kernel, "_entropy_kernel", Kernel())
+    kernel.kernel_entropy(query, query, scaling=1.0)
+    assert len(started_on) == 1 and started_on[0] is query
 
 
 def test_more_queries_than_keys():
