@@ -90,7 +90,7 @@ def test_a_part_is_what_its_removal_from_the_last_layer_takes_away(name, backbon
     torch.testing.assert_close(found.heads[-1, 2], (without_mlp - model(input_ids).logits[..., 5]).detach())
 
 
-def test_float32_sums_to_1e_5_with_padding_and_batches():
+def test_float32_sums_to_its_own_rounding_with_padding_and_batches():
     model = tiny_model("SM+R-noLNf")
     input_ids, mask = random_ids(3, 13), torch.ones(3, 13, dtype=torch.long)
     mask[0, :4] = 0
@@ -98,7 +98,9 @@ def test_float32_sums_to_1e_5_with_padding_and_batches():
     logits = model(input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     assert found.targets.equal(logits.argmax(-1))
     torch.testing.assert_close(found.logits.float(), logits.max(-1).values, atol=0, rtol=0)
-    torch.testing.assert_close(found.total, found.logits, atol=1e-5, rtol=1e-6)
+    # how a processor adds up decides the last bits: a few of them, of the size of what is added up at each position
+    size = torch.stack([part.abs() for part in found.parts.values()]).sum(0)
+    assert ((found.total - found.logits).abs() <= 4 * torch.finfo(torch.float32).eps * size).all()
     assert list(found.parts)[2:8] == [f"layer 0 head {h}" for h in range(4)] + [
         "layer 0 attention bias",
         "layer 0 MLP",

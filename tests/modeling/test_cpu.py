@@ -316,13 +316,15 @@ def test_causal_lm_loss_and_its_gradient_match_torch(dtype, vocab_size, scale):
     labels = torch.randint(vocab_size, logits.shape[:2])
     labels[0, 1:-1:3] = -100
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    tolerance = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 1e-6, "rtol": 5e-6}
+    tolerance = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 1e-6, "rtol": 2e-6}
+    # over a million of the few values that bfloat16 has, torch's float32 softmax errs by 4e-6 with AVX2
+    of_loss = {"atol": 1e-6, "rtol": 5e-6} if dtype == torch.bfloat16 and vocab_size > 10000 else tolerance
     for options in ({}, {"num_items_in_batch": 17}, {"num_items_in_batch": torch.tensor(17)}):
         reduction = "sum" if options else "mean"
         expected = shifted_cross_entropy(logits, labels, reduction=reduction) / (17 if options else 1)
         loss = causal_lm_loss(logits, labels, vocab_size, **options)
         assert loss.dtype == wide
-        torch.testing.assert_close(loss.double(), expected, **tolerance)
+        torch.testing.assert_close(loss.double(), expected, **of_loss)
         (grad,), (expected_grad,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
         assert grad.dtype == dtype
         # in half precision both are rounded once, from float32 and from float64
@@ -334,7 +336,7 @@ def test_causal_lm_loss_and_its_gradient_match_torch(dtype, vocab_size, scale):
     torch.testing.assert_close(
         causal_lm_loss(logits, other, vocab_size, ignore_index=3).double(),
         F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), other[:, 1:].flatten(), ignore_index=3),
-        **tolerance,
+        **of_loss,
     )
 
 
