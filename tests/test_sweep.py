@@ -145,7 +145,7 @@ def test_stable_study_is_the_one_that_it_says():
     assert seen == {
         **{(f"{variant}@Stable", "muon", 0.012): 10 for variant in ("SM+G", "SM+R", "SM+LN+G")},
         **{(variant, "muon", rate): 5 for variant, rate in rates.items()},
-        ("SM+LN+R@Stable", "muon", 0.012): 3,
+        ("SM+LN+R@Stable", "muon", 0.012): 5,
         **{(variant, *adamw): 5 for variant in ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")},
         **{(variant, "muon", 0.012): 3 for variant in ("SM+G", "SM+R")},
         **{(f"{variant}@Stable", *adamw): 3 for variant in ("SM+G", "SM+R")},
